@@ -218,10 +218,7 @@ mod tests {
 
     #[track_caller]
     fn check_name(input: &str, expected: Result<&str, NameError>) {
-        assert_eq!(
-            input.parse::<ServiceName>().map(String::from),
-            expected.map(str::to_owned)
-        );
+        assert_eq!(input.parse::<ServiceName>().map(String::from), expected.map(str::to_owned));
     }
 
     #[test]

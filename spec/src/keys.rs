@@ -42,7 +42,12 @@ impl IdentityKey {
     /// # Security
     /// Strict verification: small-order keys and points, non-canonical encodings and
     /// malleable scalars are refused, so all implementations agree on what is valid.
-    pub fn verify(&self, kind: &str, body: &[u8], signature: &Signature) -> Result<(), BadSignature> {
+    pub fn verify(
+        &self,
+        kind: &str,
+        body: &[u8],
+        signature: &Signature,
+    ) -> Result<(), BadSignature> {
         VerifyingKey::from_bytes(&self.0)
             .and_then(|key| {
                 let signature = ed25519_dalek::Signature::from_bytes(&signature.0);

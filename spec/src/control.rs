@@ -1,0 +1,539 @@
+//! The control channel: every message between an agent and the hub, as JSON text frames.
+//!
+//! PROTOCOL.md, "Control channel". Objects and handshake messages travel as opaque [`Blob`]s: the
+//! hub verifies the public ones with `trust`, and can only forward the rest. Unknown fields are
+//! ignored, so that a newer peer may say more.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    bytes::{Blob, hex_newtype},
+    encoding::Encoding,
+    ids::{AgentId, ChannelId, CredentialId, LookupTag, ServiceId, TunnelId, WorkspaceId},
+    keys::{IdentityKey, Signature},
+    limits::MAX_CONTROL_BYTES,
+    trust::Head,
+};
+
+/// Version of the control channel.
+pub const CONTROL_VERSION: u8 = 1;
+/// Kind of the signature by which an agent logs in.
+pub const LOGIN_KIND: &str = "login";
+/// Kind of the signature by which the holder of an invite asks for its credential.
+pub const REDEEM_KIND: &str = "redeem";
+/// Path of the control WebSocket.
+pub const AGENT_PATH: &str = "/v1/agent";
+/// Path of the data WebSocket.
+pub const TUNNEL_PATH: &str = "/v1/tunnel";
+/// Scheme of the `Authorization` header that carries a [`Ticket`].
+pub const TICKET_SCHEME: &str = "Ticket";
+
+hex_newtype!(
+    /// A challenge's randomness, one from the hub and one from the agent.
+    Nonce,
+    32
+);
+
+/// Admits one end of one tunnel to its data socket, once, within ten seconds. A secret.
+#[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Ticket(String);
+
+impl Ticket {
+    /// Spells 256 random bits as hex.
+    #[must_use]
+    pub fn new(random: [u8; 32]) -> Self {
+        Self(hex::encode(random))
+    }
+
+    /// Reads a ticket as a header carries it: 64 lower-case hex digits.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let well_formed = text.len() == 64
+            && text.bytes().all(|c| c.is_ascii_digit() || (b'a'..=b'f').contains(&c));
+        well_formed.then(|| Self(text.to_owned()))
+    }
+
+    /// The text for the `Authorization` header, after [`TICKET_SCHEME`] and a space.
+    #[must_use]
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for Ticket {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Ticket(..)")
+    }
+}
+
+/// What an agent signs to log in or to redeem: binds the proof to this hub and this connection.
+///
+/// `u16 length || authority || hub_nonce 32 || agent_nonce 32 || subject 16 || workspace_id 32`,
+/// where the subject is the agent id (login) or the credential id (redeem).
+#[must_use]
+pub fn proof_text(
+    authority: &str,
+    hub_nonce: &Nonce,
+    agent_nonce: &Nonce,
+    subject: &[u8; 16],
+    workspace_id: &WorkspaceId,
+) -> Vec<u8> {
+    let length = u16::try_from(authority.len()).unwrap_or(u16::MAX).to_be_bytes();
+    [&length, authority.as_bytes(), &hub_nonce.0, &agent_nonce.0, subject, &workspace_id.0].concat()
+}
+
+/// What a control session is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SessionKind {
+    /// The agent's own, long-lived session: the newest one displaces the others.
+    Agent,
+    /// One command's short session beside it.
+    Command,
+}
+
+/// Objects that an agent shows of itself, as they travel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PresentedBlobs {
+    /// `Signed<Certificate>`.
+    pub certificate: Blob,
+    /// `Signed<Credential>`, when the certificate was made under one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credential: Option<Blob>,
+    /// `Signed<NoiseKey>`.
+    pub noise_key: Blob,
+}
+
+/// Asks for the credential of an invite. Proves possession of the invite key; never carries the code.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Redeem {
+    /// Host and port of the hub as the agent dialled them.
+    pub authority: String,
+    /// Fresh randomness of the agent.
+    pub agent_nonce: Nonce,
+    /// The workspace that the invite names.
+    pub workspace_id: WorkspaceId,
+    /// The key derived from the invite's seed; the credential id follows from it.
+    pub invite_key: IdentityKey,
+    /// By the invite key, of kind [`REDEEM_KIND`], over [`proof_text`].
+    pub signature: Signature,
+}
+
+/// Proves who the agent is and shows all that a hub needs to know of it, even a hub that forgot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Login {
+    /// Host and port of the hub as the agent dialled them.
+    pub authority: String,
+    /// Fresh randomness of the agent.
+    pub agent_nonce: Nonce,
+    /// What the session is for.
+    pub session: SessionKind,
+    /// The workspace.
+    pub workspace_id: WorkspaceId,
+    /// The agent's objects.
+    #[serde(flatten)]
+    pub presented: PresentedBlobs,
+    /// `WrapPublicKey`, whose hash the NoiseKey binds.
+    pub wrap_key: Blob,
+    /// By the identity key, of kind [`LOGIN_KIND`], over [`proof_text`].
+    pub signature: Signature,
+    /// Creates the workspace: its genesis.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub create: Option<CreateWorkspace>,
+}
+
+/// The part of a [`Login`] that creates a workspace.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreateWorkspace {
+    /// `Signed<Genesis>`.
+    pub genesis: Blob,
+    /// What the operator handed out, when registration is not open. A secret.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub registration_token: Option<RegistrationToken>,
+}
+
+/// Lets its bearer create one workspace.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct RegistrationToken(pub String);
+
+impl std::fmt::Debug for RegistrationToken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("RegistrationToken(..)")
+    }
+}
+
+/// Records that only members can open, with what their sealing binds. PROTOCOL.md, "Names".
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SealedRecord {
+    /// The epoch whose name key sealed it.
+    pub epoch: u32,
+    /// Ascends with each version; a lower one is refused.
+    pub counter: u32,
+    /// `nonce 24 || ciphertext`.
+    pub sealed: Blob,
+}
+
+/// M and W, wrapped to one key for one epoch; only its holder can open it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EpochWrap {
+    /// The epoch.
+    pub epoch: u32,
+    /// `x25519 ephemeral 32 || ml_kem ciphertext 1088 || ciphertext`.
+    pub sealed: Blob,
+}
+
+/// Everything about a tunnel that both ends and the hub must agree on: the public prologue.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TunnelRequest {
+    /// Random, chosen by the reacher.
+    pub tunnel_id: TunnelId,
+    /// The service.
+    pub service_id: ServiceId,
+    /// The exposer.
+    pub responder: AgentId,
+    /// Zeros for members, the credential id for guests.
+    pub share_id: CredentialId,
+    /// The conversation that the tunnel carries on.
+    pub channel_id: ChannelId,
+    /// Ascends with each tunnel of the channel.
+    pub tunnel_no: u32,
+    /// How records travel on the data sockets.
+    pub encoding: Encoding,
+    /// The first handshake message.
+    pub message: Blob,
+}
+
+/// Agent to hub.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum FromAgent {
+    /// Before login: answered by `invitation` or `error`.
+    Redeem(Redeem),
+    /// Answered by `welcome` or `error`.
+    Login(Box<Login>),
+    /// A request, answered by `reply` with the same id.
+    Request {
+        /// Chosen by the agent, ascending.
+        id: u64,
+        /// What is asked.
+        request: Request,
+    },
+    /// The exposer's answer to `incoming_tunnel`, having verified the initiator.
+    AcceptTunnel {
+        /// The tunnel.
+        tunnel_id: TunnelId,
+        /// The second handshake message: `ct || Noise message`.
+        message: Blob,
+    },
+    /// The exposer's other answer. A hint to the reacher: the hub could have made it up.
+    RefuseTunnel {
+        /// The tunnel.
+        tunnel_id: TunnelId,
+        /// Why.
+        code: ErrorCode,
+    },
+}
+
+/// What a logged-in agent may ask of the hub.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "snake_case")]
+pub enum Request {
+    /// Stores a credential with its wrap. Signers only.
+    CreateCredential {
+        /// `Signed<Credential>`.
+        credential: Blob,
+        /// `WrapPublicKey` of the invite, so that later epochs can be wrapped to it.
+        wrap_key: Blob,
+        /// M and W for whoever holds the invite.
+        wrap: EpochWrap,
+    },
+    /// Publishes the agent's sealed AgentRecord.
+    PublishAgent {
+        /// The record.
+        record: SealedRecord,
+    },
+    /// Publishes a service; overwrites the agent's own older record of it.
+    Expose {
+        /// The service.
+        service_id: ServiceId,
+        /// Where its name is looked up.
+        tag: LookupTag,
+        /// The sealed ServiceRecord.
+        record: SealedRecord,
+    },
+    /// Withdraws a service of this agent.
+    Unexpose {
+        /// The service.
+        service_id: ServiceId,
+    },
+    /// Finds the services under a tag.
+    Lookup {
+        /// The tag.
+        tag: LookupTag,
+    },
+    /// Lists services, in ascending order of id.
+    Services {
+        /// The last id of the page before, absent for the first page.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<ServiceId>,
+    },
+    /// Lists agents, in ascending order of id.
+    Agents {
+        /// The last id of the page before, absent for the first page.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<AgentId>,
+    },
+    /// Asks an exposer for a tunnel.
+    OpenTunnel(TunnelRequest),
+}
+
+/// Hub to agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum FromHub {
+    /// The first message on every control socket.
+    Challenge {
+        /// [`CONTROL_VERSION`].
+        version: u8,
+        /// Fresh randomness of the hub.
+        nonce: Nonce,
+    },
+    /// What the holder of an invite needs to make its certificate. Verified by the agent, not believed.
+    Invitation {
+        /// `Signed<Genesis>`.
+        genesis: Blob,
+        /// `Signed<Credential>`.
+        credential: Blob,
+        /// M and W, wrapped to the invite's key.
+        wrap: EpochWrap,
+    },
+    /// The login succeeded.
+    Welcome {
+        /// The hub's head of the trust log: a hint.
+        head: Head,
+        /// What data sockets may carry.
+        encodings: Vec<Encoding>,
+        /// Whether an older session of this agent was displaced by this one.
+        displaced: bool,
+    },
+    /// The answer to a request.
+    Reply {
+        /// Of the request.
+        id: u64,
+        /// What came of it.
+        reply: Reply,
+    },
+    /// A reacher asks this exposer for a tunnel. Nothing in it is proven but what the handshake proves.
+    IncomingTunnel {
+        /// Who asks, as the hub says.
+        initiator: AgentId,
+        /// For what.
+        request: TunnelRequest,
+        /// For the exposer's data socket, once it has accepted.
+        ticket: Ticket,
+    },
+    /// The connection is refused, or ends: the socket closes next.
+    Error(ErrorReport),
+    /// The hub is about to restart: connect again after the given time.
+    Restarting {
+        /// Milliseconds to wait before connecting again.
+        reconnect_in_ms: u32,
+    },
+}
+
+/// The hub's answer to a [`Request`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "is", rename_all = "snake_case")]
+pub enum Reply {
+    /// Done.
+    Done,
+    /// A page of services.
+    Services {
+        /// At most as many as fit a message.
+        services: Vec<ListedService>,
+        /// Whether more follow after the last.
+        more: bool,
+    },
+    /// A page of agents.
+    Agents {
+        /// At most as many as fit a message.
+        agents: Vec<ListedAgent>,
+        /// Whether more follow after the last.
+        more: bool,
+    },
+    /// The exposer accepted the tunnel.
+    TunnelAccepted {
+        /// The second handshake message: `ct || Noise message`.
+        message: Blob,
+        /// For the reacher's data socket.
+        ticket: Ticket,
+    },
+    /// Not done.
+    Error(ErrorReport),
+}
+
+/// A service as the hub knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListedService {
+    /// The service.
+    pub service_id: ServiceId,
+    /// Its exposer.
+    pub agent_id: AgentId,
+    /// The sealed ServiceRecord.
+    pub record: SealedRecord,
+    /// Whether the exposer has an agent session now.
+    pub online: bool,
+}
+
+/// An agent as the hub knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListedAgent {
+    /// The agent.
+    pub agent_id: AgentId,
+    /// Its objects.
+    #[serde(flatten)]
+    pub presented: PresentedBlobs,
+    /// The sealed AgentRecord, once published.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub record: Option<SealedRecord>,
+    /// Whether it has an agent session now.
+    pub online: bool,
+}
+
+/// Why the hub, or an exposer through it, said no. Shown to people; never believed for trust.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorReport {
+    /// For programs.
+    pub code: ErrorCode,
+    /// For people.
+    pub message: String,
+    /// The agent that the error is about, such as the other exposer of a name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent_id: Option<AgentId>,
+    /// When to try again, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_in_ms: Option<u32>,
+}
+
+impl ErrorReport {
+    /// An error of `code` that says `message`.
+    #[must_use]
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), agent_id: None, retry_in_ms: None }
+    }
+}
+
+/// Codes of the control channel's errors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorCode {
+    /// The message is not one of this protocol, or too long, or not expected here.
+    BadRequest,
+    /// The version is not supported.
+    UnsupportedVersion,
+    /// The authority signed is not a name of this hub.
+    WrongAuthority,
+    /// The proof or the objects do not verify.
+    Unauthorized,
+    /// The workspace is not known here.
+    UnknownWorkspace,
+    /// Creating a workspace needs a valid registration token.
+    RegistrationClosed,
+    /// The workspace exists already.
+    AlreadyExists,
+    /// No such invite.
+    InviteUnknown,
+    /// All uses of the invite are spent.
+    InviteUsed,
+    /// The invite's time is over.
+    InviteExpired,
+    /// The same NoiseKey counter with another key: a cloned machine.
+    Clone,
+    /// A counter went down: the hub knows a newer version.
+    Stale,
+    /// Another agent exposes a service under this name.
+    NameTaken,
+    /// No such service, agent or tunnel.
+    NotFound,
+    /// The exposer has no session now.
+    Offline,
+    /// The role does not allow it.
+    Forbidden,
+    /// A limit is reached for now.
+    Busy,
+    /// Too many in too short a time.
+    RateLimited,
+    /// The exposer did not answer in time.
+    Timeout,
+    /// The exposer does not know the issuer of the initiator's certificate.
+    IssuerUnknown,
+    /// The exposer refused: the handshake, the certificate or the permission did not hold.
+    Refused,
+    /// A newer session of the same agent took over.
+    Displaced,
+    /// The hub is restarting.
+    Restarting,
+    /// The hub failed; its log says why.
+    Internal,
+    /// A code of a newer version.
+    #[serde(other)]
+    Unknown,
+}
+
+/// Codes with which this project closes a WebSocket, beside those of RFC 6455 section 7.4.
+pub mod close {
+    /// RFC 6455: done.
+    pub const NORMAL: u16 = 1000;
+    /// RFC 6455: the endpoint goes away.
+    pub const GOING_AWAY: u16 = 1001;
+    /// RFC 6455: protocol error.
+    pub const PROTOCOL: u16 = 1002;
+    /// RFC 6455: a message of a type that cannot be accepted.
+    pub const UNSUPPORTED: u16 = 1003;
+    /// RFC 6455: a message too big.
+    pub const TOO_BIG: u16 = 1009;
+    /// The message is not one of this protocol, or not expected here.
+    pub const BAD_REQUEST: u16 = 4400;
+    /// The proof, the ticket or the objects do not verify.
+    pub const UNAUTHORIZED: u16 = 4401;
+    /// Not authenticated, or silent, for too long.
+    pub const TIMEOUT: u16 = 4408;
+    /// A newer session of the same agent took over.
+    pub const DISPLACED: u16 = 4409;
+    /// The other end of the tunnel is gone.
+    pub const PEER_GONE: u16 = 4410;
+    /// A limit is reached.
+    pub const BUSY: u16 = 4429;
+    /// The hub is restarting.
+    pub const RESTARTING: u16 = 4503;
+}
+
+/// Why a control message is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ControlError {
+    /// Longer than [`MAX_CONTROL_BYTES`].
+    #[error("longer than {MAX_CONTROL_BYTES} bytes")]
+    TooLong,
+    /// Not JSON, or no message of this protocol.
+    #[error("not a message of this protocol")]
+    Malformed,
+}
+
+/// Reads a control message.
+///
+/// # Errors
+/// [`ControlError`]; the text is not repeated, since it may hold anything.
+pub fn decode<'t, T: Deserialize<'t>>(text: &'t str) -> Result<T, ControlError> {
+    if text.len() > MAX_CONTROL_BYTES {
+        return Err(ControlError::TooLong);
+    }
+    serde_json::from_str(text).map_err(|_| ControlError::Malformed)
+}
+
+/// Writes a control message.
+#[must_use]
+pub fn encode<T: Serialize>(message: &T) -> String {
+    serde_json::to_string(message).expect("control messages have string keys only")
+}

@@ -1,0 +1,79 @@
+//! Every limit of the wire, with its reason. PROTOCOL.md, "Limits".
+
+use std::time::Duration;
+
+/// Characters of a service name: one DNS label.
+pub const MAX_NAME_BYTES: usize = 63;
+/// Bytes of a label: fits a terminal column.
+pub const MAX_LABEL_BYTES: usize = 64;
+/// Bytes of one tag (`connect invite --tag`).
+pub const MAX_TAG_BYTES: usize = 32;
+/// Tags of one certificate: enough for roles and teams, small enough for a handshake payload.
+pub const MAX_TAGS: usize = 16;
+/// Services that a share can name.
+pub const MAX_SHARED_SERVICES: usize = 64;
+
+/// Depth of a signed body: the deepest object of version 1 has four levels; eight leave room.
+pub const MAX_CBOR_DEPTH: usize = 8;
+/// Body of a genesis.
+pub const MAX_GENESIS_BYTES: usize = 16 * 1024;
+/// Body of a certificate, credential or NoiseKey: both chains fit one handshake message.
+pub const MAX_OBJECT_BYTES: usize = 2048;
+/// Signatures on one object: a genesis has one for each founding signer.
+pub const MAX_SIGNATURES: usize = 16;
+/// Plaintext of a sealed record: certificate, credential, NoiseKey and signature with room.
+pub const MAX_RECORD_PLAINTEXT_BYTES: usize = 8 * 1024;
+
+/// The longest invite: the length for which bech32m still detects errors (BIP-350).
+pub const MAX_INVITE_CHARS: usize = 1023;
+/// The longest hub URL in an invite.
+pub const MAX_HUB_URL_BYTES: usize = 255;
+/// Certificates of an invite are provisional for at most this long.
+pub const MAX_CERTS: Duration = Duration::from_secs(90 * 24 * 3600);
+/// Wall clocks may be wrong by this much before a member's certificate counts as expired.
+pub const CLOCK_TOLERANCE: Duration = Duration::from_secs(24 * 3600);
+
+/// A control message: the largest is a list of agents, which the hub splits in pages.
+pub const MAX_CONTROL_BYTES: usize = 64 * 1024;
+/// One Noise handshake message (the psk of suite 1 travels beside it).
+pub const MAX_HANDSHAKE_BYTES: usize = 4096;
+/// Payloads of the handshake are padded to a multiple of this, so that their length tells little.
+pub const HANDSHAKE_PADDING: usize = 512;
+/// One Noise message (Noise specification revision 34, section 3).
+pub const MAX_NOISE_BYTES: usize = 65_535;
+/// Authentication tag of ChaCha20-Poly1305 (RFC 8439).
+pub const TAG_BYTES: usize = 16;
+/// Plaintext of one record.
+pub const MAX_RECORD_BYTES: usize = MAX_NOISE_BYTES - TAG_BYTES;
+/// Payload of one WebSocket message on a data socket: base64 of the largest Noise message, rounded up.
+pub const MAX_DATA_FRAME_BYTES: usize = 128 * 1024;
+/// Application bytes in one DATA record. Measured: larger ones save no time and delay the others.
+pub const MAX_DATA_BYTES: usize = 32 * 1024;
+/// DATA records are padded to a multiple of this many bytes.
+pub const DATA_PADDING: usize = 16;
+
+/// Receive window of a stream when it opens; it grows with use.
+pub const INITIAL_STREAM_WINDOW: u64 = 256 * 1024;
+/// The largest receive window of a stream.
+pub const MAX_STREAM_WINDOW: u64 = 4 * 1024 * 1024;
+/// Receive window of all streams of a channel together: what one peer can make an agent hold.
+pub const CHANNEL_WINDOW: u64 = 16 * 1024 * 1024;
+/// Streams open at once in one channel, as many as HELLO and WELCOME may list.
+pub const MAX_STREAMS: usize = 4096;
+
+/// A control socket must authenticate within this time.
+pub const LOGIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// A half-open handshake is given up after this time; a ticket is valid as long.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Half-open handshakes of one peer at the exposer.
+pub const MAX_HALF_OPEN_PER_PEER: usize = 8;
+/// Half-open handshakes of all peers at the exposer.
+pub const MAX_HALF_OPEN: usize = 256;
+/// First handshake messages that an exposer answers in a second.
+pub const MAX_FIRST_MESSAGES_PER_SEC: u32 = 100;
+/// Tunnel ids that an exposer remembers to refuse a replayed first message.
+pub const REMEMBERED_TUNNELS: usize = 65_536;
+/// Pings of a quiet connection are this far apart, plus jitter.
+pub const KEEPALIVE: Duration = Duration::from_secs(15);
+/// A connection silent for this long is dead.
+pub const DEAD_AFTER: Duration = Duration::from_secs(40);

@@ -311,6 +311,11 @@ impl Channel {
         Ok(Read::Bytes(length))
     }
 
+    /// How many bytes a read would find now.
+    pub(crate) fn waiting(&self, id: StreamId) -> usize {
+        self.streams.get(&id).map_or(0, |stream| stream.recv.waiting())
+    }
+
     /// Ends both directions at once.
     pub(crate) fn reset(&mut self, id: StreamId, code: ResetCode) {
         if let Some(stream) = self.streams.get_mut(&id)
@@ -371,6 +376,16 @@ impl Channel {
             return true;
         }
         self.transmit_feedback(now, record) || self.transmit_stream(record)
+    }
+
+    /// Whether [`Channel::poll_transmit`] may have something.
+    pub(crate) fn wants_transmit(&self) -> bool {
+        !(self.outbox.is_empty() && self.sending.is_empty() && self.feedback.is_empty())
+    }
+
+    /// Whether the channel is over.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.phase == Phase::Closed
     }
 
     /// When [`Channel::handle_timeout`] wants to be called, if nothing happens before.
@@ -517,7 +532,7 @@ impl Channel {
         let fresh = stream.recv.handle_data(offset, bytes)?;
         let urgent = stream.recv.ack_urgent();
         let wake = std::mem::take(&mut stream.recv.blocked);
-        let dropped = !stream.recv.has_waiting();
+        let dropped = stream.recv.waiting() == 0;
         if urgent {
             self.feedback.insert(id);
         } else {

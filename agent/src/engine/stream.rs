@@ -247,8 +247,9 @@ impl RecvHalf {
         std::mem::take(&mut self.waiting).len() as u64
     }
 
-    pub(super) fn has_waiting(&self) -> bool {
-        !self.waiting.is_empty()
+    /// Bytes that a read would find.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.len()
     }
 
     /// The peer finished, and every byte of it is here.

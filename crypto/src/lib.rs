@@ -1,1 +1,19 @@
+//! The secret half of the protocol: keys, signing, sealing, the handshake and the record transport.
+//!
+//! Everything is sans IO. Randomness is an argument, time does not occur. Deliberately absent: tokio,
+//! sockets, files, the clock, and any judgement of who is a member, which is `connect_spec::trust`.
+//! The hub is never built on this crate. Start reading at [`handshake`], then [`transport`]; what
+//! lies at rest is in [`keys`], [`epoch`], [`names`] and [`invite`].
+//!
+//! Secrets wipe themselves on drop, are never cloned or compared, and print as `Type(..)`.
 
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+mod error;
+mod kdf;
+mod kem;
+pub mod keys;
+mod secret;
+
+pub use error::CryptoError;

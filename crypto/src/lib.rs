@@ -10,10 +10,12 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod epoch;
 mod error;
 mod kdf;
 mod kem;
 pub mod keys;
+pub mod names;
 mod secret;
 
 pub use error::CryptoError;

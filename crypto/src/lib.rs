@@ -12,6 +12,8 @@
 
 pub mod epoch;
 mod error;
+pub mod founding;
+pub mod invite;
 mod kdf;
 mod kem;
 pub mod keys;

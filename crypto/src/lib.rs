@@ -13,11 +13,14 @@
 pub mod epoch;
 mod error;
 pub mod founding;
+pub mod handshake;
 pub mod invite;
 mod kdf;
 mod kem;
 pub mod keys;
 pub mod names;
+mod resolver;
 mod secret;
+pub mod transport;
 
 pub use error::CryptoError;

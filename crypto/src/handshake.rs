@@ -344,3 +344,6 @@ impl Received {
 }
 
 redacted!(AwaitReply, Reply, Received);
+
+#[cfg(test)]
+mod tests;

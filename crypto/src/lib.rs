@@ -24,3 +24,10 @@ mod secret;
 pub mod transport;
 
 pub use error::CryptoError;
+
+// The world of the integration tests, for tests that need a hostile peer's view of the inside.
+#[cfg(test)]
+extern crate self as connect_crypto;
+#[cfg(test)]
+#[path = "../tests/common/mod.rs"]
+mod test_world;

@@ -255,3 +255,50 @@ fn unpad(plaintext: &[u8]) -> Result<&[u8], ObjectError> {
         Err(ObjectError::Envelope)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn padding_has_steps_and_a_limit() {
+        for (wire, padded) in [
+            (0, 256),
+            (254, 256),
+            (255, 512),
+            (510, 512),
+            (511, 1024),
+            (1022, 1024),
+            (1023, 2048),
+            (8190, 8192),
+        ] {
+            let plaintext = pad(&vec![7; wire]).unwrap();
+            assert_eq!(plaintext.len(), padded);
+            assert_eq!(unpad(&plaintext), Ok(vec![7; wire].as_slice()));
+        }
+        assert!(pad(&[7; 8191]).is_err());
+        assert!(pad(&vec![7; 70_000]).is_err());
+    }
+
+    #[test]
+    fn other_padding_is_refused() {
+        let sound = pad(&[7; 100]).unwrap();
+        let with = |change: fn(&mut Vec<u8>)| {
+            let mut plaintext = sound.to_vec();
+            change(&mut plaintext);
+            plaintext
+        };
+        for plaintext in [
+            Vec::new(),
+            vec![0],
+            with(|plaintext| plaintext[255] = 1),
+            with(|plaintext| plaintext.resize(512, 0)),
+            with(|plaintext| plaintext.truncate(102)),
+            with(|plaintext| plaintext.truncate(255)),
+            with(|plaintext| plaintext[0] = 1),
+            with(|plaintext| plaintext[0] = 255),
+        ] {
+            assert_eq!(unpad(&plaintext), Err(ObjectError::Envelope));
+        }
+    }
+}

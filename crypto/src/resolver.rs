@@ -232,3 +232,37 @@ impl Hash for Blake2s {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_all_zero_shared_secret_is_an_error() {
+        let mut dh = X25519::default();
+        dh.set(&[7; 32]);
+        let order_8 = "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800";
+        let mut low = [0; 32];
+        hex::decode_to_slice(order_8, &mut low).unwrap();
+        for public in [[0; 32], low] {
+            assert!(matches!(dh.dh(&public, &mut [0; 32]), Err(Error::Dh)));
+        }
+    }
+
+    #[test]
+    fn randomness_is_given_once() {
+        let mut slot = EphemeralSlot::default();
+        assert!(slot.try_fill_bytes(&mut [0; 32]).is_err());
+        slot.fill(&mut crate::test_world::TestRng::new("slot"));
+        assert!(slot.try_fill_bytes(&mut [0; 32]).is_ok());
+        assert!(slot.try_fill_bytes(&mut [0; 32]).is_err());
+    }
+
+    #[test]
+    fn nothing_but_suite_1_resolves() {
+        let resolver = Resolver(EphemeralSlot::default());
+        assert!(resolver.resolve_dh(&DHChoice::Curve448).is_none());
+        assert!(resolver.resolve_hash(&HashChoice::SHA256).is_none());
+        assert!(resolver.resolve_cipher(&CipherChoice::AESGCM).is_none());
+    }
+}

@@ -129,3 +129,135 @@ impl Opener {
 }
 
 redacted!(Transport, Sealer, Opener);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_world::{NOW, TestRng, World};
+
+    fn transports() -> (Transport, Transport) {
+        let world = World::new();
+        let (initiator, responder) = (world.member("initiator"), world.member("responder"));
+        let prologue = world.prologue(&initiator, &responder);
+        let (state, message1) = crate::handshake::initiate(
+            &world.local(&initiator),
+            &prologue,
+            &responder.static_keypair.public(),
+            &mut TestRng::new("initiate"),
+        )
+        .unwrap();
+        let peer = |agent: &crate::test_world::Agent| {
+            world.trust.verify_peer(agent.id(), agent.presented.clone(), NOW).unwrap()
+        };
+        let (theirs, message2) =
+            crate::handshake::receive(&responder.static_keypair, &prologue, &message1)
+                .unwrap()
+                .answer(&peer(&initiator), &world.local(&responder), &mut TestRng::new("answer"))
+                .unwrap();
+        (state.read(&message2).unwrap().confirm(&peer(&responder)).unwrap(), theirs)
+    }
+
+    fn direction() -> (Sealer, Opener) {
+        let (ours, theirs) = transports();
+        (ours.split().0, theirs.split().1)
+    }
+
+    fn sealed(sealer: &mut Sealer, plaintext: &[u8]) -> Vec<u8> {
+        let mut record = Vec::new();
+        sealer.seal(plaintext, &mut record).unwrap();
+        record
+    }
+
+    /// Opens what must not open, and proves that the opener stays dead.
+    #[track_caller]
+    fn refused(opener: &mut Opener, record: &[u8], next: &[u8]) {
+        let mut out = b"older plaintext".to_vec();
+        assert_eq!(opener.open(record, &mut out), Err(TransportError::Open));
+        assert!(out.is_empty());
+        assert_eq!(opener.open(next, &mut out), Err(TransportError::Open));
+    }
+
+    #[test]
+    fn a_changed_record_kills_the_opener() {
+        let length = sealed(&mut direction().0, b"record").len();
+        for position in 0..length {
+            let (mut sealer, mut opener) = direction();
+            let record = sealed(&mut sealer, b"record");
+            let mut changed = record.clone();
+            changed[position] ^= 1;
+            refused(&mut opener, &changed, &record);
+        }
+    }
+
+    #[test]
+    fn replayed_reordered_and_dropped_records_do_not_open() {
+        let (mut sealer, mut opener) = direction();
+        let (first, second) = (sealed(&mut sealer, b"1"), sealed(&mut sealer, b"2"));
+        assert_eq!(opener.open(&first, &mut Vec::new()), Ok(()));
+        refused(&mut opener, &first, &second);
+        let (mut sealer, mut opener) = direction();
+        let (first, second) = (sealed(&mut sealer, b"1"), sealed(&mut sealer, b"2"));
+        refused(&mut opener, &second, &first);
+    }
+
+    #[test]
+    fn truncated_and_extended_records_do_not_open() {
+        for length in [0, 1, 15, 16, 21] {
+            let (mut sealer, mut opener) = direction();
+            let record = sealed(&mut sealer, b"record");
+            refused(&mut opener, &record[..length], &record);
+        }
+        let (mut sealer, mut opener) = direction();
+        let record = sealed(&mut sealer, b"record");
+        refused(&mut opener, &[record.as_slice(), &[0]].concat(), &record);
+    }
+
+    #[test]
+    fn a_record_sent_back_does_not_open() {
+        let (ours, _) = transports();
+        let (mut sealer, mut opener) = ours.split();
+        let record = sealed(&mut sealer, b"record");
+        refused(&mut opener, &record, &record);
+    }
+
+    #[test]
+    fn records_have_a_limit_at_both_ends() {
+        let (mut sealer, mut opener) = direction();
+        let mut out = vec![1];
+        let over = vec![0; MAX_RECORD_BYTES + 1];
+        assert_eq!(sealer.seal(&over, &mut out), Err(TransportError::TooLong));
+        assert!(out.is_empty());
+        let largest = sealed(&mut sealer, &over[1..]);
+        assert_eq!(opener.open(&largest, &mut out), Ok(()));
+        assert_eq!(out.len(), MAX_RECORD_BYTES);
+        refused(&mut opener, &vec![0; MAX_NOISE_BYTES + 1], &largest);
+    }
+
+    #[test]
+    fn the_counter_never_wraps() {
+        let (mut sealer, mut opener) = direction();
+        (sealer.counter, opener.counter) = (u64::MAX - 1, u64::MAX - 1);
+        let last = sealed(&mut sealer, b"last");
+        assert_eq!(opener.open(&last, &mut Vec::new()), Ok(()));
+        for _ in 0..2 {
+            let mut out = vec![1];
+            assert_eq!(sealer.seal(b"over", &mut out), Err(TransportError::Exhausted));
+            assert!(out.is_empty());
+        }
+        refused(&mut opener, &last, &last);
+    }
+
+    #[test]
+    fn records_are_sealed_into_the_same_memory() {
+        let (mut sealer, mut opener) = direction();
+        let (mut record, mut out) = (Vec::with_capacity(1016), Vec::with_capacity(1000));
+        let memory = (record.as_ptr(), out.as_ptr());
+        for length in [1000, 3, 0, 1000] {
+            sealer.seal(&vec![9; length], &mut record).unwrap();
+            opener.open(&record, &mut out).unwrap();
+            assert_eq!((record.len(), out.len()), (length + 16, length));
+            assert_eq!((record.as_ptr(), out.as_ptr()), memory);
+        }
+        assert_eq!((sealer.records(), opener.records()), (4, 4));
+    }
+}

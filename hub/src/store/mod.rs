@@ -1,0 +1,246 @@
+//! What the hub remembers, in PostgreSQL, isolated by workspace.
+//!
+//! [`WorkspaceTx`] is the only door: it begins a transaction and sets `connect.workspace_id` inside it,
+//! which the row security of every table compares with. The server's role owns nothing and cannot
+//! bypass row security; [`Store::connect`] refuses any other. Queries name the workspace as well, so
+//! each of the two locks holds alone. SQL names the schema, so no search path matters.
+
+mod agents;
+mod credentials;
+mod registration;
+mod services;
+mod workspaces;
+
+use std::time::Duration;
+
+pub use agents::{AgentLogin, KnownAgent, Upserted};
+use connect_spec::ids::WorkspaceId;
+pub use credentials::{CredentialRow, NewCredential};
+pub use registration::create_token;
+pub use services::Exposed;
+use sqlx::{
+    Postgres, Transaction,
+    migrate::{MigrateError, Migrator},
+    postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions},
+};
+pub use workspaces::WorkspaceRow;
+
+/// The role that the hub serves as.
+pub const APP_ROLE: &str = "connect_app";
+
+/// Connections of the pool: a hub on few cores gains nothing from more, and `max_connections` of a
+/// small server leaves room for `psql` and for a second hub during an upgrade.
+const MAX_CONNECTIONS: u32 = 16;
+/// A caller that waits longer than this for the database is told that the hub is busy.
+const ACQUIRE_LIMIT: Duration = Duration::from_secs(5);
+
+/// Why the store did not do it.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The database is away, or refused the statement.
+    #[error("database")]
+    Database(#[from] sqlx::Error),
+    /// The schema could not be brought up to date.
+    #[error("schema")]
+    Migrate(#[from] MigrateError),
+    /// A row that this program cannot have written.
+    #[error("column `{0}` holds what this hub never writes")]
+    Corrupt(&'static str),
+    /// The role could see through row security.
+    #[error("the hub must not serve as role `{role}`: {why}")]
+    Privileged {
+        /// The role of the connection.
+        role: String,
+        /// What it could do.
+        why: &'static str,
+    },
+    /// The schema was never made, or is of an older or newer hub.
+    #[error("the database has schema version {found}, this hub needs {wanted}")]
+    Version {
+        /// The version in the database; 0 when there is none.
+        found: i64,
+        /// The newest migration that this program knows.
+        wanted: i64,
+    },
+}
+
+impl StoreError {
+    /// What a person can do about it.
+    #[must_use]
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Privileged { .. } => Some(
+                "give `serve` the URL of role `connect_app`, which `connect-hub migrate` creates; only `migrate` gets the owner's",
+            ),
+            Self::Version { found, wanted } if found < wanted => {
+                Some("run `connect-hub migrate --database-url OWNER_URL`")
+            }
+            Self::Version { .. } => {
+                Some("this database belongs to a newer connect-hub: upgrade this one")
+            }
+            Self::Database(_) | Self::Migrate(_) | Self::Corrupt(_) => None,
+        }
+    }
+}
+
+/// The migrations, in a schema of their own so that a shared database stays tidy.
+fn migrator() -> Migrator {
+    let mut migrator = sqlx::migrate!();
+    migrator.create_schema("connect");
+    migrator.dangerous_set_table_name("connect.schema_history");
+    migrator
+}
+
+/// Brings the schema up to date and creates the roles. `owner` may create schemas and roles.
+///
+/// # Errors
+/// [`StoreError::Database`], [`StoreError::Migrate`].
+pub async fn migrate(owner: &mut PgConnection) -> Result<(), StoreError> {
+    migrator().run(owner).await?;
+    Ok(())
+}
+
+/// A pool of connections as [`APP_ROLE`].
+#[derive(Debug, Clone)]
+pub struct Store {
+    pool: PgPool,
+}
+
+impl Store {
+    /// Connects, and refuses a role that row security does not bind or a schema of another version.
+    ///
+    /// # Errors
+    /// [`StoreError::Privileged`], [`StoreError::Version`], [`StoreError::Database`].
+    pub async fn connect(options: PgConnectOptions) -> Result<Self, StoreError> {
+        let pool = PgPoolOptions::new()
+            .max_connections(MAX_CONNECTIONS)
+            .acquire_timeout(ACQUIRE_LIMIT)
+            .connect_with(options)
+            .await?;
+        let store = Self { pool };
+        store.check_role().await?;
+        store.check_version().await?;
+        Ok(store)
+    }
+
+    async fn check_role(&self) -> Result<(), StoreError> {
+        // A role may also become any role that it is a member of, so those count as much as itself.
+        let (role, over_everything, creates_roles, owns): (String, bool, bool, bool) = sqlx::query_as(
+            "SELECT current_user::text,
+                    bool_or(r.rolsuper OR r.rolbypassrls),
+                    bool_or(r.rolcreaterole),
+                    EXISTS (SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                            WHERE n.nspname = 'connect' AND pg_has_role(current_user, c.relowner, 'MEMBER'))
+                    OR EXISTS (SELECT FROM pg_namespace n
+                               WHERE n.nspname = 'connect' AND pg_has_role(current_user, n.nspowner, 'MEMBER'))
+                    OR EXISTS (SELECT FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+                               WHERE n.nspname = 'connect' AND pg_has_role(current_user, p.proowner, 'MEMBER'))
+             FROM pg_roles r WHERE pg_has_role(current_user, r.oid, 'MEMBER')",
+        )
+        .fetch_one(&self.pool)
+        .await?;
+        let why = if over_everything {
+            "it is a superuser or bypasses row security"
+        } else if creates_roles {
+            "it can create roles and so become another one"
+        } else if owns {
+            "it owns a part of the schema"
+        } else {
+            return Ok(());
+        };
+        Err(StoreError::Privileged { role, why })
+    }
+
+    async fn check_version(&self) -> Result<(), StoreError> {
+        let wanted = migrator().iter().map(|migration| migration.version).max().unwrap_or(0);
+        let there: (bool,) =
+            sqlx::query_as("SELECT to_regclass('connect.schema_history') IS NOT NULL")
+                .fetch_one(&self.pool)
+                .await?;
+        let found = if there.0 {
+            sqlx::query_as::<_, (i64,)>(
+                "SELECT coalesce(max(version), 0) FROM connect.schema_history WHERE success",
+            )
+            .fetch_one(&self.pool)
+            .await?
+            .0
+        } else {
+            0
+        };
+        if found == wanted { Ok(()) } else { Err(StoreError::Version { found, wanted }) }
+    }
+
+    /// Whether PostgreSQL answers.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`] when it does not.
+    pub async fn ping(&self) -> Result<(), StoreError> {
+        sqlx::query("SELECT").execute(&self.pool).await?;
+        Ok(())
+    }
+
+    /// Opens the door to one workspace.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`].
+    pub async fn workspace(&self, workspace: WorkspaceId) -> Result<WorkspaceTx, StoreError> {
+        let mut tx = self.pool.begin().await?;
+        // Local to the transaction: the pooled session forgets it at its end, however that comes.
+        sqlx::query("SELECT set_config('connect.workspace_id', $1, true)")
+            .bind(workspace.to_string())
+            .execute(&mut *tx)
+            .await?;
+        Ok(WorkspaceTx { tx, workspace })
+    }
+
+    /// Ends all connections.
+    pub async fn close(&self) {
+        self.pool.close().await;
+    }
+}
+
+/// One transaction in one workspace. Dropped without [`WorkspaceTx::commit`], it is rolled back.
+#[derive(Debug)]
+pub struct WorkspaceTx {
+    tx: Transaction<'static, Postgres>,
+    workspace: WorkspaceId,
+}
+
+impl WorkspaceTx {
+    /// The workspace whose rows this transaction sees.
+    #[must_use]
+    pub fn workspace_id(&self) -> WorkspaceId {
+        self.workspace
+    }
+
+    /// Makes what was written durable.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`]; nothing is written then.
+    pub async fn commit(self) -> Result<(), StoreError> {
+        self.tx.commit().await?;
+        Ok(())
+    }
+
+    fn connection(&mut self) -> &mut PgConnection {
+        &mut self.tx
+    }
+
+    /// The first parameter of every statement.
+    fn id(&self) -> Vec<u8> {
+        self.workspace.0.to_vec()
+    }
+}
+
+/// Reads a column of fixed length.
+fn fixed<const N: usize>(raw: &[u8], column: &'static str) -> Result<[u8; N], StoreError> {
+    raw.try_into().map_err(|_| StoreError::Corrupt(column))
+}
+
+/// Reads a column that holds an unsigned number.
+fn unsigned<T: TryFrom<i64>>(value: i64, column: &'static str) -> Result<T, StoreError> {
+    T::try_from(value).map_err(|_| StoreError::Corrupt(column))
+}
+
+#[cfg(test)]
+mod tests;

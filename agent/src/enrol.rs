@@ -1,6 +1,6 @@
 //! Becoming a member: a new workspace, an invite, or joining by one.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use connect_crypto::{
     CryptoError,
@@ -329,7 +329,7 @@ async fn register<'i>(
     let credentials = Credentials::of(identity);
     let registered = async {
         let (session, _) = greeted.login(&credentials, SessionKind::Command, create).await?;
-        let directory = Directory::new(identity, session);
+        let directory = Directory::new(identity, Arc::new(session));
         directory.publish_agent(1).await?;
         Ok(directory)
     };

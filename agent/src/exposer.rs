@@ -196,10 +196,12 @@ impl Exposer {
             .collect()
     }
 
-    pub(crate) fn stop(&self) {
-        for served in self.services().values() {
-            close_all(&served.tunnels, CloseCode::Normal);
-        }
+    /// Closes every tunnel; returns those whose last words are still to be sent.
+    pub(crate) fn stop(&self) -> Vec<Tunnel> {
+        let served = std::mem::take(&mut *self.services());
+        let tunnels: Vec<_> = served.into_values().flat_map(|served| served.tunnels).collect();
+        close_all(&tunnels, CloseCode::Normal);
+        tunnels
     }
 
     fn find(&self, id: ServiceId) -> Option<Arc<Exposed>> {

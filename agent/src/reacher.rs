@@ -51,7 +51,7 @@ enum State {
     /// No tunnel; the error says why, after a try.
     Down(Option<Error>),
     /// A tunnel, whose keys may still be unconfirmed.
-    Up { tunnel: Tunnel, port_hint: Option<u16> },
+    Up { tunnel: Tunnel },
     /// Let go of.
     Stopped,
 }
@@ -81,11 +81,11 @@ impl Reached {
         reached
     }
 
-    /// Waits until the exposer answered over the tunnel; returns the service's own port, if known.
+    /// Waits until the exposer answered over the tunnel.
     ///
     /// # Errors
     /// Why not, as soon as one try has failed; further tries go on in the background.
-    pub async fn ready(&self) -> Result<Option<u16>> {
+    pub async fn ready(&self) -> Result<()> {
         let mut state = self.0.state.subscribe();
         loop {
             let current = state.borrow_and_update().clone();
@@ -93,7 +93,7 @@ impl Reached {
                 State::Down(None) => {}
                 State::Down(Some(error)) => return Err(error),
                 State::Stopped => return Err(stopped()),
-                State::Up { tunnel, port_hint } => {
+                State::Up { tunnel } => {
                     let mut status = tunnel.status();
                     let settled = status.wait_for(|status| {
                         matches!(
@@ -102,7 +102,7 @@ impl Reached {
                         )
                     });
                     if let Ok(Status::Established { .. }) = settled.await.as_deref() {
-                        return Ok(port_hint);
+                        return Ok(());
                     }
                 }
             }
@@ -120,7 +120,7 @@ impl Reached {
             loop {
                 let current = state.borrow_and_update().clone();
                 match current {
-                    State::Up { tunnel, .. } => {
+                    State::Up { tunnel } => {
                         if let Ok(stream) = tunnel.open_stream() {
                             return Ok(stream);
                         }
@@ -143,7 +143,7 @@ impl Reached {
     #[must_use]
     pub fn status(&self) -> ReachStatus {
         match &*self.0.state.borrow() {
-            State::Up { tunnel, .. } => {
+            State::Up { tunnel } => {
                 let round_trip = match *tunnel.status().borrow() {
                     Status::Established { round_trip } => round_trip,
                     Status::Greeting | Status::Closed => None,
@@ -160,13 +160,14 @@ impl Reached {
         }
     }
 
-    pub(crate) fn stop(&self) {
-        if let State::Up { tunnel, .. } = self.0.state.send_replace(State::Stopped) {
-            // The task goes on until the exposer was told.
+    /// Closes the tunnel, if one is up, and returns it: its last words are still to be sent.
+    pub(crate) fn stop(&self) -> Option<Tunnel> {
+        if let State::Up { tunnel } = self.0.state.send_replace(State::Stopped) {
             tunnel.close(CloseCode::Normal);
-        } else {
-            self.0.task.lock().unwrap_or_else(PoisonError::into_inner).take();
+            return Some(tunnel);
         }
+        self.0.task.lock().unwrap_or_else(PoisonError::into_inner).take();
+        None
     }
 }
 
@@ -328,7 +329,7 @@ impl Established {
         state: &watch::Sender<State>,
     ) -> (Error, bool) {
         let tunnel = Tunnel::reacher();
-        let up = State::Up { tunnel: tunnel.clone(), port_hint: self.service.record.port_hint };
+        let up = State::Up { tunnel: tunnel.clone() };
         let stopped = !state.send_if_modified(|state| {
             let goes_on = !matches!(state, State::Stopped);
             if goes_on {

@@ -330,13 +330,11 @@ impl Core {
     /// Remembers a peer whose keys a first record has confirmed.
     pub(crate) fn remember(&self, peer: &VerifiedPeer, name: Option<&ServiceName>) {
         let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
-        let seen = SeenNoiseKey {
-            counter: peer.noise_key_counter(),
-            static_key: peer.static_key(),
-        };
+        let seen =
+            SeenNoiseKey { counter: peer.noise_key_counter(), static_key: peer.static_key() };
         let new_key = peers.noise_keys.insert(peer.agent_id(), seen) != Some(seen);
-        let pinned =
-            name.map(|name| peers.pins.insert(name.clone(), peer.agent_id()) != Some(peer.agent_id()));
+        let pinned = name
+            .map(|name| peers.pins.insert(name.clone(), peer.agent_id()) != Some(peer.agent_id()));
         if (new_key || pinned == Some(true))
             && let Err(error) = self.home.save_peers(&peers)
         {
@@ -440,4 +438,3 @@ async fn serve(
         }
     }
 }
-

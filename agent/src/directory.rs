@@ -172,7 +172,10 @@ impl<'i> Directory<'i> {
             .trust
             .verify_peer(listed.agent_id, presented, clock::now())
             .map_err(|error| {
-                Error::trust(format_args!("the exposer of `{}` is not trusted: {error}", record.name))
+                Error::trust(format_args!(
+                    "the exposer of `{}` is not trusted: {error}",
+                    record.name
+                ))
             })?;
         if !exposer.certificate().role.may_expose() {
             return Err(Error::trust(format_args!(
@@ -312,9 +315,7 @@ fn unexpected_reply() -> Error {
 
 /// `web`, `web-2`, `web-3`: by label, then by id, so that everybody sees the same.
 fn make_labels_unique(agents: &mut [AgentInfo]) {
-    agents.sort_by(|left, right| {
-        (&left.label, left.agent_id).cmp(&(&right.label, right.agent_id))
-    });
+    agents.sort_by(|left, right| (&left.label, left.agent_id).cmp(&(&right.label, right.agent_id)));
     let mut count: BTreeMap<String, u32> = BTreeMap::new();
     for agent in agents {
         let seen = count.entry(agent.label.clone()).or_default();

@@ -24,12 +24,7 @@ use connect_spec::{
     record::{CloseCode, ResetCode},
     trust::VerifiedPeer,
 };
-use tokio::{
-    net::TcpStream,
-    sync::mpsc,
-    task::JoinSet,
-    time::timeout,
-};
+use tokio::{net::TcpStream, sync::mpsc, task::JoinSet, time::timeout};
 
 use crate::{
     agent::Core,
@@ -264,9 +259,8 @@ impl Exposer {
             return Err(Refusal::new(ErrorCode::Refused, "shares are not served here"));
         }
         let prologue = prologue(identity, initiator, &request);
-        let received =
-            handshake::receive(&identity.static_keypair, &prologue, &request.message.0)
-                .map_err(|error| Refusal::new(ErrorCode::Refused, error))?;
+        let received = handshake::receive(&identity.static_keypair, &prologue, &request.message.0)
+            .map_err(|error| Refusal::new(ErrorCode::Refused, error))?;
         let payload = received.payload();
         let peer = identity
             .trust
@@ -281,10 +275,8 @@ impl Exposer {
         let (transport, message) = received
             .answer(&peer, &local(identity), &mut random::rng())
             .map_err(|error| Refusal::new(ErrorCode::Refused, error))?;
-        let accept = FromAgent::AcceptTunnel {
-            tunnel_id: request.tunnel_id,
-            message: Blob(message),
-        };
+        let accept =
+            FromAgent::AcceptTunnel { tunnel_id: request.tunnel_id, message: Blob(message) };
         let failed = |error: &dyn std::fmt::Display| Refusal::new(ErrorCode::Offline, error);
         session.tell(accept).await.map_err(|error| failed(&error))?;
         let socket = open_data_socket(&core.hub, &ticket, request.encoding)

@@ -94,11 +94,8 @@ pub(crate) async fn bind(
                 .hint("choose another with `--port`, or leave it out for a free one")
         });
     }
-    let promised: Vec<u16> = saved
-        .iter()
-        .filter(|(other, _)| *other != name)
-        .map(|(_, port)| *port)
-        .collect();
+    let promised: Vec<u16> =
+        saved.iter().filter(|(other, _)| *other != name).map(|(_, port)| *port).collect();
     let derived = derived_port(name);
     let derived = (0..NEXT_PORTS).map(|step| derived.saturating_add(step));
     let free_to_choose = own.into_iter().chain(derived).filter(|port| !promised.contains(port));
@@ -127,8 +124,7 @@ mod tests {
         own: Option<u16>,
         saved: &[(&str, u16)],
     ) -> Result<(TcpListener, u16)> {
-        let saved =
-            saved.iter().map(|(name, port)| (name.parse().expect("name"), *port)).collect();
+        let saved = saved.iter().map(|(name, port)| (name.parse().expect("name"), *port)).collect();
         let listener = bind(&"prod-db".parse().expect("name"), asked, own, &saved).await?;
         let port = listener.local_addr()?.port();
         Ok((listener, port))

@@ -369,6 +369,16 @@ impl Home {
         )
     }
 
+    /// Changes what people call the agent; it publishes the label when it next starts.
+    ///
+    /// # Errors
+    /// As [`Home::load`]; or the home cannot be written.
+    pub fn set_label(&self, label: &Label) -> Result<()> {
+        self.load()?;
+        let membership: Membership = self.read_json("membership.json")?;
+        self.write_json("membership.json", &Membership { label: label.clone(), ..membership })
+    }
+
     /// Takes back an enrolment that the hub refused.
     pub(crate) fn forget(&self) {
         for file in

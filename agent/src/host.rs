@@ -17,9 +17,7 @@ use crate::{
     exposer::Exposed,
     forward::{self, Forward},
     home::{Home, HomeLock, SavedExpose, SavedReach},
-    local::{
-        self, AgentStatus, Answer, Command, ExposedStatus, ReachedStatus, TrustStatus,
-    },
+    local::{self, AgentStatus, Answer, Command, ExposedStatus, ReachedStatus, TrustStatus},
     random,
     target::Target,
 };
@@ -167,8 +165,8 @@ impl Host {
         let core = self.agent.core();
         // A service that is exposed again is the same service: its id stays.
         let running = core.exposer.all().into_iter().find(|service| service.name == name);
-        let service_id = running
-            .map_or_else(|| ServiceId(random::bytes()), |service| service.service_id);
+        let service_id =
+            running.map_or_else(|| ServiceId(random::bytes()), |service| service.service_id);
         let service =
             Exposed::new(name.clone(), service_id, target.clone(), allow.iter().cloned().collect());
         self.agent.expose(service).await?;

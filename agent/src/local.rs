@@ -181,10 +181,7 @@ pub(crate) fn listen(path: &Path) -> Result<UnixListener> {
         return Err(error.into());
     }
     UnixListener::bind(path).map_err(|error| {
-        Error::new(
-            ErrorKind::Other,
-            format_args!("cannot listen on `{}`: {error}", path.display()),
-        )
+        Error::new(ErrorKind::Other, format_args!("cannot listen on `{}`: {error}", path.display()))
     })
 }
 

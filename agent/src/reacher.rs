@@ -290,7 +290,10 @@ async fn establish(core: &Core, session: &Arc<Session>, name: &ServiceName) -> R
             });
         }
         Reply::Done | Reply::Services { .. } | Reply::Agents { .. } => {
-            return Err(Error::new(ErrorKind::HubUnreachable, "the hub gives no answer to a tunnel"));
+            return Err(Error::new(
+                ErrorKind::HubUnreachable,
+                "the hub gives no answer to a tunnel",
+            ));
         }
     };
     let reply = waiting.read(&message.0).map_err(|error| untrusted(name, &error))?;
@@ -362,10 +365,9 @@ fn why_ended(name: &ServiceName, end: &End) -> Error {
             tracing::warn!(service = %name, "a packet was altered on the way; the tunnel was closed");
             Error::trust(format_args!("a packet of `{name}` was altered on the way"))
         }
-        End::Channel(CloseReason::Peer(CloseCode::ServiceGone)) => Error::new(
-            ErrorKind::ServiceNotFound,
-            format_args!("`{name}` is not exposed any more"),
-        ),
+        End::Channel(CloseReason::Peer(CloseCode::ServiceGone)) => {
+            Error::new(ErrorKind::ServiceNotFound, format_args!("`{name}` is not exposed any more"))
+        }
         End::Channel(CloseReason::Peer(CloseCode::Forbidden)) => Error::new(
             ErrorKind::Refused,
             format_args!("the exposer of `{name}` does not allow this agent any more"),

@@ -436,7 +436,9 @@ impl Attributes {
         let tags: Vec<String> = fields
             .optional_texts(1, MAX_TAGS)?
             .ok_or(ObjectError::Value(1))?
-            .into_iter().map(str::to_owned).collect();
+            .into_iter()
+            .map(str::to_owned)
+            .collect();
         fields.finish()?;
         if !tags.iter().all(|tag| is_tag(tag)) || !tags.is_sorted_by(|left, right| left < right) {
             return Err(ObjectError::Value(1));

@@ -127,7 +127,9 @@ impl Greeted {
             }
             FromHub::Challenge { version, .. } => Err(Error::new(
                 ErrorKind::HubUnreachable,
-                format_args!("the hub speaks version {version} of the protocol, this program speaks 1"),
+                format_args!(
+                    "the hub speaks version {version} of the protocol, this program speaks 1"
+                ),
             )
             .hint("update the older of the two")),
             FromHub::Error(report) => Err(Error::from_hub(&report)),

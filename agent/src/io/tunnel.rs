@@ -38,7 +38,7 @@ use tokio_tungstenite::tungstenite::{Bytes, Message, protocol::WebSocketConfig};
 use super::dial::{HubSocket, HubUrl};
 use crate::{
     engine::channel::{Channel, CloseReason, Event, Read, Side, StreamError},
-    error::{Error, ErrorKind, Result},
+    error::Result,
     random,
 };
 
@@ -501,15 +501,4 @@ fn to_io(error: StreamError) -> io::Error {
         | StreamError::Closed => io::ErrorKind::ConnectionReset,
     };
     io::Error::new(kind, error)
-}
-
-/// What went wrong with a stream's target, if that is what reset it.
-pub(crate) fn target_error(error: &io::Error) -> Option<Error> {
-    let what = match error.kind() {
-        io::ErrorKind::ConnectionRefused => "the target refused the connection",
-        io::ErrorKind::HostUnreachable => "the target cannot be reached",
-        io::ErrorKind::TimedOut => "the target does not answer",
-        _ => return None,
-    };
-    Some(Error::new(ErrorKind::TargetUnreachable, what))
 }

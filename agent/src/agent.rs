@@ -1,0 +1,429 @@
+//! A running agent: its link to the hub, the services that it exposes and those that it reaches.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use connect_spec::{
+    control::{Request, SessionKind},
+    encoding::Encoding,
+    ids::{AgentId, ServiceId, ServiceName},
+    trust::VerifiedPeer,
+};
+use tokio::{
+    sync::{mpsc, watch},
+    task::{AbortHandle, JoinSet},
+};
+
+use crate::{
+    clock,
+    directory::Directory,
+    engine::backoff::Backoff,
+    error::{Error, ErrorKind, Result},
+    exposer::{Exposed, Exposer},
+    home::{Home, HomeLock, Identity, Peers, SeenNoiseKey, State},
+    io::{
+        dial::HubUrl,
+        hub::{Credentials, Ended, Greeted, Incoming, Session},
+    },
+    random,
+    reacher::Reached,
+};
+
+/// How an agent runs.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Options {
+    /// How records travel in the tunnels that this agent opens.
+    pub encoding: Encoding,
+}
+
+/// A running agent. Clones share it; it stops when [`Agent::stop`] is called or the last one is dropped.
+#[derive(Debug, Clone)]
+pub struct Agent {
+    core: Arc<Core>,
+    _running: Arc<Running>,
+}
+
+/// Stops the agent when its last clone is dropped.
+#[derive(Debug)]
+struct Running {
+    core: Arc<Core>,
+    _supervisor: AbortOnDrop,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.core.stop();
+    }
+}
+
+/// Aborts a task when dropped, so that no task outlives what it works for.
+#[derive(Debug)]
+pub(crate) struct AbortOnDrop(pub(crate) AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// What all parts of the agent share.
+#[derive(Debug)]
+pub(crate) struct Core {
+    pub(crate) home: Home,
+    pub(crate) identity: Identity,
+    pub(crate) hub: HubUrl,
+    pub(crate) options: Options,
+    pub(crate) exposer: Exposer,
+    reached: Mutex<BTreeMap<ServiceName, Reached>>,
+    link: watch::Sender<Link>,
+    state: Mutex<State>,
+    peers: Mutex<Peers>,
+    _lock: HomeLock,
+}
+
+/// The agent's session with the hub, as it comes and goes.
+#[derive(Debug, Clone)]
+pub(crate) enum Link {
+    /// No session; the last error says why, if there was a try.
+    Down(Option<Error>),
+    /// Logged in, and everything published.
+    Up(Arc<Session>),
+    /// Another process runs as this agent; this one stays away.
+    Displaced,
+}
+
+impl Agent {
+    /// Starts the agent of a home. It connects in the background, and for ever again.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotEnrolled`], or what is wrong with the home.
+    pub fn start(home: Home, lock: HomeLock, options: Options) -> Result<Self> {
+        let identity = home.load()?;
+        let core = Arc::new(Core {
+            hub: HubUrl::parse(&identity.hub)?,
+            options,
+            exposer: Exposer::default(),
+            reached: Mutex::default(),
+            link: watch::Sender::new(Link::Down(None)),
+            state: Mutex::new(home.load_state()?),
+            peers: Mutex::new(home.load_peers()?),
+            identity,
+            home,
+            _lock: lock,
+        });
+        let supervisor = AbortOnDrop(tokio::spawn(supervise(core.clone())).abort_handle());
+        let running = Running { core: core.clone(), _supervisor: supervisor };
+        Ok(Self { core, _running: Arc::new(running) })
+    }
+
+    pub(crate) fn core(&self) -> &Arc<Core> {
+        &self.core
+    }
+
+    /// The agent's id.
+    #[must_use]
+    pub fn agent_id(&self) -> AgentId {
+        self.core.identity.agent_id
+    }
+
+    /// Waits until the agent is connected to its hub.
+    ///
+    /// # Errors
+    /// Why it is not, once a try to connect has failed; the agent goes on trying.
+    pub async fn connected(&self) -> Result<()> {
+        self.core.session().await.map(|_| ())
+    }
+
+    /// Waits until another process displaced this agent at the hub.
+    pub async fn displaced(&self) {
+        let mut link = self.core.link.subscribe();
+        // The sender lives as long as the agent.
+        let _ = link.wait_for(|link| matches!(link, Link::Displaced)).await;
+    }
+
+    /// Whether the agent is connected to its hub now.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        matches!(*self.core.link.borrow(), Link::Up(_))
+    }
+
+    /// Exposes a service and waits until the hub knows it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] when the name is taken; why the hub cannot be reached.
+    pub async fn expose(&self, service: Exposed) -> Result<()> {
+        let session = self.core.session().await?;
+        let directory = Directory::new(&self.core.identity, session);
+        match directory.find(&service.name).await {
+            Ok(other) if other.record.agent_id != self.agent_id() && other.online => {
+                return Err(Error::new(
+                    ErrorKind::Refused,
+                    format_args!(
+                        "`{}` is already exposed by agent {}",
+                        service.name,
+                        other.record.agent_id.short()
+                    ),
+                )
+                .hint("choose another `--name`, or run `connect unexpose` there"));
+            }
+            Ok(_) => {}
+            Err(error) if error.kind == ErrorKind::ServiceNotFound => {}
+            Err(error) => return Err(error),
+        }
+        let service = Arc::new(service);
+        self.core.exposer.add(service.clone());
+        let published = self.core.publish(directory.session(), &service).await;
+        if published.is_err() {
+            self.core.exposer.remove(&service.name);
+        }
+        published
+    }
+
+    /// Withdraws a service; tunnels to it are closed.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ServiceNotFound`] when this agent does not expose it.
+    pub async fn unexpose(&self, name: &ServiceName) -> Result<()> {
+        let service = self.core.exposer.remove(name).ok_or_else(|| {
+            Error::new(
+                ErrorKind::ServiceNotFound,
+                format_args!("this agent exposes no service called `{name}`"),
+            )
+            .hint("`connect status` lists what it exposes")
+        })?;
+        let session = self.core.session().await?;
+        session.request(Request::Unexpose { service_id: service.service_id }).await.map(|_| ())
+    }
+
+    /// Reaches a service: keeps a tunnel to it, whatever happens to hub and peer.
+    ///
+    /// The tunnel is opened in the background; [`Reached::ready`] waits for it.
+    #[must_use]
+    pub fn reach(&self, name: &ServiceName) -> Reached {
+        let mut reached = self.core.reached();
+        if let Some(known) = reached.get(name) {
+            return known.clone();
+        }
+        let started = Reached::start(self.core.clone(), name.clone());
+        reached.insert(name.clone(), started.clone());
+        started
+    }
+
+    /// Lets go of a service; its streams are reset.
+    pub fn unreach(&self, name: &ServiceName) {
+        if let Some(reached) = self.core.reached().remove(name) {
+            reached.stop();
+        }
+    }
+
+    /// Stops the agent: tunnels are closed with a word to the peers.
+    pub fn stop(&self) {
+        self.core.stop();
+    }
+}
+
+impl Core {
+    fn stop(&self) {
+        for (_, reached) in std::mem::take(&mut *self.reached()) {
+            reached.stop();
+        }
+        self.exposer.stop();
+    }
+
+    /// The session, once there is one.
+    ///
+    /// # Errors
+    /// Why there is none, as soon as a try has failed.
+    pub(crate) async fn session(&self) -> Result<Arc<Session>> {
+        let mut link = self.link.subscribe();
+        let settled = link
+            .wait_for(|link| !matches!(link, Link::Down(None)))
+            .await
+            .map_err(|_| Error::new(ErrorKind::Other, "the agent is stopping"))?;
+        match &*settled {
+            Link::Up(session) => Ok(session.clone()),
+            Link::Down(error) => Err(error
+                .clone()
+                .unwrap_or_else(|| Error::new(ErrorKind::HubUnreachable, "not connected"))),
+            Link::Displaced => Err(displaced()),
+        }
+    }
+
+    /// The session as it comes and goes.
+    pub(crate) fn link(&self) -> watch::Receiver<Link> {
+        self.link.subscribe()
+    }
+
+    fn reached(&self) -> MutexGuard<'_, BTreeMap<ServiceName, Reached>> {
+        self.reached.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The counter of the next sealed record: above every one before, even when an older copy of the
+    /// home was restored in between.
+    fn next_counter(&self) -> Result<u32> {
+        let mut state = self.state();
+        let by_clock = u32::try_from(clock::now()).unwrap_or(u32::MAX);
+        state.record_counter = by_clock.max(state.record_counter.saturating_add(1));
+        self.home.save_state(&state)?;
+        Ok(state.record_counter)
+    }
+
+    async fn publish(&self, session: &Session, service: &Exposed) -> Result<()> {
+        let target_ok = service.probe().await;
+        let counter = self.next_counter()?;
+        let record = service
+            .record(&self.identity, counter, target_ok)
+            .map_err(|error| Error::new(ErrorKind::Other, error))?;
+        let tag = self.identity.names.tag(&service.name);
+        let service_id = service.service_id;
+        session.request(Request::Expose { service_id, tag, record }).await.map(|_| ())
+    }
+
+    /// Compares a peer's static key with what was seen of it before (step 3 of "Verifying a peer").
+    ///
+    /// # Errors
+    /// [`ErrorKind::TrustViolation`] when the counter went down, or names two keys.
+    pub(crate) fn check_noise_key(&self, peer: &VerifiedPeer) -> Result<()> {
+        let peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(seen) = peers.noise_keys.get(&peer.agent_id()) else {
+            return Ok(());
+        };
+        let same = seen.static_key == peer.static_key();
+        match peer.noise_key_counter().cmp(&seen.counter) {
+            std::cmp::Ordering::Less => Err(Error::trust(format_args!(
+                "agent {} shows an older static key than it did before",
+                peer.agent_id().short()
+            ))),
+            std::cmp::Ordering::Equal if !same => Err(Error::trust(format_args!(
+                "agent {} runs on two machines: one of them is a copy",
+                peer.agent_id().short()
+            ))
+            .hint("stop the copy; if you made none, revoke the agent")),
+            std::cmp::Ordering::Equal | std::cmp::Ordering::Greater => Ok(()),
+        }
+    }
+
+    /// Remembers a peer whose keys a first record has confirmed.
+    pub(crate) fn remember(&self, peer: &VerifiedPeer, name: Option<&ServiceName>) {
+        let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        let seen = SeenNoiseKey {
+            counter: peer.noise_key_counter(),
+            static_key: peer.static_key(),
+        };
+        let new_key = peers.noise_keys.insert(peer.agent_id(), seen) != Some(seen);
+        let pinned =
+            name.map(|name| peers.pins.insert(name.clone(), peer.agent_id()) != Some(peer.agent_id()));
+        if (new_key || pinned == Some(true))
+            && let Err(error) = self.home.save_peers(&peers)
+        {
+            tracing::warn!(%error, "what is known of peers was not saved");
+        }
+    }
+
+    /// The agent that a name stood for when it was last reached.
+    pub(crate) fn pinned(&self, name: &ServiceName) -> Option<AgentId> {
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner).pins.get(name).copied()
+    }
+}
+
+fn displaced() -> Error {
+    Error::new(
+        ErrorKind::Other,
+        "another process connected as this agent, and the newest one counts",
+    )
+    .hint("is a copy of this home in use somewhere? one home is for one machine")
+}
+
+/// Keeps the agent connected, for ever.
+async fn supervise(core: Arc<Core>) {
+    let mut backoff = Backoff::default();
+    loop {
+        let wait = match connect(&core).await {
+            Ok((session, incoming)) => {
+                backoff.reset();
+                tracing::info!(hub = %core.hub, "connected");
+                core.link.send_replace(Link::Up(session.clone()));
+                let ended = serve(&core, &session, incoming).await;
+                match ended {
+                    Ended::Displaced => {
+                        tracing::error!("{}", displaced());
+                        core.link.send_replace(Link::Displaced);
+                        return;
+                    }
+                    Ended::Restarting(wait) => {
+                        tracing::info!("the hub restarts");
+                        core.link.send_replace(Link::Down(None));
+                        wait + backoff.next(random::number())
+                    }
+                    Ended::Lost(cause) => {
+                        tracing::warn!(%cause, "the connection to the hub was lost");
+                        core.link.send_replace(Link::Down(None));
+                        backoff.next(random::number())
+                    }
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "not connected");
+                core.link.send_replace(Link::Down(Some(error)));
+                backoff.next(random::number())
+            }
+        };
+        tokio::time::sleep(wait).await;
+    }
+}
+
+/// Logs in and publishes what this agent exposes.
+async fn connect(core: &Arc<Core>) -> Result<(Arc<Session>, mpsc::Receiver<Incoming>)> {
+    let greeted = Greeted::dial(&core.hub).await?;
+    let credentials = Credentials::of(&core.identity);
+    let (session, incoming) = greeted.login(&credentials, SessionKind::Agent, None).await?;
+    let session = Arc::new(session);
+    let counter = core.next_counter()?;
+    Directory::new(&core.identity, session.clone()).publish_agent(counter).await?;
+    for service in core.exposer.all() {
+        match core.publish(&session, &service).await {
+            // One service that is refused must not keep the others away.
+            Err(error) if error.kind != ErrorKind::HubUnreachable => {
+                tracing::error!(service = %service.name, %error, "not exposed");
+            }
+            other => other?,
+        }
+    }
+    Ok((session, incoming))
+}
+
+/// Serves a session until it ends. Tunnels that it brought live on their own sockets, beyond it.
+async fn serve(
+    core: &Arc<Core>,
+    session: &Arc<Session>,
+    mut incoming: mpsc::Receiver<Incoming>,
+) -> Ended {
+    // Handshakes die with the session that brought them.
+    let mut handshakes = JoinSet::new();
+    loop {
+        tokio::select! {
+            next = incoming.recv() => match next {
+                Some(Incoming::Tunnel { initiator, request, ticket }) => {
+                    let (core, session) = (core.clone(), session.clone());
+                    handshakes.spawn(async move {
+                        core.exposer.answer(&core, &session, initiator, request, ticket).await;
+                    });
+                }
+                Some(Incoming::Closed(ended)) => return ended,
+                None => return Ended::Lost("session dropped".into()),
+            },
+            Some(_) = handshakes.join_next() => {}
+        }
+    }
+}
+
+/// A fresh id for a service.
+pub(crate) fn new_service_id() -> ServiceId {
+    ServiceId(random::bytes())
+}

@@ -1,0 +1,808 @@
+//! One conversation between a reacher and an exposer about one service: its streams, their credit,
+//! and whether the other side is alive. PROTOCOL.md, "Channel".
+//!
+//! Drive it so: give every decrypted record to [`Channel::handle_record`]; call
+//! [`Channel::poll_transmit`] until it has nothing, whenever anything was called; call
+//! [`Channel::handle_timeout`] at [`Channel::poll_timeout`]; take [`Channel::poll_event`] until empty.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    time::{Duration, Instant},
+};
+
+use connect_spec::{
+    limits::{CHANNEL_WINDOW, DEAD_AFTER, KEEPALIVE, MAX_DATA_BYTES, MAX_STREAMS},
+    record::{self, CloseCode, Progress, Record, RecordError, ResetCode, StreamId},
+};
+
+use super::stream::{RecvHalf, SendHalf};
+
+/// An ACK that nothing else makes urgent waits this long for more bytes to acknowledge.
+const ACK_DELAY: Duration = Duration::from_millis(20);
+
+/// Which end of the channel this is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Side {
+    /// Opens streams.
+    Reacher,
+    /// Accepts them.
+    Exposer,
+}
+
+/// A rule that the peer broke; the channel is closed with [`CloseCode::Protocol`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the peer broke the protocol: {0}")]
+pub(crate) struct ProtocolViolation(pub(super) &'static str);
+
+/// Why a channel ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum CloseReason {
+    /// This side closed it.
+    #[error("closed here")]
+    Local,
+    /// The other side closed it.
+    #[error("closed by the peer: {0:?}")]
+    Peer(CloseCode),
+    /// The other side broke a rule.
+    #[error(transparent)]
+    Violation(#[from] ProtocolViolation),
+    /// A record could not be read.
+    #[error("the peer broke the protocol: {0}")]
+    Record(#[from] RecordError),
+    /// Nothing was heard for too long.
+    #[error("the peer has been silent for {} s", DEAD_AFTER.as_secs())]
+    Silent,
+}
+
+/// What the driver must know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// HELLO and WELCOME are exchanged: the keys are confirmed.
+    Established,
+    /// The reacher opened a stream: dial the target.
+    Incoming(StreamId),
+    /// A read that found nothing would find something, or the end.
+    Readable(StreamId),
+    /// A write that found no room would find some, or an error.
+    Writable(StreamId),
+    /// The peer answered a ping after this time.
+    Ponged(Duration),
+    /// The channel ended. The last event.
+    Closed(CloseReason),
+}
+
+/// What a read found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Read {
+    /// So many bytes.
+    Bytes(usize),
+    /// The peer finished, and everything was read.
+    Finished,
+    /// Nothing yet; [`Event::Readable`] tells when.
+    Blocked,
+}
+
+/// A stream that ended without a clean end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum StreamError {
+    /// One side reset the stream.
+    #[error("stream was reset: {0:?}")]
+    Reset(ResetCode),
+    /// The channel under it ended.
+    #[error("the channel is closed")]
+    Closed,
+}
+
+/// The state machine.
+#[derive(Debug)]
+pub(crate) struct Channel {
+    side: Side,
+    phase: Phase,
+    streams: BTreeMap<StreamId, Stream>,
+    next_stream: StreamId,
+    /// Records other than DATA, FIN, ACK and stream WINDOW, in the order in which they go out.
+    outbox: VecDeque<Outgoing>,
+    /// Streams that may have bytes or FIN to send, in turn.
+    sending: VecDeque<StreamId>,
+    /// Streams that have an ACK or WINDOW to send now.
+    feedback: BTreeSet<StreamId>,
+    /// Streams whose ACK may wait until the deadline.
+    delayed: BTreeSet<StreamId>,
+    delayed_until: Option<Instant>,
+    credit: Credit,
+    liveness: Liveness,
+    events: VecDeque<Event>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// The exposer waits for HELLO, the reacher for READY and WELCOME.
+    Greeting {
+        ready: bool,
+    },
+    Established,
+    Closed,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Outgoing {
+    Hello,
+    Ready,
+    Welcome,
+    Open(StreamId),
+    Opened(StreamId),
+    Reset { stream: StreamId, code: ResetCode, total: u64 },
+    Ping(u64),
+    Pong(u64),
+    ChannelWindow,
+    Close(CloseCode),
+}
+
+/// Credit of all streams together.
+#[derive(Debug)]
+struct Credit {
+    /// Bytes that this side may send in all.
+    peer_max: u64,
+    /// Bytes that it sent.
+    sent: u64,
+    /// Bytes that the peer may send in all.
+    max: u64,
+    /// Bytes that the peer sent.
+    received: u64,
+    /// Bytes that applications here read or dropped.
+    consumed: u64,
+}
+
+#[derive(Debug)]
+struct Liveness {
+    heard: Instant,
+    /// When to ping next; not before the greeting is over.
+    ping_at: Option<Instant>,
+    ping: u64,
+    ping_sent: Option<Instant>,
+    round_trip: Option<Duration>,
+    jitter: Duration,
+}
+
+#[derive(Debug)]
+struct Stream {
+    send: SendHalf,
+    recv: RecvHalf,
+    /// In the queue `sending`.
+    queued: bool,
+    reset: Option<ResetCode>,
+    reset_sent: bool,
+    reset_received: bool,
+    /// The application let go of the stream.
+    released: bool,
+}
+
+impl Stream {
+    fn new() -> Self {
+        Self {
+            send: SendHalf::new(),
+            recv: RecvHalf::new(),
+            queued: false,
+            reset: None,
+            reset_sent: false,
+            reset_received: false,
+            released: false,
+        }
+    }
+
+    /// Nothing more will be sent or expected for this stream.
+    fn is_done(&self) -> bool {
+        let clean = self.send.is_done() && self.recv.is_done() && !self.recv.ack_due();
+        let reset = self.reset_sent && (self.reset_received || self.recv.is_complete());
+        clean || reset
+    }
+}
+
+impl Channel {
+    /// Begins a channel on its first tunnel; the reacher's HELLO is ready to be transmitted.
+    ///
+    /// `jitter` is added to the keepalive interval, so that agents do not ping in step.
+    pub(crate) fn new(side: Side, now: Instant, jitter: Duration) -> Self {
+        let mut outbox = VecDeque::new();
+        if side == Side::Reacher {
+            outbox.push_back(Outgoing::Hello);
+        }
+        Self {
+            side,
+            phase: Phase::Greeting { ready: false },
+            streams: BTreeMap::new(),
+            next_stream: StreamId::FIRST,
+            outbox,
+            sending: VecDeque::new(),
+            feedback: BTreeSet::new(),
+            delayed: BTreeSet::new(),
+            delayed_until: None,
+            credit: Credit {
+                peer_max: CHANNEL_WINDOW,
+                sent: 0,
+                max: CHANNEL_WINDOW,
+                received: 0,
+                consumed: 0,
+            },
+            liveness: Liveness {
+                heard: now,
+                ping_at: None,
+                ping: 0,
+                ping_sent: None,
+                round_trip: None,
+                jitter,
+            },
+            events: VecDeque::new(),
+        }
+    }
+
+    // What the application does.
+
+    /// Opens a stream. Bytes may be written at once; they wait within the window for the target.
+    ///
+    /// # Errors
+    /// [`StreamError`] when the channel is closed, or as many streams are open as may be.
+    pub(crate) fn open(&mut self) -> Result<StreamId, StreamError> {
+        debug_assert_eq!(self.side, Side::Reacher, "only reachers open streams");
+        if self.phase == Phase::Closed {
+            return Err(StreamError::Closed);
+        }
+        if self.streams.len() >= MAX_STREAMS {
+            return Err(StreamError::Reset(ResetCode::Busy));
+        }
+        let stream = self.next_stream;
+        self.next_stream = stream.next().ok_or(StreamError::Closed)?;
+        self.streams.insert(stream, Stream::new());
+        self.outbox.push_back(Outgoing::Open(stream));
+        Ok(stream)
+    }
+
+    /// The target of an incoming stream answered.
+    pub(crate) fn opened(&mut self, stream: StreamId) {
+        if self.streams.contains_key(&stream) {
+            self.outbox.push_back(Outgoing::Opened(stream));
+        }
+    }
+
+    /// How many bytes [`Channel::write`] would take; 0 asks for an [`Event::Writable`].
+    pub(crate) fn room(&mut self, stream: StreamId) -> Result<usize, StreamError> {
+        let stream = self.live(stream)?;
+        let room = stream.send.room();
+        stream.send.blocked = room == 0;
+        Ok(room)
+    }
+
+    /// Takes as many bytes as there is room for; 0 asks for an [`Event::Writable`].
+    pub(crate) fn write(&mut self, id: StreamId, bytes: &[u8]) -> Result<usize, StreamError> {
+        let stream = self.live(id)?;
+        if stream.send.is_finished() {
+            return Err(StreamError::Closed);
+        }
+        let written = stream.send.write(bytes);
+        stream.send.blocked = written == 0 && !bytes.is_empty();
+        if written > 0 {
+            self.queue(id);
+        }
+        Ok(written)
+    }
+
+    /// Ends this direction cleanly; the other goes on.
+    pub(crate) fn finish(&mut self, id: StreamId) -> Result<(), StreamError> {
+        self.live(id)?.send.finish();
+        self.queue(id);
+        Ok(())
+    }
+
+    /// Moves received bytes to `out`; [`Read::Blocked`] asks for an [`Event::Readable`].
+    pub(crate) fn read(&mut self, id: StreamId, out: &mut [u8]) -> Result<Read, StreamError> {
+        let stream = self.live(id)?;
+        let length = stream.recv.read(out);
+        if length == 0 {
+            if stream.recv.is_done() {
+                return Ok(Read::Finished);
+            }
+            stream.recv.blocked = !out.is_empty();
+            return Ok(Read::Blocked);
+        }
+        if stream.recv.window_due() {
+            self.feedback.insert(id);
+        }
+        self.consumed(length as u64);
+        Ok(Read::Bytes(length))
+    }
+
+    /// How many bytes a read would find now.
+    pub(crate) fn waiting(&self, id: StreamId) -> usize {
+        self.streams.get(&id).map_or(0, |stream| stream.recv.waiting())
+    }
+
+    /// Ends both directions at once.
+    pub(crate) fn reset(&mut self, id: StreamId, code: ResetCode) {
+        if let Some(stream) = self.streams.get_mut(&id)
+            && stream.reset.is_none()
+        {
+            stream.reset = Some(code);
+            self.send_reset(id, code);
+            self.remove_if_done(id);
+        }
+    }
+
+    /// The application lets go of a stream: one that it did not use to the end is reset.
+    pub(crate) fn release(&mut self, id: StreamId) {
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return;
+        };
+        stream.released = true;
+        if !(stream.send.is_finished() && stream.recv.is_done()) {
+            self.reset(id, ResetCode::Aborted);
+        }
+        self.remove_if_done(id);
+    }
+
+    /// Ends the channel and every stream in it; the record that says so is ready to be transmitted.
+    pub(crate) fn close(&mut self, code: CloseCode) {
+        self.end(CloseReason::Local, Some(code));
+    }
+
+    /// Streams that are open now.
+    pub(crate) fn open_streams(&self) -> usize {
+        self.streams.values().filter(|stream| !stream.released).count()
+    }
+
+    // What the tunnel does.
+
+    /// Takes a decrypted record.
+    pub(crate) fn handle_record(&mut self, now: Instant, bytes: &[u8]) {
+        if self.phase == Phase::Closed {
+            return;
+        }
+        self.liveness.heard = now;
+        let handled = Record::decode(bytes)
+            .map_err(CloseReason::from)
+            .and_then(|record| self.dispatch(now, record));
+        if let Err(reason) = handled {
+            let answer = match reason {
+                CloseReason::Violation(_) | CloseReason::Record(_) => Some(CloseCode::Protocol),
+                CloseReason::Local | CloseReason::Peer(_) | CloseReason::Silent => None,
+            };
+            self.end(reason, answer);
+        }
+    }
+
+    /// Replaces `record` with the next plaintext record to seal and send; `false` when there is none.
+    pub(crate) fn poll_transmit(&mut self, now: Instant, record: &mut Vec<u8>) -> bool {
+        if let Some(outgoing) = self.outbox.pop_front() {
+            self.encode(now, outgoing).encode(record);
+            return true;
+        }
+        self.transmit_feedback(now, record) || self.transmit_stream(record)
+    }
+
+    /// Whether [`Channel::poll_transmit`] may have something.
+    pub(crate) fn wants_transmit(&self) -> bool {
+        !(self.outbox.is_empty() && self.sending.is_empty() && self.feedback.is_empty())
+    }
+
+    /// Whether the channel is over.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.phase == Phase::Closed
+    }
+
+    /// When [`Channel::handle_timeout`] wants to be called, if nothing happens before.
+    pub(crate) fn poll_timeout(&self) -> Option<Instant> {
+        if self.phase == Phase::Closed {
+            return None;
+        }
+        let dead_at = self.liveness.heard + DEAD_AFTER;
+        [self.delayed_until, self.liveness.ping_at, Some(dead_at)].into_iter().flatten().min()
+    }
+
+    /// Lets time pass.
+    pub(crate) fn handle_timeout(&mut self, now: Instant) {
+        if self.phase == Phase::Closed {
+            return;
+        }
+        if now >= self.liveness.heard + DEAD_AFTER {
+            self.end(CloseReason::Silent, None);
+            return;
+        }
+        if self.delayed_until.is_some_and(|deadline| now >= deadline) {
+            self.delayed_until = None;
+            self.feedback.append(&mut self.delayed);
+        }
+        if self.liveness.ping_at.is_some_and(|ping_at| now >= ping_at) {
+            self.ping(now);
+        }
+    }
+
+    /// Asks the peer for a sign of life; [`Event::Ponged`] tells of it.
+    pub(crate) fn ping(&mut self, now: Instant) {
+        self.liveness.ping_at = Some(now + KEEPALIVE + self.liveness.jitter);
+        self.liveness.ping += 1;
+        self.liveness.ping_sent = Some(now);
+        self.outbox.push_back(Outgoing::Ping(self.liveness.ping));
+    }
+
+    /// The next event.
+    pub(crate) fn poll_event(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+
+    // How records are handled.
+
+    fn dispatch(&mut self, now: Instant, record: Record<'_>) -> Result<(), CloseReason> {
+        match (self.phase, record) {
+            (_, Record::TunnelClose(code) | Record::ChannelClose(code)) => {
+                Err(CloseReason::Peer(code))
+            }
+            (Phase::Greeting { ready }, record) => self.greet(now, ready, record),
+            (_, Record::Open(stream)) => Ok(self.handle_open(stream)?),
+            (_, Record::Opened(stream)) => Ok(self.handle_opened(stream)?),
+            (_, Record::Data { stream, offset, bytes }) => {
+                Ok(self.handle_data(now, stream, offset, bytes)?)
+            }
+            (_, Record::Ack { stream, offset }) => Ok(self.handle_ack(stream, offset)?),
+            (_, Record::Window { stream: None, max_data }) => {
+                let before = self.credit.peer_max;
+                self.credit.peer_max = before.max(max_data);
+                if before == self.credit.sent {
+                    self.queue_all();
+                }
+                Ok(())
+            }
+            (_, Record::Window { stream: Some(stream), max_data }) => {
+                Ok(self.handle_window(stream, max_data)?)
+            }
+            (_, Record::Fin { stream, total }) => Ok(self.handle_fin(stream, total)?),
+            (_, Record::Reset { stream, code, total }) => {
+                Ok(self.handle_reset(stream, code, total)?)
+            }
+            (_, Record::Ping(value)) => {
+                self.outbox.push_back(Outgoing::Pong(value));
+                Ok(())
+            }
+            (_, Record::Pong(value)) => {
+                self.handle_pong(now, value);
+                Ok(())
+            }
+            (_, Record::Hello { .. } | Record::Welcome(_) | Record::Ready) => {
+                Err(ProtocolViolation("a second greeting").into())
+            }
+        }
+    }
+
+    fn greet(&mut self, now: Instant, ready: bool, record: Record<'_>) -> Result<(), CloseReason> {
+        match (self.side, ready, record) {
+            (Side::Exposer, _, Record::Hello { new: true, progress }) => {
+                check_fresh(&progress)?;
+                self.credit.peer_max = progress.max_data;
+                self.outbox.extend([Outgoing::Ready, Outgoing::Welcome]);
+            }
+            (Side::Exposer, _, Record::Hello { new: false, .. }) => {
+                // The channel that the reacher wants to carry on is not known here.
+                self.end(CloseReason::Local, Some(CloseCode::Lost));
+                return Ok(());
+            }
+            (Side::Reacher, false, Record::Ready) => {
+                self.phase = Phase::Greeting { ready: true };
+                return Ok(());
+            }
+            (Side::Reacher, true, Record::Welcome(progress)) => {
+                check_fresh(&progress)?;
+                self.credit.peer_max = progress.max_data.max(self.credit.peer_max);
+            }
+            _ => return Err(ProtocolViolation("a record before the greeting").into()),
+        }
+        self.phase = Phase::Established;
+        self.events.push_back(Event::Established);
+        self.ping(now);
+        Ok(())
+    }
+
+    fn handle_open(&mut self, stream: StreamId) -> Result<(), ProtocolViolation> {
+        if self.side == Side::Reacher || stream != self.next_stream {
+            return Err(ProtocolViolation("a stream opened out of turn"));
+        }
+        self.next_stream = stream.next().ok_or(ProtocolViolation("no stream is left"))?;
+        self.streams.insert(stream, Stream::new());
+        if self.streams.len() > MAX_STREAMS {
+            self.reset(stream, ResetCode::Busy);
+            self.release(stream);
+        } else {
+            self.events.push_back(Event::Incoming(stream));
+        }
+        Ok(())
+    }
+
+    fn handle_opened(&mut self, stream: StreamId) -> Result<(), ProtocolViolation> {
+        let in_turn = self.side == Side::Reacher && stream < self.next_stream;
+        if in_turn { Ok(()) } else { Err(ProtocolViolation("a stream opened by the wrong side")) }
+    }
+
+    fn handle_data(
+        &mut self,
+        now: Instant,
+        id: StreamId,
+        offset: u64,
+        bytes: &[u8],
+    ) -> Result<(), ProtocolViolation> {
+        let Some(stream) = self.known(id)? else {
+            return Ok(());
+        };
+        let fresh = stream.recv.handle_data(offset, bytes)?;
+        let urgent = stream.recv.ack_urgent();
+        let wake = std::mem::take(&mut stream.recv.blocked);
+        let dropped = stream.recv.waiting() == 0;
+        if urgent {
+            self.feedback.insert(id);
+        } else {
+            self.delayed.insert(id);
+            self.delayed_until.get_or_insert(now + ACK_DELAY);
+        }
+        if wake {
+            self.events.push_back(Event::Readable(id));
+        }
+        self.received(fresh)?;
+        if dropped {
+            self.consumed(fresh);
+        }
+        Ok(())
+    }
+
+    fn handle_ack(&mut self, id: StreamId, offset: u64) -> Result<(), ProtocolViolation> {
+        if let Some(stream) = self.known(id)? {
+            stream.send.handle_ack(offset)?;
+            self.wake_writer(id);
+            self.remove_if_done(id);
+        }
+        Ok(())
+    }
+
+    fn handle_window(&mut self, id: StreamId, max_data: u64) -> Result<(), ProtocolViolation> {
+        if let Some(stream) = self.known(id)? {
+            stream.send.handle_window(max_data);
+            self.queue(id);
+            self.wake_writer(id);
+        }
+        Ok(())
+    }
+
+    fn handle_fin(&mut self, id: StreamId, total: u64) -> Result<(), ProtocolViolation> {
+        let Some(stream) = self.known(id)? else {
+            return Ok(());
+        };
+        if stream.recv.handle_end(total)? != 0 {
+            return Err(ProtocolViolation("FIN before the last byte"));
+        }
+        if std::mem::take(&mut stream.recv.blocked) {
+            self.events.push_back(Event::Readable(id));
+        }
+        self.feedback.insert(id);
+        Ok(())
+    }
+
+    fn handle_reset(
+        &mut self,
+        id: StreamId,
+        code: ResetCode,
+        total: u64,
+    ) -> Result<(), ProtocolViolation> {
+        let Some(stream) = self.known(id)? else {
+            return Ok(());
+        };
+        let missing = stream.recv.handle_end(total)?;
+        stream.reset_received = true;
+        if stream.reset.is_none() {
+            stream.reset = Some(code);
+            self.events.extend([Event::Readable(id), Event::Writable(id)]);
+        }
+        self.received(missing)?;
+        self.consumed(missing);
+        // Both sides learn the other's final size, which counts in the credit of the channel.
+        self.send_reset(id, code);
+        self.remove_if_done(id);
+        Ok(())
+    }
+
+    fn handle_pong(&mut self, now: Instant, value: u64) {
+        if value != self.liveness.ping {
+            return;
+        }
+        if let Some(sent) = self.liveness.ping_sent.take() {
+            let round_trip = now.duration_since(sent);
+            let least = self.liveness.round_trip.map_or(round_trip, |least| least.min(round_trip));
+            self.liveness.round_trip = Some(least);
+            self.events.push_back(Event::Ponged(round_trip));
+        }
+    }
+
+    // How records are made.
+
+    fn encode(&mut self, now: Instant, outgoing: Outgoing) -> Record<'static> {
+        let progress = |channel: &Self| Progress {
+            next_stream: StreamId::FIRST,
+            max_data: channel.credit.max,
+            streams: Vec::new(),
+            more: false,
+        };
+        match outgoing {
+            Outgoing::Hello => Record::Hello { new: true, progress: progress(self) },
+            Outgoing::Welcome => Record::Welcome(progress(self)),
+            Outgoing::Ready => Record::Ready,
+            Outgoing::Open(stream) => Record::Open(stream),
+            Outgoing::Opened(stream) => Record::Opened(stream),
+            Outgoing::Reset { stream, code, total } => Record::Reset { stream, code, total },
+            Outgoing::Ping(value) => {
+                self.liveness.ping_sent = Some(now);
+                Record::Ping(value)
+            }
+            Outgoing::Pong(value) => Record::Pong(value),
+            Outgoing::ChannelWindow => Record::Window { stream: None, max_data: self.credit.max },
+            Outgoing::Close(code) => Record::ChannelClose(code),
+        }
+    }
+
+    fn transmit_feedback(&mut self, now: Instant, record: &mut Vec<u8>) -> bool {
+        let round_trip = self.liveness.round_trip;
+        while let Some(id) = self.feedback.first().copied() {
+            // A reset stream needs neither: its final sizes say all.
+            if let Some(stream) = self.streams.get_mut(&id).filter(|stream| stream.reset.is_none())
+            {
+                if stream.recv.ack_due() {
+                    let offset = stream.recv.take_ack();
+                    self.delayed.remove(&id);
+                    Record::Ack { stream: id, offset }.encode(record);
+                    return true;
+                }
+                if stream.recv.window_due() {
+                    let max_data = stream.recv.take_window(now, round_trip);
+                    Record::Window { stream: Some(id), max_data }.encode(record);
+                    return true;
+                }
+            }
+            self.feedback.remove(&id);
+            self.remove_if_done(id);
+        }
+        false
+    }
+
+    fn transmit_stream(&mut self, record: &mut Vec<u8>) -> bool {
+        while let Some(id) = self.sending.pop_front() {
+            let Some(stream) = self.streams.get_mut(&id) else {
+                continue;
+            };
+            stream.queued = false;
+            if stream.reset.is_some() {
+                continue;
+            }
+            let credit = self.credit.peer_max - self.credit.sent;
+            let length = stream.send.sendable(credit).min(MAX_DATA_BYTES);
+            if length > 0 {
+                let offset = stream.send.sent();
+                record::begin_data(record, id, offset, length);
+                stream.send.take(length, record);
+                record::end_data(record);
+                self.credit.sent += length as u64;
+                self.queue(id);
+                return true;
+            }
+            if let Some(total) = stream.send.take_fin() {
+                Record::Fin { stream: id, total }.encode(record);
+                return true;
+            }
+        }
+        false
+    }
+
+    // Book-keeping.
+
+    /// A stream that the application may use.
+    fn live(&mut self, id: StreamId) -> Result<&mut Stream, StreamError> {
+        let stream = self.streams.get_mut(&id).ok_or(StreamError::Closed)?;
+        match stream.reset {
+            Some(code) => Err(StreamError::Reset(code)),
+            None => Ok(stream),
+        }
+    }
+
+    /// A stream that the peer may speak of; `None` when both sides are done with it.
+    fn known(&mut self, id: StreamId) -> Result<Option<&mut Stream>, ProtocolViolation> {
+        if id >= self.next_stream {
+            return Err(ProtocolViolation("a stream that was never opened"));
+        }
+        Ok(self.streams.get_mut(&id))
+    }
+
+    fn queue(&mut self, id: StreamId) {
+        if let Some(stream) = self.streams.get_mut(&id) {
+            let credit = self.credit.peer_max - self.credit.sent;
+            let work = stream.send.sendable(credit) > 0 || stream.send.fin_due();
+            if work && !stream.queued {
+                stream.queued = true;
+                self.sending.push_back(id);
+            }
+        }
+    }
+
+    fn queue_all(&mut self) {
+        let ids: Vec<_> = self.streams.keys().copied().collect();
+        for id in ids {
+            self.queue(id);
+        }
+    }
+
+    fn wake_writer(&mut self, id: StreamId) {
+        if let Some(stream) = self.streams.get_mut(&id)
+            && stream.send.blocked
+            && stream.send.room() > 0
+        {
+            stream.send.blocked = false;
+            self.events.push_back(Event::Writable(id));
+        }
+    }
+
+    fn received(&mut self, fresh: u64) -> Result<(), ProtocolViolation> {
+        self.credit.received += fresh;
+        if self.credit.received > self.credit.max {
+            return Err(ProtocolViolation("bytes beyond the channel's credit"));
+        }
+        Ok(())
+    }
+
+    fn consumed(&mut self, bytes: u64) {
+        self.credit.consumed += bytes;
+        if self.credit.consumed + CHANNEL_WINDOW - self.credit.max >= CHANNEL_WINDOW / 4 {
+            self.credit.max = self.credit.consumed + CHANNEL_WINDOW;
+            self.outbox.push_back(Outgoing::ChannelWindow);
+        }
+    }
+
+    /// Sends RESET once, and drops what the application would still have read.
+    fn send_reset(&mut self, id: StreamId, code: ResetCode) {
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return;
+        };
+        if stream.reset_sent {
+            return;
+        }
+        stream.reset_sent = true;
+        let total = stream.send.sent();
+        let dropped = stream.recv.discard();
+        self.outbox.push_back(Outgoing::Reset { stream: id, code, total });
+        self.consumed(dropped);
+    }
+
+    fn remove_if_done(&mut self, id: StreamId) {
+        if self.streams.get(&id).is_some_and(|stream| stream.released && stream.is_done()) {
+            self.streams.remove(&id);
+            self.feedback.remove(&id);
+            self.delayed.remove(&id);
+        }
+    }
+
+    fn end(&mut self, reason: CloseReason, say: Option<CloseCode>) {
+        if self.phase == Phase::Closed {
+            return;
+        }
+        self.phase = Phase::Closed;
+        self.outbox.clear();
+        self.sending.clear();
+        self.feedback.clear();
+        self.delayed.clear();
+        for (id, _) in std::mem::take(&mut self.streams) {
+            self.events.extend([Event::Readable(id), Event::Writable(id)]);
+        }
+        self.outbox.extend(say.map(Outgoing::Close));
+        self.events.push_back(Event::Closed(reason));
+    }
+}
+
+/// The first tunnel of a channel has nothing to carry on.
+fn check_fresh(progress: &Progress) -> Result<(), ProtocolViolation> {
+    let fresh =
+        progress.streams.is_empty() && !progress.more && progress.next_stream == StreamId::FIRST;
+    if fresh { Ok(()) } else { Err(ProtocolViolation("a new channel that lists streams")) }
+}
+
+#[cfg(test)]
+mod tests;

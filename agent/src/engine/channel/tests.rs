@@ -1,0 +1,559 @@
+use connect_spec::limits::{INITIAL_STREAM_WINDOW, MAX_STREAM_WINDOW};
+use proptest::prelude::*;
+
+use super::*;
+
+/// Two channels joined by a transport that keeps the order, on a clock that the test holds.
+struct Pair {
+    reacher: Channel,
+    exposer: Channel,
+    now: Instant,
+    events: Vec<(Side, Event)>,
+}
+
+impl Pair {
+    fn greeted() -> Self {
+        let mut pair = Self::new();
+        pair.drive();
+        for side in [Side::Reacher, Side::Exposer] {
+            assert!(pair.events.contains(&(side, Event::Established)));
+        }
+        pair
+    }
+
+    fn new() -> Self {
+        let now = Instant::now();
+        Self {
+            reacher: Channel::new(Side::Reacher, now, Duration::ZERO),
+            exposer: Channel::new(Side::Exposer, now, Duration::ZERO),
+            now,
+            events: Vec::new(),
+        }
+    }
+
+    fn channel(&mut self, side: Side) -> &mut Channel {
+        match side {
+            Side::Reacher => &mut self.reacher,
+            Side::Exposer => &mut self.exposer,
+        }
+    }
+
+    /// Hands one record from `side` to the other; `false` when there is none.
+    fn step(&mut self, side: Side) -> bool {
+        let now = self.now;
+        let mut record = Vec::new();
+        let other = match side {
+            Side::Reacher => Side::Exposer,
+            Side::Exposer => Side::Reacher,
+        };
+        let sent = self.channel(side).poll_transmit(now, &mut record);
+        if sent {
+            self.channel(other).handle_record(now, &record);
+        }
+        for side in [Side::Reacher, Side::Exposer] {
+            while let Some(event) = self.channel(side).poll_event() {
+                self.events.push((side, event));
+            }
+            invariant_credit_is_respected(self.channel(side));
+        }
+        sent
+    }
+
+    /// Exchanges records until both sides have nothing to say.
+    fn drive(&mut self) {
+        let mut steps = 0;
+        while self.step(Side::Reacher) | self.step(Side::Exposer) {
+            steps += 1;
+            assert!(steps < 100_000, "the two sides never come to rest");
+        }
+    }
+
+    fn pass(&mut self, time: Duration) {
+        self.now += time;
+        let now = self.now;
+        self.reacher.handle_timeout(now);
+        self.exposer.handle_timeout(now);
+        self.drive();
+    }
+
+    fn open(&mut self) -> StreamId {
+        let stream = self.reacher.open().expect("open channel");
+        self.drive();
+        assert!(self.events.contains(&(Side::Exposer, Event::Incoming(stream))));
+        stream
+    }
+
+    fn read_all(&mut self, side: Side, stream: StreamId) -> Vec<u8> {
+        let mut all = Vec::new();
+        let mut part = [0; 5000];
+        loop {
+            match self.channel(side).read(stream, &mut part) {
+                Ok(Read::Bytes(length)) => all.extend_from_slice(&part[..length]),
+                Ok(Read::Finished | Read::Blocked) | Err(_) => return all,
+            }
+            self.drive();
+        }
+    }
+
+    fn assert_closed(&mut self, side: Side, expected: CloseReason) {
+        assert!(
+            self.events.contains(&(side, Event::Closed(expected))),
+            "{side:?} is not closed by {expected:?}: {:?}",
+            self.events
+        );
+    }
+}
+
+fn invariant_credit_is_respected(channel: &Channel) {
+    assert!(channel.credit.sent <= channel.credit.peer_max);
+    assert!(channel.credit.received <= channel.credit.max);
+    assert!(channel.credit.consumed <= channel.credit.received);
+    if channel.phase != Phase::Closed {
+        let open: u64 = channel.streams.values().map(|stream| stream.recv.received()).sum();
+        assert!(
+            open <= channel.credit.received,
+            "streams hold bytes that the channel never counted"
+        );
+    }
+}
+
+fn pattern(length: usize) -> Vec<u8> {
+    (0..length).map(|index| u8::try_from(index % 251).expect("below 251")).collect()
+}
+
+#[test]
+fn client_may_speak_before_the_target_answers() {
+    let mut pair = Pair::new();
+    let stream = pair.reacher.open().expect("open before the greeting");
+    assert_eq!(pair.reacher.write(stream, b"early"), Ok(5));
+    pair.drive();
+    assert_eq!(pair.read_all(Side::Exposer, stream), b"early");
+}
+
+#[test]
+fn server_may_speak_first() {
+    let mut pair = Pair::greeted();
+    let stream = pair.open();
+    pair.exposer.opened(stream);
+    assert_eq!(pair.exposer.write(stream, b"220 ready"), Ok(9));
+    pair.drive();
+    assert_eq!(pair.read_all(Side::Reacher, stream), b"220 ready");
+}
+
+#[test]
+fn one_direction_ends_and_the_other_goes_on() {
+    for (first, second) in [(Side::Reacher, Side::Exposer), (Side::Exposer, Side::Reacher)] {
+        let mut pair = Pair::greeted();
+        let stream = pair.open();
+        pair.channel(first).write(stream, b"request").expect("room");
+        pair.channel(first).finish(stream).expect("live");
+        pair.drive();
+        assert_eq!(pair.read_all(second, stream), b"request");
+        assert_eq!(pair.channel(second).read(stream, &mut [0; 8]), Ok(Read::Finished));
+        pair.channel(second).write(stream, b"late answer").expect("room");
+        pair.channel(second).finish(stream).expect("live");
+        pair.drive();
+        assert_eq!(pair.read_all(first, stream), b"late answer");
+        assert_eq!(pair.channel(first).read(stream, &mut [0; 8]), Ok(Read::Finished));
+    }
+}
+
+#[test]
+fn finished_streams_are_forgotten_by_both_sides() {
+    let mut pair = Pair::greeted();
+    for _ in 0..3 {
+        let stream = pair.open();
+        for side in [Side::Reacher, Side::Exposer] {
+            pair.channel(side).write(stream, b"x").expect("room");
+            pair.channel(side).finish(stream).expect("live");
+        }
+        pair.drive();
+        for side in [Side::Reacher, Side::Exposer] {
+            assert_eq!(pair.read_all(side, stream), b"x");
+            pair.channel(side).release(stream);
+        }
+        pair.drive();
+    }
+    assert!(pair.reacher.streams.is_empty() && pair.exposer.streams.is_empty());
+    assert!(pair.reacher.sending.is_empty() && pair.reacher.feedback.is_empty());
+}
+
+#[test]
+fn released_stream_is_reset_and_the_other_side_hears_of_it() {
+    let mut pair = Pair::greeted();
+    let stream = pair.open();
+    pair.exposer.write(stream, b"never read").expect("room");
+    pair.reacher.release(stream);
+    pair.drive();
+    assert_eq!(pair.exposer.read(stream, &mut [0; 8]), Err(StreamError::Reset(ResetCode::Aborted)));
+    pair.exposer.release(stream);
+    assert!(pair.reacher.streams.is_empty() && pair.exposer.streams.is_empty());
+}
+
+#[test]
+fn refusal_of_the_target_reaches_the_client_as_its_own_code() {
+    let mut pair = Pair::greeted();
+    let stream = pair.open();
+    pair.reacher.write(stream, b"hello?").expect("room");
+    pair.exposer.reset(stream, ResetCode::TargetRefused);
+    pair.drive();
+    assert_eq!(
+        pair.reacher.write(stream, b"again"),
+        Err(StreamError::Reset(ResetCode::TargetRefused))
+    );
+}
+
+#[test]
+fn reader_that_stops_holds_the_writer_and_nobody_else() {
+    let mut pair = Pair::greeted();
+    let (stalled, lively) = (pair.open(), pair.open());
+    let mut written = 0;
+    loop {
+        let taken = pair.reacher.write(stalled, &pattern(50_000)).expect("live");
+        written += taken as u64;
+        pair.drive();
+        if taken == 0 {
+            break;
+        }
+    }
+    let stalled_at_exposer = &pair.exposer.streams[&stalled].recv;
+    assert_eq!(stalled_at_exposer.received(), INITIAL_STREAM_WINDOW);
+    assert!(written <= INITIAL_STREAM_WINDOW + 64 * 1024);
+
+    for _ in 0..200 {
+        pair.reacher.write(lively, &pattern(20_000)).expect("room");
+        pair.drive();
+        assert_eq!(pair.read_all(Side::Exposer, lively).len(), 20_000);
+    }
+    // Reading again lets the writer go on.
+    pair.events.clear();
+    assert_eq!(pair.read_all(Side::Exposer, stalled).len() as u64, written);
+    assert!(pair.events.contains(&(Side::Reacher, Event::Writable(stalled))));
+}
+
+#[test]
+fn bytes_arrive_once_and_in_order_through_every_buffer_boundary() {
+    let mut pair = Pair::greeted();
+    let stream = pair.open();
+    let sent = pattern(3_000_000);
+    let (mut offset, mut received) = (0, Vec::new());
+    while received.len() < sent.len() {
+        let chunk = &sent[offset..(offset + 77_777).min(sent.len())];
+        offset += pair.reacher.write(stream, chunk).expect("live");
+        pair.drive();
+        received.extend(pair.read_all(Side::Exposer, stream));
+    }
+    assert!(received == sent);
+}
+
+#[test]
+fn bytes_of_reset_streams_return_to_the_channel() {
+    let mut pair = Pair::greeted();
+    for _ in 0..3 * CHANNEL_WINDOW / INITIAL_STREAM_WINDOW {
+        let stream = pair.open();
+        pair.reacher.write(stream, &pattern(300_000)).expect("live");
+        pair.drive();
+        pair.exposer.release(stream);
+        pair.reacher.release(stream);
+        pair.drive();
+    }
+    assert!(pair.reacher.streams.is_empty() && pair.exposer.streams.is_empty());
+    let stream = pair.open();
+    pair.reacher.write(stream, b"still flowing").expect("room");
+    pair.drive();
+    assert_eq!(pair.read_all(Side::Exposer, stream), b"still flowing");
+}
+
+#[test]
+fn window_grows_while_it_is_what_the_sender_waits_for() {
+    let mut pair = Pair::greeted();
+    let stream = pair.open();
+    // A ping of 10 ms, then reads without a pause: each grant is used up within a round trip.
+    pair.exposer.ping(pair.now);
+    let mut record = Vec::new();
+    while pair.exposer.poll_transmit(pair.now, &mut record) {
+        pair.reacher.handle_record(pair.now, &record);
+    }
+    pair.exposer.liveness.round_trip = None;
+    pair.now += Duration::from_millis(10);
+    pair.drive();
+    assert!(pair.events.contains(&(Side::Exposer, Event::Ponged(Duration::from_millis(10)))));
+    for _ in 0..400 {
+        pair.reacher.write(stream, &pattern(100_000)).expect("live");
+        pair.drive();
+        pair.read_all(Side::Exposer, stream);
+    }
+    let granted = &pair.reacher.streams[&stream].send;
+    assert!(granted.room() as u64 > MAX_STREAM_WINDOW - 200_000);
+    assert!(granted.room() as u64 <= MAX_STREAM_WINDOW + 64 * 1024);
+}
+
+#[test]
+fn acknowledgements_wait_for_more_but_not_for_ever() {
+    let mut pair = Pair::greeted();
+    let stream = pair.open();
+    pair.reacher.write(stream, b"ping").expect("room");
+    pair.drive();
+    assert_eq!(pair.reacher.streams[&stream].send.unacknowledged(), 4);
+    let deadline = pair.exposer.poll_timeout().expect("an ACK is due");
+    assert!(deadline <= pair.now + ACK_DELAY);
+    pair.pass(ACK_DELAY);
+    assert_eq!(pair.exposer.delayed_until, None);
+    assert_eq!(pair.reacher.streams[&stream].send.unacknowledged(), 0);
+}
+
+#[test]
+fn quiet_channel_is_pinged_and_a_silent_one_is_dead() {
+    let mut pair = Pair::greeted();
+    pair.events.clear();
+    pair.pass(KEEPALIVE);
+    assert!(pair.events.iter().any(|(_, event)| matches!(event, Event::Ponged(_))));
+    // Nothing is exchanged any more.
+    pair.now += DEAD_AFTER;
+    let now = pair.now;
+    pair.reacher.handle_timeout(now);
+    pair.exposer.handle_timeout(now);
+    while pair.step(Side::Reacher) {}
+    pair.assert_closed(Side::Reacher, CloseReason::Silent);
+    pair.assert_closed(Side::Exposer, CloseReason::Silent);
+    assert_eq!(pair.reacher.poll_timeout(), None);
+}
+
+#[test]
+fn closing_is_said_and_ends_every_stream() {
+    let mut pair = Pair::greeted();
+    let stream = pair.open();
+    pair.exposer.close(CloseCode::ServiceGone);
+    pair.drive();
+    pair.assert_closed(Side::Exposer, CloseReason::Local);
+    pair.assert_closed(Side::Reacher, CloseReason::Peer(CloseCode::ServiceGone));
+    assert_eq!(pair.reacher.read(stream, &mut [0; 8]), Err(StreamError::Closed));
+    assert_eq!(pair.reacher.open(), Err(StreamError::Closed));
+}
+
+#[test]
+fn channel_that_is_not_known_here_is_lost() {
+    let now = Instant::now();
+    let mut exposer = Channel::new(Side::Exposer, now, Duration::ZERO);
+    let mut record = Vec::new();
+    let progress = Progress {
+        next_stream: StreamId::FIRST,
+        max_data: CHANNEL_WINDOW,
+        streams: Vec::new(),
+        more: false,
+    };
+    Record::Hello { new: false, progress }.encode(&mut record);
+    exposer.handle_record(now, &record);
+    assert!(exposer.poll_transmit(now, &mut record));
+    assert_eq!(Record::decode(&record), Ok(Record::ChannelClose(CloseCode::Lost)));
+    assert!(!exposer.poll_transmit(now, &mut record));
+}
+
+#[test]
+fn limit_of_streams_is_kept_at_the_limit() {
+    let mut pair = Pair::greeted();
+    for _ in 0..MAX_STREAMS {
+        pair.reacher.open().expect("below the limit");
+    }
+    assert_eq!(pair.reacher.open(), Err(StreamError::Reset(ResetCode::Busy)));
+    pair.drive();
+    assert_eq!(pair.exposer.open_streams(), MAX_STREAMS);
+    // A peer that does not keep to it is told stream by stream.
+    pair.reacher.streams.pop_first();
+    let over = pair.reacher.open().expect("the reacher forgot one");
+    pair.drive();
+    assert_eq!(pair.reacher.write(over, b"x"), Err(StreamError::Reset(ResetCode::Busy)));
+}
+
+/// Each record that breaks a rule ends the channel, at both sides, and nothing panics.
+#[test]
+fn violations_close_the_channel() {
+    let stream = StreamId::FIRST;
+    let never = StreamId::new(40).expect("even");
+    let over = INITIAL_STREAM_WINDOW;
+    let cases: [(&str, Vec<Record<'_>>); 14] = [
+        ("gap", vec![Record::Data { stream, offset: 1, bytes: b"x" }]),
+        ("credit", vec![Record::Data { stream, offset: over, bytes: b"x" }]),
+        ("unopened data", vec![Record::Data { stream: never, offset: 0, bytes: b"x" }]),
+        ("unopened fin", vec![Record::Fin { stream: never, total: 0 }]),
+        ("unopened ack", vec![Record::Ack { stream: never, offset: 0 }]),
+        ("ack unsent", vec![Record::Ack { stream, offset: 1 }]),
+        ("early fin", vec![Record::Fin { stream, total: 1 }]),
+        (
+            "past fin",
+            vec![Record::Fin { stream, total: 0 }, Record::Data { stream, offset: 0, bytes: b"x" }],
+        ),
+        (
+            "two totals",
+            vec![
+                Record::Data { stream, offset: 0, bytes: b"x" },
+                Record::Fin { stream, total: 1 },
+                Record::Reset { stream, code: ResetCode::Aborted, total: 2 },
+            ],
+        ),
+        (
+            "reset below",
+            vec![
+                Record::Data { stream, offset: 0, bytes: b"xy" },
+                Record::Reset { stream, code: ResetCode::Aborted, total: 1 },
+            ],
+        ),
+        ("reset beyond", vec![Record::Reset { stream, code: ResetCode::Aborted, total: over + 1 }]),
+        ("open again", vec![Record::Open(stream)]),
+        ("open out of turn", vec![Record::Open(never)]),
+        ("second greeting", vec![Record::Ready]),
+    ];
+    for (name, records) in cases {
+        let mut pair = Pair::greeted();
+        pair.open();
+        let mut bytes = Vec::new();
+        for record in records {
+            record.encode(&mut bytes);
+            let now = pair.now;
+            pair.exposer.handle_record(now, &bytes);
+        }
+        pair.drive();
+        let violated = pair.events.iter().any(|(side, event)| {
+            *side == Side::Exposer && matches!(event, Event::Closed(CloseReason::Violation(_)))
+        });
+        assert!(violated, "{name}: {:?}", pair.events);
+        pair.assert_closed(Side::Reacher, CloseReason::Peer(CloseCode::Protocol));
+    }
+}
+
+#[test]
+fn channel_credit_is_enforced() {
+    let mut pair = Pair::greeted();
+    let now = pair.now;
+    let streams = CHANNEL_WINDOW / INITIAL_STREAM_WINDOW + 1;
+    let chunk = vec![0; MAX_DATA_BYTES];
+    let mut record = Vec::new();
+    for number in 0..u32::try_from(streams).expect("few") {
+        let stream = StreamId::new(2 + 2 * number).expect("even");
+        Record::Open(stream).encode(&mut record);
+        pair.exposer.handle_record(now, &record);
+        for offset in (0..INITIAL_STREAM_WINDOW).step_by(MAX_DATA_BYTES) {
+            Record::Data { stream, offset, bytes: &chunk }.encode(&mut record);
+            pair.exposer.handle_record(now, &record);
+        }
+    }
+    let mut last = None;
+    while let Some(event) = pair.exposer.poll_event() {
+        last = Some(event);
+    }
+    assert_eq!(
+        last,
+        Some(Event::Closed(CloseReason::Violation(ProtocolViolation(
+            "bytes beyond the channel's credit"
+        ))))
+    );
+}
+
+#[test]
+fn unknown_record_ends_the_channel() {
+    let mut pair = Pair::greeted();
+    let now = pair.now;
+    pair.exposer.handle_record(now, &[0x30, 1, 2, 3]);
+    pair.drive();
+    pair.assert_closed(Side::Exposer, CloseReason::Record(RecordError::Type(0x30)));
+}
+
+#[derive(Debug, Clone)]
+enum Action {
+    Open,
+    Write { side: bool, stream: u8, length: u16 },
+    Read { side: bool, stream: u8, length: u16 },
+    Finish { side: bool, stream: u8 },
+    Reset { side: bool, stream: u8 },
+    Step { side: bool, records: u8 },
+    Pass { millis: u8 },
+}
+
+fn action() -> impl Strategy<Value = Action> {
+    let side = any::<bool>;
+    let stream = || 0u8..6;
+    prop_oneof![
+        1 => Just(Action::Open),
+        6 => (side(), stream(), any::<u16>()).prop_map(|(side, stream, length)| Action::Write { side, stream, length }),
+        6 => (side(), stream(), any::<u16>()).prop_map(|(side, stream, length)| Action::Read { side, stream, length }),
+        1 => (side(), stream()).prop_map(|(side, stream)| Action::Finish { side, stream }),
+        1 => (side(), stream()).prop_map(|(side, stream)| Action::Reset { side, stream }),
+        8 => (side(), any::<u8>()).prop_map(|(side, records)| Action::Step { side, records }),
+        1 => any::<u8>().prop_map(|millis| Action::Pass { millis }),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
+
+    /// Whatever two honest applications do, no rule is broken, and what is read is a prefix of what
+    /// was written, byte for byte.
+    #[test]
+    fn honest_sides_never_disagree(actions in proptest::collection::vec(action(), 1..200)) {
+        let mut pair = Pair::greeted();
+        let mut written: BTreeMap<(bool, StreamId), u64> = BTreeMap::new();
+        let mut read: BTreeMap<(bool, StreamId), u64> = BTreeMap::new();
+        let which = |side: bool| if side { Side::Reacher } else { Side::Exposer };
+        let stream_of = |number: u8| StreamId::new(2 + 2 * u32::from(number)).expect("even");
+        for action in actions {
+            match action {
+                Action::Open => { let _ = pair.reacher.open(); }
+                Action::Write { side, stream, length } => {
+                    let id = stream_of(stream);
+                    let done = written.entry((side, id)).or_default();
+                    let bytes: Vec<u8> = (*done..*done + u64::from(length)).map(|at| (at % 253) as u8).collect();
+                    if let Ok(taken) = pair.channel(which(side)).write(id, &bytes) {
+                        *done += taken as u64;
+                    }
+                }
+                Action::Read { side, stream, length } => {
+                    let id = stream_of(stream);
+                    let mut out = vec![0; usize::from(length)];
+                    if let Ok(Read::Bytes(count)) = pair.channel(which(side)).read(id, &mut out) {
+                        let done = read.entry((side, id)).or_default();
+                        for byte in &out[..count] {
+                            prop_assert_eq!(*byte, (*done % 253) as u8);
+                            *done += 1;
+                        }
+                    }
+                }
+                Action::Finish { side, stream } => { let _ = pair.channel(which(side)).finish(stream_of(stream)); }
+                Action::Reset { side, stream } => pair.channel(which(side)).reset(stream_of(stream), ResetCode::Aborted),
+                Action::Step { side, records } => {
+                    for _ in 0..records {
+                        pair.step(which(side));
+                    }
+                }
+                Action::Pass { millis } => {
+                    pair.now += Duration::from_millis(millis.into());
+                    let now = pair.now;
+                    pair.reacher.handle_timeout(now);
+                    pair.exposer.handle_timeout(now);
+                }
+            }
+        }
+        pair.drive();
+        for ((side, id), count) in &read {
+            let sent = written.get(&(!side, *id)).copied().unwrap_or(0);
+            prop_assert!(*count <= sent);
+        }
+        let closed = pair.events.iter().any(|(_, event)| matches!(event, Event::Closed(_)));
+        prop_assert!(!closed, "an honest channel was closed: {:?}", pair.events);
+    }
+
+    #[test]
+    fn garbage_never_panics(records in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..40), 0..20)) {
+        let mut pair = Pair::greeted();
+        pair.reacher.open().expect("open channel");
+        let now = pair.now;
+        for record in &records {
+            pair.reacher.handle_record(now, record);
+            pair.exposer.handle_record(now, record);
+        }
+        let mut record = Vec::new();
+        for channel in [&mut pair.reacher, &mut pair.exposer] {
+            while channel.poll_transmit(now, &mut record) {}
+            while channel.poll_event().is_some() {}
+        }
+    }
+}

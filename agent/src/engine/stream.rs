@@ -1,0 +1,309 @@
+//! The two halves of one stream: what is kept until acknowledged, and what waits to be read.
+
+use std::{collections::VecDeque, time::Instant};
+
+use connect_spec::limits::{INITIAL_STREAM_WINDOW, MAX_STREAM_WINDOW};
+
+use super::channel::ProtocolViolation;
+
+/// Bytes that a writer may put ahead of its credit, so that a WINDOW finds work waiting.
+const WRITE_AHEAD: u64 = 64 * 1024;
+/// Received bytes that may wait for an ACK before one is sent at once.
+const ACK_EVERY: u64 = 128 * 1024;
+/// A buffer that grew beyond this is given back when it runs empty: idle streams hold little.
+const IDLE_BUFFER: usize = 16 * 1024;
+
+/// The sending half: bytes stay until the peer has them, so that a new tunnel can send them again.
+#[derive(Debug)]
+pub(super) struct SendHalf {
+    kept: VecDeque<u8>,
+    /// Offset of the first kept byte: everything below is acknowledged.
+    acked: u64,
+    /// Bytes below this offset are sent.
+    sent: u64,
+    /// Credit: bytes below this offset may be sent.
+    max_data: u64,
+    /// The application writes no more.
+    finished: bool,
+    fin_sent: bool,
+    fin_acked: bool,
+    /// A write found no room: tell when there is some.
+    pub(super) blocked: bool,
+}
+
+impl SendHalf {
+    pub(super) fn new() -> Self {
+        Self {
+            kept: VecDeque::new(),
+            acked: 0,
+            sent: 0,
+            max_data: INITIAL_STREAM_WINDOW,
+            finished: false,
+            fin_sent: false,
+            fin_acked: false,
+            blocked: false,
+        }
+    }
+
+    fn written(&self) -> u64 {
+        self.acked + self.kept.len() as u64
+    }
+
+    /// How many bytes a write would take.
+    pub(super) fn room(&self) -> usize {
+        let room = (self.max_data + WRITE_AHEAD).saturating_sub(self.written());
+        usize::try_from(room).unwrap_or(usize::MAX)
+    }
+
+    /// Takes as many of `bytes` as there is room for.
+    pub(super) fn write(&mut self, bytes: &[u8]) -> usize {
+        let taken = bytes.len().min(self.room());
+        self.kept.extend(&bytes[..taken]);
+        taken
+    }
+
+    pub(super) fn finish(&mut self) {
+        self.finished = true;
+    }
+
+    pub(super) fn is_finished(&self) -> bool {
+        self.finished
+    }
+
+    /// Bytes sent so far, whether acknowledged or not: the final size in a RESET.
+    pub(super) fn sent(&self) -> u64 {
+        self.sent
+    }
+
+    /// Bytes sent that the peer may still lose.
+    #[cfg(test)]
+    pub(super) fn unacknowledged(&self) -> u64 {
+        self.sent - self.acked
+    }
+
+    /// Bytes that may be sent now, given what the channel's credit leaves.
+    pub(super) fn sendable(&self, channel_credit: u64) -> usize {
+        let end = self.written().min(self.max_data);
+        usize::try_from((end - self.sent).min(channel_credit)).unwrap_or(usize::MAX)
+    }
+
+    /// Appends the next `length` bytes to `record` and counts them as sent; returns their offset.
+    pub(super) fn take(&mut self, length: usize, record: &mut Vec<u8>) -> u64 {
+        let offset = self.sent;
+        let start = usize::try_from(self.sent - self.acked).expect("kept bytes fit memory");
+        let (front, back) = self.kept.as_slices();
+        let from_front = front.get(start..).unwrap_or_default();
+        let from_front = &from_front[..from_front.len().min(length)];
+        let back_start = start.saturating_sub(front.len());
+        record.extend_from_slice(from_front);
+        record.extend_from_slice(&back[back_start..back_start + length - from_front.len()]);
+        self.sent += length as u64;
+        offset
+    }
+
+    /// The final size, when FIN is due; it counts as sent from here on.
+    pub(super) fn take_fin(&mut self) -> Option<u64> {
+        let due = self.fin_due();
+        self.fin_sent |= due;
+        due.then_some(self.sent)
+    }
+
+    pub(super) fn fin_due(&self) -> bool {
+        self.finished && !self.fin_sent && self.sent == self.written()
+    }
+
+    /// The peer holds all bytes below `offset`. FIN counts as one more, as in TCP.
+    pub(super) fn handle_ack(&mut self, offset: u64) -> Result<(), ProtocolViolation> {
+        let end = self.sent + u64::from(self.fin_sent);
+        if offset > end {
+            return Err(ProtocolViolation("acknowledged more than was sent"));
+        }
+        self.fin_acked |= self.fin_sent && offset == end;
+        let acked = offset.min(self.sent);
+        if let Some(freed) = acked.checked_sub(self.acked) {
+            self.kept.drain(..usize::try_from(freed).expect("kept bytes fit memory"));
+            self.acked = acked;
+            if self.kept.is_empty() && self.kept.capacity() > IDLE_BUFFER {
+                self.kept = VecDeque::new();
+            }
+        }
+        Ok(())
+    }
+
+    /// A lower grant than before is an old one and changes nothing.
+    pub(super) fn handle_window(&mut self, max_data: u64) {
+        self.max_data = self.max_data.max(max_data);
+    }
+
+    /// Nothing is left to send or to wait for.
+    pub(super) fn is_done(&self) -> bool {
+        self.fin_acked
+    }
+}
+
+/// The receiving half: bytes in order, waiting for the application.
+#[derive(Debug)]
+pub(super) struct RecvHalf {
+    waiting: VecDeque<u8>,
+    /// Bytes below this offset are received.
+    received: u64,
+    /// Bytes below this offset are read by the application, or dropped.
+    consumed: u64,
+    /// Credit granted to the peer.
+    max_data: u64,
+    window: u64,
+    granted_at: Option<Instant>,
+    total: Option<u64>,
+    /// What the last ACK said.
+    acked: u64,
+    /// A read found nothing: tell when there is something.
+    pub(super) blocked: bool,
+    /// The application reads no more: what arrives is dropped.
+    discard: bool,
+}
+
+impl RecvHalf {
+    pub(super) fn new() -> Self {
+        Self {
+            waiting: VecDeque::new(),
+            received: 0,
+            consumed: 0,
+            max_data: INITIAL_STREAM_WINDOW,
+            window: INITIAL_STREAM_WINDOW,
+            granted_at: None,
+            total: None,
+            acked: 0,
+            blocked: false,
+            discard: false,
+        }
+    }
+
+    /// Takes bytes at `offset`; returns how many are new to the channel's credit.
+    pub(super) fn handle_data(
+        &mut self,
+        offset: u64,
+        bytes: &[u8],
+    ) -> Result<u64, ProtocolViolation> {
+        let end = offset + bytes.len() as u64;
+        if offset > self.received {
+            return Err(ProtocolViolation("gap in a stream"));
+        }
+        if end > self.max_data {
+            return Err(ProtocolViolation("bytes beyond the stream's credit"));
+        }
+        if self.total.is_some_and(|total| end > total) {
+            return Err(ProtocolViolation("bytes beyond the stream's end"));
+        }
+        let fresh = end.saturating_sub(self.received);
+        let repeated = bytes.len() - usize::try_from(fresh).expect("no more than the record holds");
+        self.received += fresh;
+        if self.discard {
+            self.consumed = self.received;
+        } else {
+            self.waiting.extend(&bytes[repeated..]);
+        }
+        Ok(fresh)
+    }
+
+    /// Takes the final size; returns how many bytes that never came it adds to the channel's credit.
+    pub(super) fn handle_end(&mut self, total: u64) -> Result<u64, ProtocolViolation> {
+        if self.total.is_some_and(|known| known != total) {
+            return Err(ProtocolViolation("two final sizes of one stream"));
+        }
+        if total > self.max_data {
+            return Err(ProtocolViolation("final size beyond the stream's credit"));
+        }
+        let missing = total
+            .checked_sub(self.received)
+            .ok_or(ProtocolViolation("final size below what was received"))?;
+        self.total = Some(total);
+        Ok(missing)
+    }
+
+    /// Bytes received so far.
+    pub(super) fn received(&self) -> u64 {
+        self.received
+    }
+
+    /// Moves waiting bytes to `out`; returns how many.
+    pub(super) fn read(&mut self, out: &mut [u8]) -> usize {
+        let length = out.len().min(self.waiting.len());
+        let (front, back) = self.waiting.as_slices();
+        let from_front = front.len().min(length);
+        out[..from_front].copy_from_slice(&front[..from_front]);
+        out[from_front..length].copy_from_slice(&back[..length - from_front]);
+        self.waiting.drain(..length);
+        self.consumed += length as u64;
+        if self.waiting.is_empty() && self.waiting.capacity() > IDLE_BUFFER {
+            self.waiting = VecDeque::new();
+        }
+        length
+    }
+
+    /// Drops what waits and what will come; returns how many bytes were waiting.
+    pub(super) fn discard(&mut self) -> u64 {
+        self.discard = true;
+        self.consumed = self.received;
+        std::mem::take(&mut self.waiting).len() as u64
+    }
+
+    /// Bytes that a read would find.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// The peer finished, and every byte of it is here.
+    pub(super) fn is_complete(&self) -> bool {
+        self.total == Some(self.received)
+    }
+
+    /// The peer finished, and the application read it all.
+    pub(super) fn is_done(&self) -> bool {
+        self.total == Some(self.consumed)
+    }
+
+    /// What an ACK would say: FIN counts as one more byte, as in TCP.
+    fn ack_offset(&self) -> u64 {
+        self.received + u64::from(self.is_complete())
+    }
+
+    /// Whether anything is unacknowledged.
+    pub(super) fn ack_due(&self) -> bool {
+        self.ack_offset() > self.acked
+    }
+
+    /// Whether an ACK should go out without waiting for more.
+    pub(super) fn ack_urgent(&self) -> bool {
+        self.ack_due() && (self.is_complete() || self.received - self.acked >= ACK_EVERY)
+    }
+
+    /// The offset of an ACK that counts as sent from here on.
+    pub(super) fn take_ack(&mut self) -> u64 {
+        self.acked = self.ack_offset();
+        self.acked
+    }
+
+    /// Whether a quarter of the window was read since the last grant.
+    pub(super) fn window_due(&self) -> bool {
+        self.total.is_none() && self.consumed + self.window - self.max_data >= self.window / 4
+    }
+
+    /// A new grant. The window doubles while a grant is used up within two round trips: then the
+    /// window, not the application, is what the sender waits for.
+    pub(super) fn take_window(
+        &mut self,
+        now: Instant,
+        round_trip: Option<std::time::Duration>,
+    ) -> u64 {
+        let quick = match (self.granted_at, round_trip) {
+            (Some(then), Some(round_trip)) => now.duration_since(then) < 2 * round_trip,
+            _ => false,
+        };
+        if quick {
+            self.window = (2 * self.window).min(MAX_STREAM_WINDOW);
+        }
+        self.granted_at = Some(now);
+        self.max_data = self.consumed + self.window;
+        self.max_data
+    }
+}

@@ -1,0 +1,341 @@
+//! Becoming a member: a new workspace, an invite, or joining by one.
+
+use std::time::Duration;
+
+use connect_crypto::{
+    CryptoError,
+    epoch::EpochSecrets,
+    founding::Founding,
+    invite::{HubAddress, Invite, InviteKeys, InviteSeed},
+    keys::{SigningKey, StaticKeypair, WrapKeypair},
+    names::NameKeys,
+};
+use connect_spec::{
+    bytes::Blob,
+    control::{CreateWorkspace, RegistrationToken, Request, SessionKind},
+    ids::{AgentId, Label, WorkspaceId},
+    limits::MAX_CERTS,
+    objects::{
+        AgentRole, Attributes, Certificate, Credential, CredentialKind, Issuer, NoiseKey, SUITE_1,
+    },
+    signed::Signed,
+    trust::{Presented, TrustState},
+};
+use zeroize::Zeroizing;
+
+use crate::{
+    clock,
+    directory::Directory,
+    error::{Error, ErrorKind, Result},
+    home::{Home, HomeLock, Identity},
+    io::{
+        dial::HubUrl,
+        hub::{Credentials, Greeted},
+    },
+    random,
+};
+
+/// The invite that `init` prints is good for this long.
+pub const FIRST_INVITE: Duration = Duration::from_secs(3600);
+
+/// What `init` leaves to a person.
+#[derive(Debug)]
+pub struct Founded {
+    /// The new workspace.
+    pub workspace_id: WorkspaceId,
+    /// Its first agent: this home.
+    pub agent_id: AgentId,
+    /// 24 words that restore the workspace when every signer is lost. Shown once, stored nowhere.
+    pub recovery_words: Zeroizing<String>,
+    /// An invite for the next machine: one use, one hour.
+    pub invite: Zeroizing<String>,
+}
+
+/// Creates a workspace at a hub and makes this home its first agent and signer.
+///
+/// # Errors
+/// [`ErrorKind::Usage`] when the home is enrolled already (it is left unchanged) or the address is
+/// wrong; [`ErrorKind::HubUnreachable`]; [`ErrorKind::Refused`] when the hub wants a token.
+pub async fn init(
+    home: &Home,
+    hub: &HubAddress,
+    label: &Label,
+    token: Option<String>,
+) -> Result<Founded> {
+    let _lock = claim(home)?;
+    let url = HubUrl::parse(hub)?;
+    let greeted = Greeted::dial(&url).await?;
+
+    let Founding { genesis, signer, recovery, epoch } = Founding::create(&mut random::rng());
+    let trust = TrustState::from_genesis(WorkspaceId(genesis.hash()), &genesis)
+        .expect("a genesis that was just signed is sound");
+    let workspace_id = trust.workspace_id();
+    let attrs = Attributes::new(random::bytes(), Vec::new()).expect("no tag is no bad tag");
+    let keys = AgentKeys::generate();
+    let certificate = signer.sign(&Certificate {
+        workspace_id,
+        identity_key: keys.signing.public(),
+        role: AgentRole::Member,
+        attrs: attrs.hash(),
+        serial: 1,
+        not_after: None,
+        issuer: Issuer::Signer(signer.public()),
+        services: None,
+    });
+    let create = CreateWorkspace {
+        genesis: Blob(genesis.encode()),
+        registration_token: token.map(RegistrationToken),
+    };
+    let presented =
+        Presented { certificate, credential: None, noise_key: keys.noise_key(workspace_id) };
+    let identity = Identity {
+        hub: hub.clone(),
+        label: label.clone(),
+        agent_id: AgentId::of(&workspace_id, &keys.signing.public()),
+        signing: keys.signing,
+        static_keypair: keys.static_keypair,
+        wrap: keys.wrap,
+        names: NameKeys::derive(&epoch.names),
+        epoch,
+        presented,
+        attrs,
+        genesis,
+        trust,
+        signer: Some(signer),
+    };
+    let directory = register(home, &identity, greeted, Some(create)).await?;
+    let invite = invite(&identity, &directory, FIRST_INVITE, 1, Vec::new()).await?;
+    Ok(Founded {
+        workspace_id,
+        agent_id: identity.agent_id,
+        recovery_words: recovery.words(),
+        invite,
+    })
+}
+
+/// Joins the workspace of an invite.
+///
+/// # Errors
+/// [`ErrorKind::Usage`] for a damaged code or an enrolled home (it is left unchanged);
+/// [`ErrorKind::TrustViolation`] when the hub shows another workspace than the invite names;
+/// [`ErrorKind::Refused`] when the invite is used up or expired.
+pub async fn join(home: &Home, code: &str, label: &Label) -> Result<Identity> {
+    let invite: Invite = code.parse().map_err(|error| {
+        Error::new(ErrorKind::Usage, error).hint("paste the whole code, from `pc1` to its end")
+    })?;
+    let _lock = claim(home)?;
+    let url = HubUrl::parse(&invite.hub)?;
+    let mut greeted = Greeted::dial(&url).await?;
+    let invite_keys = InviteKeys::derive(&invite.seed);
+    let invitation = greeted.redeem(invite.workspace_id, &invite_keys).await?;
+
+    // Everything that the hub handed out is held against the anchor in the invite.
+    let genesis = Signed::decode(&invitation.genesis.0)
+        .map_err(|_| Error::trust("the hub shows a malformed genesis"))?;
+    let trust = TrustState::from_genesis(invite.workspace_id, &genesis).map_err(Error::trust)?;
+    if trust.head() != invite.head {
+        return Err(Error::trust(
+            "the hub shows a trust log that does not contain the place that the invite names",
+        ));
+    }
+    let credential: Signed<Credential> = Signed::decode(&invitation.credential.0)
+        .map_err(|_| Error::trust("the hub shows a malformed credential"))?;
+    trust.verify_credential(&credential).map_err(Error::trust)?;
+    let granted = credential.object();
+    if granted.invite_key != invite_keys.signing.public()
+        || granted.wrap_key_hash != invite_keys.wrap.public().hash()
+    {
+        return Err(Error::trust("the hub shows the credential of another invite"));
+    }
+    if granted.kind == CredentialKind::Share {
+        return Err(Error::new(
+            ErrorKind::Usage,
+            "this is the code of a share, which this version cannot join",
+        )
+        .hint("update `connect`"));
+    }
+    if clock::now() > granted.join_until {
+        return Err(Error::new(ErrorKind::Refused, "the invite has expired")
+            .hint("ask for a new code: `connect invite` on a machine of the workspace"));
+    }
+    let epoch = EpochSecrets::open(
+        &invitation.wrap,
+        &invite.workspace_id,
+        &invite_keys.wrap,
+        trust.epoch_commit(),
+    )
+    .map_err(|_: CryptoError| Error::trust("the workspace's secrets in the invite do not open"))?;
+    let attrs = invite
+        .attributes()
+        .ok()
+        .filter(|attrs| attrs.hash() == granted.attrs)
+        .ok_or_else(|| Error::trust("the tags in the invite are not those of its credential"))?;
+
+    let keys = AgentKeys::generate();
+    let certificate = invite_keys.signing.sign(&Certificate {
+        workspace_id: invite.workspace_id,
+        identity_key: keys.signing.public(),
+        role: granted.role,
+        attrs: granted.attrs,
+        serial: 1,
+        not_after: None,
+        issuer: Issuer::Credential(credential.hash()),
+        services: None,
+    });
+    let presented = Presented {
+        certificate,
+        credential: Some(credential),
+        noise_key: keys.noise_key(invite.workspace_id),
+    };
+    let identity = Identity {
+        hub: invite.hub,
+        label: label.clone(),
+        agent_id: AgentId::of(&invite.workspace_id, &keys.signing.public()),
+        signing: keys.signing,
+        static_keypair: keys.static_keypair,
+        wrap: keys.wrap,
+        names: NameKeys::derive(&epoch.names),
+        epoch,
+        presented,
+        attrs,
+        genesis,
+        trust,
+        signer: None,
+    };
+    register(home, &identity, greeted, None).await?;
+    Ok(identity)
+}
+
+/// Makes an invite and leaves its public half at the hub. Returns the code, which is a secret.
+///
+/// # Errors
+/// [`ErrorKind::Refused`] when this agent holds no signer key; [`ErrorKind::Usage`] for a bad tag.
+pub async fn invite(
+    identity: &Identity,
+    directory: &Directory<'_>,
+    expires: Duration,
+    uses: u32,
+    tags: Vec<String>,
+) -> Result<Zeroizing<String>> {
+    let signer = identity.signer.as_ref().ok_or_else(|| {
+        Error::new(ErrorKind::Refused, "this agent holds no signer key, so it cannot invite")
+            .hint("run `connect invite` on the machine that ran `connect init`")
+    })?;
+    let invite = Invite {
+        hub: identity.hub.clone(),
+        workspace_id: identity.workspace_id(),
+        head: identity.trust.head(),
+        seed: InviteSeed::generate(&mut random::rng()),
+        tags,
+    };
+    let keys = InviteKeys::derive(&invite.seed);
+    let attrs = invite.attributes().map_err(|tag| {
+        Error::new(ErrorKind::Usage, format_args!("`{tag}` cannot be a tag here"))
+            .hint("a tag has 1 to 32 of a-z, 0-9 and `-`; an invite has at most 16")
+    })?;
+    let now = clock::now();
+    let wrap_key = keys.wrap.public();
+    let credential = signer.sign(&Credential {
+        workspace_id: invite.workspace_id,
+        kind: CredentialKind::Invite,
+        invite_key: keys.signing.public(),
+        role: AgentRole::Member,
+        attrs: attrs.hash(),
+        services: None,
+        uses,
+        join_until: now.saturating_add(expires.as_secs()),
+        certs_end: now.saturating_add(MAX_CERTS.as_secs()),
+        issuer: signer.public(),
+        wrap_key_hash: wrap_key.hash(),
+    });
+    let wrap = identity
+        .epoch
+        .wrap(&invite.workspace_id, 0, &wrap_key, &mut random::rng())
+        .map_err(|error| Error::new(ErrorKind::Other, error))?;
+    directory
+        .session()
+        .request(Request::CreateCredential {
+            credential: Blob(credential.encode()),
+            wrap_key: Blob(wrap_key.encode()),
+            wrap,
+        })
+        .await?;
+    Ok(invite.reveal())
+}
+
+/// The keys of a new agent.
+struct AgentKeys {
+    signing: SigningKey,
+    static_keypair: StaticKeypair,
+    wrap: WrapKeypair,
+}
+
+impl AgentKeys {
+    fn generate() -> Self {
+        let mut rng = random::rng();
+        Self {
+            signing: SigningKey::generate(&mut rng),
+            static_keypair: StaticKeypair::generate(&mut rng),
+            wrap: WrapKeypair::generate(&mut rng),
+        }
+    }
+
+    fn noise_key(&self, workspace_id: WorkspaceId) -> Signed<NoiseKey> {
+        self.signing.sign(&NoiseKey {
+            workspace_id,
+            agent_id: AgentId::of(&workspace_id, &self.signing.public()),
+            suite: SUITE_1,
+            counter: 1,
+            static_key: self.static_keypair.public(),
+            wrap_key_hash: self.wrap.public().hash(),
+        })
+    }
+}
+
+/// Takes an empty home for a new agent.
+fn claim(home: &Home) -> Result<HomeLock> {
+    let enrolled = || {
+        Error::new(
+            ErrorKind::Usage,
+            format_args!("an agent lives in `{}` already; nothing was changed", home.dir().display()),
+        )
+        .hint("set CONNECT_HOME to another directory for another agent")
+    };
+    if home.is_enrolled() {
+        return Err(enrolled());
+    }
+    let lock = home.try_lock()?.ok_or_else(|| {
+        Error::new(
+            ErrorKind::Other,
+            format_args!("another `connect` is at work in `{}`", home.dir().display()),
+        )
+        .hint("wait for it, or set CONNECT_HOME to another directory")
+    })?;
+    // Another process may have enrolled the home before the lock was free.
+    if home.is_enrolled() { Err(enrolled()) } else { Ok(lock) }
+}
+
+/// Saves the identity, then shows it to the hub; a refusal takes it back from disk.
+///
+/// In this order a crash in between leaves an agent that the hub gets to know at its next login,
+/// and not a spent invite with nothing to show for it.
+async fn register<'i>(
+    home: &Home,
+    identity: &'i Identity,
+    greeted: Greeted,
+    create: Option<CreateWorkspace>,
+) -> Result<Directory<'i>> {
+    home.save(identity)?;
+    let credentials = Credentials::of(identity);
+    let registered = async {
+        let (session, _) = greeted.login(&credentials, SessionKind::Command, create).await?;
+        let directory = Directory::new(identity, session);
+        directory.publish_agent(1).await?;
+        Ok(directory)
+    };
+    let registered = registered.await;
+    if registered.is_err() {
+        home.forget();
+    }
+    registered
+}

@@ -1,0 +1,542 @@
+//! Offering services: what is exposed, who may come, and the responder's half of every tunnel.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet, VecDeque},
+    io,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use connect_crypto::{CryptoError, handshake};
+use connect_spec::{
+    bytes::Blob,
+    control::{ErrorCode, FromAgent, SealedRecord, Ticket, TunnelRequest},
+    ids::{AgentId, CredentialId, ServiceId, ServiceName, TunnelId},
+    limits::{
+        HANDSHAKE_TIMEOUT, MAX_FIRST_MESSAGES_PER_SEC, MAX_HALF_OPEN, MAX_HALF_OPEN_PER_PEER,
+        REMEMBERED_TUNNELS,
+    },
+    objects::{AgentRole, ServiceRecord},
+    prologue::{Prologue, Realm},
+    record::{CloseCode, ResetCode},
+    trust::VerifiedPeer,
+};
+use tokio::{
+    net::TcpStream,
+    sync::mpsc,
+    task::JoinSet,
+    time::timeout,
+};
+
+use crate::{
+    agent::Core,
+    clock,
+    home::Identity,
+    io::{
+        hub::Session,
+        splice::splice,
+        tunnel::{Status, Stream, Tunnel, open_data_socket},
+    },
+    random,
+    target::Target,
+};
+
+/// A target that does not answer a dial within this time is reported to the client.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
+/// A probe at registration is shorter: it only informs.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A service that this agent offers.
+#[derive(Debug)]
+pub struct Exposed {
+    /// Its name.
+    pub name: ServiceName,
+    /// Its id.
+    pub service_id: ServiceId,
+    /// Where its connections go; never leaves this machine.
+    pub target: Target,
+    /// Tags and agents that may reach it; empty: every member.
+    pub allow: BTreeSet<String>,
+    target_ok: AtomicBool,
+}
+
+impl Exposed {
+    /// A service to offer.
+    #[must_use]
+    pub fn new(
+        name: ServiceName,
+        service_id: ServiceId,
+        target: Target,
+        allow: BTreeSet<String>,
+    ) -> Self {
+        Self { name, service_id, target, allow, target_ok: AtomicBool::new(false) }
+    }
+
+    /// Whether the target accepts a connection now.
+    pub(crate) async fn probe(&self) -> bool {
+        let ok = matches!(timeout(PROBE_TIMEOUT, self.target.connect()).await, Ok(Ok(_)));
+        self.target_ok.store(ok, Ordering::Relaxed);
+        ok
+    }
+
+    /// Whether the target answered when it was last tried.
+    #[must_use]
+    pub fn target_ok(&self) -> bool {
+        self.target_ok.load(Ordering::Relaxed)
+    }
+
+    /// The signed and sealed record that others find.
+    pub(crate) fn record(
+        &self,
+        identity: &Identity,
+        counter: u32,
+        target_ok: bool,
+    ) -> Result<SealedRecord, CryptoError> {
+        let record = identity.signing.sign(&ServiceRecord {
+            workspace_id: identity.workspace_id(),
+            service_id: self.service_id,
+            agent_id: identity.agent_id,
+            counter,
+            epoch: 0,
+            name: self.name.clone(),
+            protocol: self.target.protocol().to_owned(),
+            certificate: identity.presented.certificate.clone(),
+            credential: identity.presented.credential.clone(),
+            noise_key: identity.presented.noise_key.clone(),
+            port_hint: Some(self.target.port()),
+            target_ok: Some(target_ok),
+        });
+        identity.names.seal_service(&record, &mut random::rng())
+    }
+
+    fn allows(&self, peer: AgentId, tags: &[String]) -> bool {
+        self.allow.is_empty()
+            || self.allow.contains(&peer.to_string())
+            || tags.iter().any(|tag| self.allow.contains(tag))
+    }
+
+    async fn dial(&self) -> Result<TcpStream, ResetCode> {
+        let dialled = match timeout(DIAL_TIMEOUT, self.target.connect()).await {
+            Ok(Ok(tcp)) => tcp.set_nodelay(true).map(|()| tcp).map_err(|_| ResetCode::Aborted),
+            Ok(Err(error)) => Err(match error.kind() {
+                io::ErrorKind::ConnectionRefused => ResetCode::TargetRefused,
+                io::ErrorKind::TimedOut => ResetCode::TargetTimeout,
+                _ => ResetCode::TargetUnreachable,
+            }),
+            Err(_) => Err(ResetCode::TargetTimeout),
+        };
+        self.target_ok.store(dialled.is_ok(), Ordering::Relaxed);
+        dialled
+    }
+}
+
+/// The services of this agent, and the guard at their door.
+#[derive(Debug, Default)]
+pub(crate) struct Exposer {
+    services: Mutex<BTreeMap<ServiceName, Served>>,
+    door: Mutex<Door>,
+}
+
+#[derive(Debug)]
+struct Served {
+    service: Arc<Exposed>,
+    /// Every live tunnel to the service.
+    tunnels: Vec<Tunnel>,
+}
+
+/// Why a tunnel is not accepted: what the peer is told, and what this agent's log says.
+struct Refusal {
+    code: ErrorCode,
+    why: String,
+}
+
+impl Refusal {
+    fn new(code: ErrorCode, why: impl std::fmt::Display) -> Self {
+        Self { code, why: why.to_string() }
+    }
+}
+
+impl Exposer {
+    fn services(&self) -> MutexGuard<'_, BTreeMap<ServiceName, Served>> {
+        self.services.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn door(&self) -> MutexGuard<'_, Door> {
+        self.door.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn add(&self, service: Arc<Exposed>) {
+        let served = Served { service: service.clone(), tunnels: Vec::new() };
+        if let Some(old) = self.services().insert(service.name.clone(), served) {
+            close_all(&old.tunnels, CloseCode::ServiceGone);
+        }
+    }
+
+    pub(crate) fn remove(&self, name: &ServiceName) -> Option<Arc<Exposed>> {
+        let removed = self.services().remove(name)?;
+        close_all(&removed.tunnels, CloseCode::ServiceGone);
+        Some(removed.service)
+    }
+
+    pub(crate) fn all(&self) -> Vec<Arc<Exposed>> {
+        self.services().values().map(|served| served.service.clone()).collect()
+    }
+
+    /// Each service with the number of streams that are open to it.
+    pub(crate) fn status(&self) -> Vec<(Arc<Exposed>, usize)> {
+        self.services()
+            .values()
+            .map(|served| {
+                let streams = served.tunnels.iter().map(Tunnel::open_streams).sum();
+                (served.service.clone(), streams)
+            })
+            .collect()
+    }
+
+    pub(crate) fn stop(&self) {
+        for served in self.services().values() {
+            close_all(&served.tunnels, CloseCode::Normal);
+        }
+    }
+
+    fn find(&self, id: ServiceId) -> Option<Arc<Exposed>> {
+        self.services()
+            .values()
+            .find(|served| served.service.service_id == id)
+            .map(|served| served.service.clone())
+    }
+
+    fn enter(&self, name: &ServiceName, tunnel: &Tunnel) {
+        if let Some(served) = self.services().get_mut(name) {
+            served.tunnels.retain(|tunnel| *tunnel.status().borrow() != Status::Closed);
+            served.tunnels.push(tunnel.clone());
+        }
+    }
+
+    /// Answers a request for a tunnel, and serves the tunnel on a task of its own.
+    pub(crate) async fn answer(
+        &self,
+        core: &Arc<Core>,
+        session: &Session,
+        initiator: AgentId,
+        request: TunnelRequest,
+        ticket: Ticket,
+    ) {
+        let tunnel_id = request.tunnel_id;
+        let entered = self.door().enter(initiator, tunnel_id, Instant::now());
+        let answered = match entered {
+            Ok(()) => {
+                let _place = HalfOpen { exposer: self, peer: initiator };
+                self.accept(core, session, initiator, request, ticket).await
+            }
+            Err(refusal) => Err(refusal),
+        };
+        if let Err(refusal) = answered {
+            tracing::warn!(peer = %initiator.short(), why = refusal.why, "tunnel refused");
+            let refuse = FromAgent::RefuseTunnel { tunnel_id, code: refusal.code };
+            // A session that is gone has forgotten the request too.
+            let _ = session.tell(refuse).await;
+        }
+    }
+
+    /// Verifies the initiator, answers it, and waits until its first record confirms the keys.
+    async fn accept(
+        &self,
+        core: &Arc<Core>,
+        session: &Session,
+        initiator: AgentId,
+        request: TunnelRequest,
+        ticket: Ticket,
+    ) -> Result<(), Refusal> {
+        let identity = &core.identity;
+        let service = self
+            .find(request.service_id)
+            .ok_or_else(|| Refusal::new(ErrorCode::NotFound, "no such service here"))?;
+        if request.responder != identity.agent_id {
+            return Err(Refusal::new(ErrorCode::Refused, "meant for another agent"));
+        }
+        if request.share_id != CredentialId([0; 16]) {
+            return Err(Refusal::new(ErrorCode::Refused, "shares are not served here"));
+        }
+        let prologue = prologue(identity, initiator, &request);
+        let received =
+            handshake::receive(&identity.static_keypair, &prologue, &request.message.0)
+                .map_err(|error| Refusal::new(ErrorCode::Refused, error))?;
+        let payload = received.payload();
+        let peer = identity
+            .trust
+            .verify_peer(initiator, payload.presented.clone(), clock::now())
+            .map_err(|error| Refusal::new(ErrorCode::Refused, error))?;
+        core.check_noise_key(&peer).map_err(|error| Refusal::new(ErrorCode::Refused, error))?;
+        if payload.head != identity.trust.head() {
+            return Err(Refusal::new(ErrorCode::Refused, "the trust logs of both sides differ"));
+        }
+        authorise(&service, &peer, &payload.attrs.tags)?;
+
+        let (transport, message) = received
+            .answer(&peer, &local(identity), &mut random::rng())
+            .map_err(|error| Refusal::new(ErrorCode::Refused, error))?;
+        let accept = FromAgent::AcceptTunnel {
+            tunnel_id: request.tunnel_id,
+            message: Blob(message),
+        };
+        let failed = |error: &dyn std::fmt::Display| Refusal::new(ErrorCode::Offline, error);
+        session.tell(accept).await.map_err(|error| failed(&error))?;
+        let socket = open_data_socket(&core.hub, &ticket, request.encoding)
+            .await
+            .map_err(|error| failed(&error))?;
+
+        let (tunnel, streams) = Tunnel::exposer();
+        self.enter(&service.name, &tunnel);
+        let mut status = tunnel.status();
+        let (sealer, opener) = transport.split();
+        tokio::spawn({
+            let service = service.clone();
+            // Lives exactly as long as the tunnel, which every way of stopping the agent closes.
+            async move {
+                let running = tunnel.run(socket, request.encoding, sealer, opener);
+                let serving = serve_streams(&tunnel, &service, streams);
+                let (end, ()) = tokio::join!(running, serving);
+                tracing::debug!(peer = %initiator.short(), %end, "tunnel ended");
+            }
+        });
+        // The initiator's first record proves that this is no replay; only then is it remembered.
+        let confirmed = status.wait_for(|status| *status != Status::Greeting);
+        if let Ok(Ok(status)) = timeout(HANDSHAKE_TIMEOUT, confirmed).await
+            && matches!(*status, Status::Established { .. })
+        {
+            core.remember(&peer, None);
+        }
+        Ok(())
+    }
+}
+
+/// A place among the half-open handshakes, given back when the handshake ends or is given up.
+struct HalfOpen<'e> {
+    exposer: &'e Exposer,
+    peer: AgentId,
+}
+
+impl Drop for HalfOpen<'_> {
+    fn drop(&mut self) {
+        self.exposer.door().leave(self.peer);
+    }
+}
+
+/// Step 8 of "Verifying a peer": may this peer use this service?
+fn authorise(service: &Exposed, peer: &VerifiedPeer, tags: &[String]) -> Result<(), Refusal> {
+    let role = peer.certificate().role;
+    if role == AgentRole::Guest || !role.may_reach() {
+        return Err(Refusal::new(ErrorCode::Forbidden, "the peer's role may not reach"));
+    }
+    if !service.allows(peer.agent_id(), tags) {
+        return Err(Refusal::new(
+            ErrorCode::Forbidden,
+            format_args!("`{}` is not allowed to this peer", service.name),
+        ));
+    }
+    Ok(())
+}
+
+/// Dials the target for each stream that arrives; ends when the tunnel does.
+async fn serve_streams(
+    tunnel: &Tunnel,
+    service: &Arc<Exposed>,
+    mut streams: mpsc::UnboundedReceiver<connect_spec::record::StreamId>,
+) {
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            next = streams.recv() => {
+                let Some(id) = next else {
+                    // The tunnel is closed; connections see it and end by themselves.
+                    while connections.join_next().await.is_some() {}
+                    return;
+                };
+                let (stream, service) = (tunnel.incoming_stream(id), service.clone());
+                connections.spawn(serve_stream(stream, service));
+            }
+            Some(_) = connections.join_next() => {}
+        }
+    }
+}
+
+async fn serve_stream(stream: Stream, service: Arc<Exposed>) {
+    match service.dial().await {
+        Ok(tcp) => {
+            stream.opened();
+            splice(tcp, &stream).await;
+        }
+        Err(code) => {
+            tracing::warn!(service = %service.name, ?code, "the target did not answer");
+            stream.reset(code);
+        }
+    }
+}
+
+/// What both sides of a tunnel agree on before the first byte, as the request names it.
+pub(crate) fn prologue(
+    identity: &Identity,
+    initiator: AgentId,
+    request: &TunnelRequest,
+) -> Prologue {
+    Prologue {
+        workspace_id: identity.workspace_id(),
+        tunnel_id: request.tunnel_id,
+        service_id: request.service_id,
+        initiator,
+        responder: request.responder,
+        share_id: request.share_id,
+        channel_id: request.channel_id,
+        tunnel_no: request.tunnel_no,
+        rekey: 0,
+        previous_hash: [0; 32],
+        realm: Realm::Member,
+        encoding: request.encoding,
+    }
+}
+
+/// This agent's own side of a handshake.
+pub(crate) fn local(identity: &Identity) -> handshake::Local<'_> {
+    handshake::Local {
+        static_keypair: &identity.static_keypair,
+        presented: &identity.presented,
+        attrs: &identity.attrs,
+        head: identity.trust.head(),
+        realm_secret: &identity.epoch.realm,
+    }
+}
+
+fn close_all(tunnels: &[Tunnel], code: CloseCode) {
+    for tunnel in tunnels {
+        tunnel.close(code);
+    }
+}
+
+/// Limits of what strangers can make this agent compute and remember.
+#[derive(Debug, Default)]
+struct Door {
+    half_open: BTreeMap<AgentId, usize>,
+    /// Tunnel ids that were answered once; asked for only by id, so their order never shows.
+    seen: HashSet<TunnelId>,
+    seen_order: VecDeque<TunnelId>,
+    second: Option<Instant>,
+    this_second: u32,
+}
+
+impl Door {
+    fn enter(&mut self, peer: AgentId, tunnel: TunnelId, now: Instant) -> Result<(), Refusal> {
+        let busy = |why| Err(Refusal::new(ErrorCode::Busy, why));
+        if self.second.is_none_or(|second| now.duration_since(second) >= Duration::from_secs(1)) {
+            (self.second, self.this_second) = (Some(now), 0);
+        }
+        self.this_second += 1;
+        if self.this_second > MAX_FIRST_MESSAGES_PER_SEC {
+            return busy("too many handshakes in a second");
+        }
+        if self.half_open.values().sum::<usize>() >= MAX_HALF_OPEN {
+            return busy("too many handshakes at once");
+        }
+        if self.half_open.get(&peer).is_some_and(|open| *open >= MAX_HALF_OPEN_PER_PEER) {
+            return busy("too many handshakes of one peer at once");
+        }
+        if !self.seen.insert(tunnel) {
+            return Err(Refusal::new(ErrorCode::Refused, "a repeated tunnel id"));
+        }
+        self.seen_order.push_back(tunnel);
+        if self.seen_order.len() > REMEMBERED_TUNNELS
+            && let Some(oldest) = self.seen_order.pop_front()
+        {
+            self.seen.remove(&oldest);
+        }
+        *self.half_open.entry(peer).or_default() += 1;
+        Ok(())
+    }
+
+    fn leave(&mut self, peer: AgentId) {
+        if let Some(open) = self.half_open.get_mut(&peer) {
+            *open -= 1;
+            if *open == 0 {
+                self.half_open.remove(&peer);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tunnel(number: u32) -> TunnelId {
+        let mut id = [0; 16];
+        id[..4].copy_from_slice(&number.to_be_bytes());
+        TunnelId(id)
+    }
+
+    const PEER: AgentId = AgentId([1; 16]);
+
+    #[track_caller]
+    fn refused(result: Result<(), Refusal>, expected: ErrorCode) {
+        assert_eq!(result.err().map(|refusal| refusal.code), Some(expected));
+    }
+
+    #[test]
+    fn repeated_tunnel_ids_are_refused_for_as_long_as_they_are_remembered() {
+        let mut door = Door::default();
+        let mut now = Instant::now();
+        let mut pass = |door: &mut Door, id| {
+            now += Duration::from_secs(1);
+            let entered = door.enter(PEER, id, now);
+            if entered.is_ok() {
+                door.leave(PEER);
+            }
+            entered
+        };
+        assert!(pass(&mut door, tunnel(0)).is_ok());
+        refused(pass(&mut door, tunnel(0)), ErrorCode::Refused);
+        let remembered = u32::try_from(REMEMBERED_TUNNELS).expect("small");
+        for number in 1..remembered {
+            assert!(pass(&mut door, tunnel(number)).is_ok());
+        }
+        refused(pass(&mut door, tunnel(0)), ErrorCode::Refused);
+        assert!(pass(&mut door, tunnel(remembered)).is_ok());
+        assert!(pass(&mut door, tunnel(0)).is_ok());
+        assert_eq!(door.seen.len(), REMEMBERED_TUNNELS);
+    }
+
+    #[test]
+    fn handshakes_are_bounded_per_peer_in_all_and_in_time() {
+        let mut door = Door::default();
+        let now = Instant::now();
+        let mut number = 0;
+        let mut enter = |door: &mut Door, peer: u8, now| {
+            number += 1;
+            door.enter(AgentId([peer; 16]), tunnel(number), now)
+        };
+        for _ in 0..MAX_HALF_OPEN_PER_PEER {
+            assert!(enter(&mut door, 0, now).is_ok());
+        }
+        refused(enter(&mut door, 0, now), ErrorCode::Busy);
+        door.leave(AgentId([0; 16]));
+        assert!(enter(&mut door, 0, now).is_ok());
+
+        for peer in 1..32 {
+            let now = now + Duration::from_secs(peer.into());
+            for _ in 0..MAX_HALF_OPEN_PER_PEER {
+                assert!(enter(&mut door, peer, now).is_ok());
+            }
+        }
+        refused(enter(&mut door, 99, now + Duration::from_secs(60)), ErrorCode::Busy);
+
+        let mut door = Door::default();
+        for _ in 0..MAX_FIRST_MESSAGES_PER_SEC {
+            assert!(enter(&mut door, 7, now).is_ok());
+            door.leave(AgentId([7; 16]));
+        }
+        refused(enter(&mut door, 7, now), ErrorCode::Busy);
+        assert!(enter(&mut door, 7, now + Duration::from_secs(1)).is_ok());
+    }
+}

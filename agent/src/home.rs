@@ -1,0 +1,507 @@
+//! What an agent keeps on disk, in one directory: secrets 0600 under a 0700 home, replaced atomically.
+//!
+//! `agent.key` and `signer.key` hold secrets and nothing else; `membership.json` and `trust/` are
+//! public; `state.json` and `ports.json` are what to restore. One home is one agent, by `agent.lock`.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    fs::{self, File, TryLockError},
+    io::{self, Write},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt},
+    path::{Path, PathBuf},
+    str::FromStr,
+};
+
+use connect_crypto::{
+    epoch::EpochSecrets,
+    invite::HubAddress,
+    keys::{SigningKey, StaticKeypair, WrapKeypair},
+    names::NameKeys,
+};
+use connect_spec::{
+    bytes::Blob,
+    control::PresentedBlobs,
+    hash::hash16,
+    ids::{AgentId, Label, ServiceId, ServiceName, WorkspaceId},
+    objects::{Attributes, Genesis},
+    signed::Signed,
+    trust::{Head, Presented, TrustState},
+};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use zeroize::Zeroizing;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Longest path of a Unix socket that every system takes.
+const MAX_SOCKET_PATH: usize = 100;
+
+/// The directory of one agent.
+#[derive(Debug, Clone)]
+pub struct Home {
+    dir: PathBuf,
+}
+
+/// Held while a process is the agent of a home.
+#[derive(Debug)]
+pub struct HomeLock {
+    _file: File,
+}
+
+/// Everything that an enrolled agent knows of itself.
+///
+/// Holds every secret of the agent; its Debug text shows none.
+pub struct Identity {
+    pub(crate) hub: HubAddress,
+    pub(crate) label: Label,
+    pub(crate) agent_id: AgentId,
+    pub(crate) signing: SigningKey,
+    pub(crate) static_keypair: StaticKeypair,
+    pub(crate) wrap: WrapKeypair,
+    pub(crate) epoch: EpochSecrets,
+    pub(crate) names: NameKeys,
+    pub(crate) presented: Presented,
+    pub(crate) attrs: Attributes,
+    pub(crate) genesis: Signed<Genesis>,
+    pub(crate) trust: TrustState,
+    pub(crate) signer: Option<SigningKey>,
+}
+
+impl fmt::Debug for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Identity")
+            .field("agent_id", &self.agent_id)
+            .field("label", &self.label)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Identity {
+    /// The agent's id.
+    #[must_use]
+    pub fn agent_id(&self) -> AgentId {
+        self.agent_id
+    }
+
+    /// The workspace that the agent belongs to.
+    #[must_use]
+    pub fn workspace_id(&self) -> WorkspaceId {
+        self.trust.workspace_id()
+    }
+}
+
+/// The public half of an enrolment, as `membership.json` holds it.
+#[derive(Debug, Serialize, Deserialize)]
+struct Membership {
+    version: u32,
+    hub: String,
+    label: Label,
+    workspace_id: WorkspaceId,
+    salt: Blob,
+    tags: Vec<String>,
+    #[serde(flatten)]
+    presented: PresentedBlobs,
+}
+
+/// A service that the agent offers whenever it runs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct SavedExpose {
+    pub(crate) name: ServiceName,
+    pub(crate) target: String,
+    pub(crate) service_id: ServiceId,
+    #[serde(default)]
+    pub(crate) allow: Vec<String>,
+}
+
+/// A service that the agent reaches whenever it runs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct SavedReach {
+    pub(crate) name: ServiceName,
+    #[serde(default)]
+    pub(crate) port: Option<u16>,
+}
+
+/// What to restore when the agent starts, as `state.json` holds it.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct State {
+    #[serde(default)]
+    pub(crate) exposes: Vec<SavedExpose>,
+    #[serde(default)]
+    pub(crate) reaches: Vec<SavedReach>,
+    /// Counter of the last sealed record of any kind that this agent published.
+    #[serde(default)]
+    pub(crate) record_counter: u32,
+}
+
+/// What the agent remembers of its peers, as `trust/peers.json` holds it.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct Peers {
+    /// The agent that a name stood for when it was first reached.
+    #[serde(default)]
+    pub(crate) pins: BTreeMap<ServiceName, AgentId>,
+    /// The highest NoiseKey counter seen of each agent, and the static key under it.
+    #[serde(default)]
+    pub(crate) noise_keys: BTreeMap<AgentId, SeenNoiseKey>,
+}
+
+/// A NoiseKey as it was last seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SeenNoiseKey {
+    pub(crate) counter: u64,
+    pub(crate) static_key: connect_spec::keys::StaticPublicKey,
+}
+
+impl Home {
+    /// The home that the environment names: `CONNECT_HOME`, else `~/.connect`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] when neither variable is set.
+    pub fn from_env() -> Result<Self> {
+        if let Some(dir) = std::env::var_os("CONNECT_HOME").filter(|dir| !dir.is_empty()) {
+            return Ok(Self::at(dir));
+        }
+        std::env::home_dir().map(|home| Self::at(home.join(".connect"))).ok_or_else(|| {
+            Error::new(ErrorKind::Usage, "no home directory is known")
+                .hint("set CONNECT_HOME to a directory of your own")
+        })
+    }
+
+    /// The home in this directory, which need not exist yet.
+    #[must_use]
+    pub fn at(dir: impl Into<PathBuf>) -> Self {
+        Self { dir: dir.into() }
+    }
+
+    /// The directory.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Whether an agent lives here.
+    #[must_use]
+    pub fn is_enrolled(&self) -> bool {
+        self.path("membership.json").exists()
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// Creates the directory, 0700, if it is not there.
+    pub(crate) fn create(&self) -> Result<()> {
+        for dir in [&self.dir, &self.path("trust")] {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(dir)
+                .and_then(|()| fs::set_permissions(dir, fs::Permissions::from_mode(0o700)))
+                .map_err(|error| self.unwritable(&error))?;
+        }
+        Ok(())
+    }
+
+    fn unwritable(&self, error: &io::Error) -> Error {
+        Error::new(
+            ErrorKind::Other,
+            format_args!("cannot write to `{}`: {error}", self.dir.display()),
+        )
+        .hint("make the directory yours and writable, or set CONNECT_HOME to another one")
+    }
+
+    /// Takes the lock of this home; `None` when another process holds it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Other`] when the home cannot be written.
+    pub fn try_lock(&self) -> Result<Option<HomeLock>> {
+        self.create()?;
+        let file = fs::OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(self.path("agent.lock"))
+            .map_err(|error| self.unwritable(&error))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(HomeLock { _file: file })),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => Err(self.unwritable(&error)),
+        }
+    }
+
+    /// Where the running agent listens for commands.
+    ///
+    /// A socket's path is short: a home whose own is too long gets one in `$XDG_RUNTIME_DIR`, or in a
+    /// directory of this user's under `/tmp`, named by a hash of the home.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Other`] when that directory belongs to someone else.
+    pub fn socket_path(&self) -> Result<PathBuf> {
+        let own = self.path("agent.sock");
+        if own.as_os_str().len() <= MAX_SOCKET_PATH {
+            return Ok(own);
+        }
+        let absolute = std::path::absolute(&self.dir)?;
+        let name = format!(
+            "agent-{}.sock",
+            hex::encode(&hash16("home", &[absolute.as_os_str().as_encoded_bytes()])[..8])
+        );
+        let uid = nix::unistd::geteuid();
+        let runtime = std::env::var_os("XDG_RUNTIME_DIR")
+            .map(PathBuf::from)
+            .filter(|dir| dir.as_os_str().len() + 1 + name.len() <= MAX_SOCKET_PATH);
+        let dir = match runtime {
+            Some(dir) => dir,
+            None => {
+                let dir = PathBuf::from(format!("/tmp/connect-{uid}"));
+                fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
+                dir
+            }
+        };
+        let metadata = fs::symlink_metadata(&dir)?;
+        let private = metadata.is_dir() && metadata.mode().trailing_zeros() >= 6;
+        if !private || metadata.uid() != uid.as_raw() {
+            return Err(Error::new(
+                ErrorKind::Other,
+                format_args!("`{}` is not a private directory of this user", dir.display()),
+            )
+            .hint("set CONNECT_HOME to a shorter path"));
+        }
+        Ok(dir.join(name))
+    }
+
+    /// Reads the agent's identity.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotEnrolled`] when there is none; [`ErrorKind::TrustViolation`] when what is on
+    /// disk does not hold together.
+    pub fn load(&self) -> Result<Identity> {
+        if !self.is_enrolled() {
+            return Err(Error::new(
+                ErrorKind::NotEnrolled,
+                format_args!("no agent lives in `{}`", self.dir.display()),
+            )
+            .hint("run `connect init --hub URL` to begin a workspace, or `connect join CODE`"));
+        }
+        let membership: Membership = self.read_json("membership.json")?;
+        let keys = SecretFile::read(&self.path("agent.key"))?;
+        let damaged = |what: &str| self.damaged(what);
+        let signing = SigningKey::from_seed(keys.fixed("identity")?);
+        let genesis = Signed::<Genesis>::decode(&self.read("trust/genesis")?)
+            .map_err(|_| damaged("trust/genesis"))?;
+        let trust = TrustState::from_genesis(membership.workspace_id, &genesis)
+            .map_err(|_| damaged("trust/genesis"))?;
+        let head: Head = self.read_json("trust/head.json")?;
+        if head != trust.head() {
+            return Err(damaged("trust/head.json"));
+        }
+        let presented =
+            Presented::from_blobs(&membership.presented).map_err(|_| damaged("membership.json"))?;
+        let attrs = Attributes::new(
+            membership.salt.0.try_into().map_err(|_| damaged("membership.json"))?,
+            membership.tags,
+        )
+        .map_err(|_| damaged("membership.json"))?;
+        let agent_id = AgentId::of(&membership.workspace_id, &signing.public());
+        if presented.certificate.object().agent_id() != agent_id {
+            return Err(damaged("agent.key"));
+        }
+        let epoch = EpochSecrets::from_bytes(&keys.fixed("epoch-0")?);
+        let signer = if self.path("signer.key").exists() {
+            Some(SigningKey::from_seed(
+                SecretFile::read(&self.path("signer.key"))?.fixed("signer")?,
+            ))
+        } else {
+            None
+        };
+        Ok(Identity {
+            hub: HubAddress::from_str(&membership.hub).map_err(|_| damaged("membership.json"))?,
+            label: membership.label,
+            agent_id,
+            static_keypair: StaticKeypair::from_secret(keys.fixed("static-1")?),
+            wrap: WrapKeypair::from_seed(keys.fixed("wrap")?),
+            names: NameKeys::derive(&epoch.names),
+            epoch,
+            signing,
+            presented,
+            attrs,
+            genesis,
+            trust,
+            signer,
+        })
+    }
+
+    fn damaged(&self, file: &str) -> Error {
+        Error::new(
+            ErrorKind::TrustViolation,
+            format_args!("`{}` is damaged or was changed", self.path(file).display()),
+        )
+        .hint("restore the directory from a backup, or join again from an empty one")
+    }
+
+    /// Writes a new identity; the file that makes the home enrolled comes last.
+    pub(crate) fn save(&self, identity: &Identity) -> Result<()> {
+        self.create()?;
+        let mut keys = SecretFile::default();
+        keys.put("identity", identity.signing.seed().as_slice());
+        keys.put("static-1", identity.static_keypair.secret().as_slice());
+        keys.put("wrap", identity.wrap.seed().as_slice());
+        keys.put("epoch-0", identity.epoch.to_bytes().as_slice());
+        self.write("agent.key", keys.0.as_bytes())?;
+        if let Some(signer) = &identity.signer {
+            let mut keys = SecretFile::default();
+            keys.put("signer", signer.seed().as_slice());
+            self.write("signer.key", keys.0.as_bytes())?;
+        }
+        self.write("trust/genesis", &identity.genesis.encode())?;
+        self.write_json("trust/head.json", &identity.trust.head())?;
+        self.write_json(
+            "membership.json",
+            &Membership {
+                version: 1,
+                hub: identity.hub.to_string(),
+                label: identity.label.clone(),
+                workspace_id: identity.workspace_id(),
+                salt: Blob(identity.attrs.salt.to_vec()),
+                tags: identity.attrs.tags.clone(),
+                presented: identity.presented.to_blobs(),
+            },
+        )
+    }
+
+    /// Takes back an enrolment that the hub refused.
+    pub(crate) fn forget(&self) {
+        for file in
+            ["membership.json", "agent.key", "signer.key", "trust/genesis", "trust/head.json"]
+        {
+            // What cannot be removed was not written, or is reported at the next start.
+            let _ = fs::remove_file(self.path(file));
+        }
+    }
+
+    pub(crate) fn load_state(&self) -> Result<State> {
+        self.read_json_or_default("state.json")
+    }
+
+    pub(crate) fn save_state(&self, state: &State) -> Result<()> {
+        self.write_json("state.json", state)
+    }
+
+    pub(crate) fn load_ports(&self) -> Result<BTreeMap<ServiceName, u16>> {
+        self.read_json_or_default("ports.json")
+    }
+
+    pub(crate) fn save_ports(&self, ports: &BTreeMap<ServiceName, u16>) -> Result<()> {
+        self.write_json("ports.json", ports)
+    }
+
+    pub(crate) fn load_peers(&self) -> Result<Peers> {
+        self.read_json_or_default("trust/peers.json")
+    }
+
+    pub(crate) fn save_peers(&self, peers: &Peers) -> Result<()> {
+        self.write_json("trust/peers.json", peers)
+    }
+
+    fn read(&self, name: &str) -> Result<Vec<u8>> {
+        fs::read(self.path(name)).map_err(|error| {
+            Error::new(
+                ErrorKind::Other,
+                format_args!("cannot read `{}`: {error}", self.path(name).display()),
+            )
+        })
+    }
+
+    fn read_json<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
+        serde_json::from_slice(&self.read(name)?).map_err(|_| self.damaged(name))
+    }
+
+    fn read_json_or_default<T: DeserializeOwned + Default>(&self, name: &str) -> Result<T> {
+        if self.path(name).exists() { self.read_json(name) } else { Ok(T::default()) }
+    }
+
+    fn write_json<T: Serialize>(&self, name: &str, value: &T) -> Result<()> {
+        let mut text = serde_json::to_vec_pretty(value).expect("plain data becomes JSON");
+        text.push(b'\n');
+        self.write(name, &text)
+    }
+
+    /// Replaces a file atomically: a reader, or a crash, sees the old one or the new one.
+    fn write(&self, name: &str, content: &[u8]) -> Result<()> {
+        let path = self.path(name);
+        let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
+        let written = (|| {
+            let mut file = fs::OpenOptions::new()
+                .create(true)
+                .truncate(true)
+                .write(true)
+                .mode(0o600)
+                .open(&temporary)?;
+            file.write_all(content)?;
+            file.sync_all()?;
+            fs::rename(&temporary, &path)?;
+            File::open(path.parent().unwrap_or(&self.dir))?.sync_all()
+        })();
+        written.map_err(|error| self.unwritable(&error))
+    }
+}
+
+/// A file of secrets: a line `name hex` each. Wiped from memory when dropped.
+#[derive(Default)]
+struct SecretFile(Zeroizing<String>);
+
+/// Longest content of a secret file; its buffer is reserved at once, so that growing leaves no copy.
+const SECRET_FILE_BYTES: usize = 2048;
+
+impl SecretFile {
+    fn put(&mut self, name: &str, secret: &[u8]) {
+        self.0.reserve(SECRET_FILE_BYTES.saturating_sub(self.0.len()));
+        self.0.push_str(name);
+        self.0.push(' ');
+        for byte in secret {
+            for nibble in [byte >> 4, byte & 15] {
+                self.0.push(char::from_digit(nibble.into(), 16).expect("a nibble is a hex digit"));
+            }
+        }
+        self.0.push('\n');
+    }
+
+    fn read(path: &Path) -> Result<Self> {
+        use io::Read;
+        let open = || {
+            let file = File::open(path)?;
+            let mut text = Zeroizing::new(String::with_capacity(SECRET_FILE_BYTES));
+            file.take(SECRET_FILE_BYTES as u64).read_to_string(&mut text)?;
+            Ok(text)
+        };
+        let text = open().map_err(|error: io::Error| {
+            Error::new(ErrorKind::Other, format_args!("cannot read `{}`: {error}", path.display()))
+        })?;
+        let mode = fs::metadata(path)?.mode();
+        if mode & 0o077 != 0 {
+            return Err(Error::new(
+                ErrorKind::TrustViolation,
+                format_args!("`{}` can be read by other users", path.display()),
+            )
+            .hint(format_args!("run `chmod 600 {}`", path.display())));
+        }
+        Ok(Self(text))
+    }
+
+    fn fixed<const N: usize>(&self, name: &str) -> Result<Zeroizing<[u8; N]>> {
+        let mut secret = Zeroizing::new([0; N]);
+        self.0
+            .lines()
+            .filter_map(|line| line.split_once(' '))
+            .find(|(key, _)| *key == name)
+            .and_then(|(_, value)| hex::decode_to_slice(value, secret.as_mut_slice()).ok())
+            .ok_or_else(|| {
+                Error::new(
+                    ErrorKind::TrustViolation,
+                    format_args!("the key file has no valid secret `{name}`"),
+                )
+                .hint("restore the directory from a backup, or join again from an empty one")
+            })?;
+        Ok(secret)
+    }
+}

@@ -1,0 +1,285 @@
+//! From a hub's address to an open WebSocket: name, TCP, TLS with roots or pin, upgrade.
+
+use std::{fmt, net::IpAddr, str::FromStr, sync::Arc, time::Duration};
+
+use connect_crypto::invite::HubAddress;
+use http::{HeaderValue, Uri, uri::Scheme};
+use rustls::{
+    ClientConfig, RootCertStore,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature},
+    pki_types::{CertificateDer, ServerName, UnixTime},
+};
+use sha2::{Digest, Sha256};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+    time::timeout,
+};
+use tokio_rustls::TlsConnector;
+use tokio_tungstenite::{
+    WebSocketStream, client_async_with_config,
+    tungstenite::{self, client::IntoClientRequest, protocol::WebSocketConfig},
+};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// TCP, TLS and the upgrade together must be done within this time.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A hub as an agent dials it: a checked URL, with the pin of its certificate if there is one.
+#[derive(Debug, Clone)]
+pub(crate) struct HubUrl {
+    tls: bool,
+    host: String,
+    port: u16,
+    pin: Option<[u8; 32]>,
+}
+
+/// A socket to the hub, whatever is under it.
+pub(crate) type HubSocket = WebSocketStream<Box<dyn Io>>;
+
+/// A byte stream that a WebSocket can run on.
+pub(crate) trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
+
+impl fmt::Display for HubUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}://{}", if self.tls { "https" } else { "http" }, self.authority())
+    }
+}
+
+impl HubUrl {
+    /// Checks a hub's address: a scheme that is one of ours, a host, no path, and no plain text
+    /// off loopback.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`], saying what is wrong with it.
+    pub(crate) fn parse(address: &HubAddress) -> Result<Self> {
+        let usage = |message: &str| {
+            Error::new(ErrorKind::Usage, format_args!("the hub `{}` {message}", address.url))
+                .hint("a hub looks like `https://hub.example.com` or `http://127.0.0.1:7420`")
+        };
+        let uri = Uri::from_str(&address.url).map_err(|_| usage("is not a URL"))?;
+        let tls = match uri.scheme().map(Scheme::as_str) {
+            Some("https" | "wss") => true,
+            Some("http" | "ws") => false,
+            Some(_) | None => return Err(usage("has no scheme `https://` or `http://`")),
+        };
+        let authority = uri.authority().ok_or_else(|| usage("names no host"))?;
+        if authority.as_str().contains('@') || uri.host().is_none_or(str::is_empty) {
+            return Err(usage("must be only a host, with a port if needed"));
+        }
+        if uri.path() != "/" && !uri.path().is_empty() || uri.query().is_some() {
+            return Err(usage("must not have a path"));
+        }
+        let host = authority.host().to_ascii_lowercase();
+        let loopback = is_loopback(&host);
+        if !tls && !loopback && !insecure_allowed() {
+            return Err(usage("speaks plain text, and is not on this machine").hint(
+                "use `https://`; the hub makes its own certificate when it is given none. \
+                 CONNECT_ALLOW_INSECURE=true shows metadata (never data) to the network",
+            ));
+        }
+        if !tls && address.pin.is_some() {
+            return Err(usage("has a certificate pin but speaks plain text"));
+        }
+        let port = authority.port_u16().unwrap_or(if tls { 443 } else { 80 });
+        Ok(Self { tls, host, port, pin: address.pin })
+    }
+
+    /// Host and port as dialled: what the login signs.
+    pub(crate) fn authority(&self) -> String {
+        format!("{}:{}", self.host, self.port)
+    }
+
+    /// Opens a WebSocket on `path`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::HubUnreachable`] when something on the way fails or is not a hub;
+    /// [`ErrorKind::TrustViolation`] when the certificate is not the pinned one.
+    pub(crate) async fn open(
+        &self,
+        path: &str,
+        headers: &[(http::HeaderName, HeaderValue)],
+        config: WebSocketConfig,
+    ) -> Result<HubSocket> {
+        timeout(DIAL_TIMEOUT, self.open_unbounded(path, headers, config)).await.unwrap_or_else(|_| {
+            Err(self.unreachable("no answer in 10 s").hint("is the address right, and the hub up?"))
+        })
+    }
+
+    async fn open_unbounded(
+        &self,
+        path: &str,
+        headers: &[(http::HeaderName, HeaderValue)],
+        config: WebSocketConfig,
+    ) -> Result<HubSocket> {
+        let host = self.host.trim_start_matches('[').trim_end_matches(']');
+        let tcp = TcpStream::connect((host, self.port)).await.map_err(|error| {
+            self.unreachable(error).hint("is the address right, and is `connect-hub serve` running there?")
+        })?;
+        tcp.set_nodelay(true).map_err(|error| self.unreachable(error))?;
+        let io: Box<dyn Io> = if self.tls { Box::new(self.tls(host, tcp).await?) } else { Box::new(tcp) };
+
+        let scheme = if self.tls { "wss" } else { "ws" };
+        let mut request = format!("{scheme}://{}{path}", self.authority())
+            .into_client_request()
+            .map_err(|error| self.unreachable(error))?;
+        for (name, value) in headers {
+            request.headers_mut().insert(name.clone(), value.clone());
+        }
+        let (socket, _) =
+            client_async_with_config(request, io, Some(config)).await.map_err(|error| {
+                match error {
+                    tungstenite::Error::Http(response) => self
+                        .unreachable(format_args!("it answers HTTP {}", response.status()))
+                        .hint("is this a Private Connect ZK hub?"),
+                    other => self
+                        .unreachable(other)
+                        .hint("something answers there, but it does not speak WebSocket"),
+                }
+            })?;
+        Ok(socket)
+    }
+
+    async fn tls(
+        &self,
+        host: &str,
+        tcp: TcpStream,
+    ) -> Result<tokio_rustls::client::TlsStream<TcpStream>> {
+        let name = ServerName::try_from(host.to_owned()).map_err(|error| self.unreachable(error))?;
+        let config = client_config(self.pin).map_err(|error| self.unreachable(error))?;
+        TlsConnector::from(config).connect(name, tcp).await.map_err(|error| {
+            let rustls_error = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+            match rustls_error {
+                Some(rustls::Error::InvalidCertificate(
+                    rustls::CertificateError::ApplicationVerificationFailure,
+                )) => Error::trust(format_args!(
+                    "the certificate of {self} is not the one that was pinned"
+                )),
+                Some(rustls::Error::InvalidCertificate(_)) => self.unreachable(&error).hint(
+                    "the certificate is not signed by an authority that this machine trusts; \
+                     a hub with its own certificate needs its pin: `https://host:port#sha256=…`",
+                ),
+                _ => self.unreachable(&error).hint("something answers there, but it does not speak TLS"),
+            }
+        })
+    }
+
+    fn unreachable(&self, cause: impl fmt::Display) -> Error {
+        Error::new(ErrorKind::HubUnreachable, format_args!("cannot reach the hub {self}: {cause}"))
+    }
+}
+
+fn is_loopback(host: &str) -> bool {
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    bare == "localhost" || bare.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+fn insecure_allowed() -> bool {
+    std::env::var("CONNECT_ALLOW_INSECURE").is_ok_and(|value| value == "true" || value == "1")
+}
+
+fn client_config(pin: Option<[u8; 32]>) -> std::result::Result<Arc<ClientConfig>, rustls::Error> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()?;
+    let mut config = match pin {
+        Some(pin) => builder
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(PinVerifier { pin, provider }))
+            .with_no_client_auth(),
+        None => {
+            let mut roots = RootCertStore::empty();
+            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+            builder.with_root_certificates(roots).with_no_client_auth()
+        }
+    };
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(Arc::new(config))
+}
+
+/// Accepts exactly the certificate whose SHA-256 the invite carries, whatever it says of itself.
+#[derive(Debug)]
+struct PinVerifier {
+    pin: [u8; 32],
+    provider: Arc<CryptoProvider>,
+}
+
+impl ServerCertVerifier for PinVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        _now: UnixTime,
+    ) -> std::result::Result<ServerCertVerified, rustls::Error> {
+        let found: [u8; 32] = Sha256::digest(end_entity).into();
+        if found == self.pin {
+            Ok(ServerCertVerified::assertion())
+        } else {
+            Err(rustls::CertificateError::ApplicationVerificationFailure.into())
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &rustls::DigitallySignedStruct,
+    ) -> std::result::Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls12_signature(message, certificate, signed, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &rustls::DigitallySignedStruct,
+    ) -> std::result::Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls13_signature(message, certificate, signed, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(url: &str, expected: std::result::Result<&str, &str>) {
+        let parsed = HubUrl::parse(&HubAddress { url: url.to_owned(), pin: None });
+        match (parsed, expected) {
+            (Ok(parsed), Ok(authority)) => assert_eq!(parsed.authority(), authority),
+            (Err(error), Err(part)) => {
+                assert_eq!(error.kind, ErrorKind::Usage);
+                assert!(error.message.contains(part), "{}", error.message);
+            }
+            (parsed, _) => panic!("{url}: {parsed:?}"),
+        }
+    }
+
+    #[test]
+    fn hub_urls_are_checked_before_they_are_dialled() {
+        check("http://127.0.0.1:7420", Ok("127.0.0.1:7420"));
+        check("http://localhost:7420/", Ok("localhost:7420"));
+        check("ws://[::1]:7420", Ok("[::1]:7420"));
+        check("https://Hub.Example.com", Ok("hub.example.com:443"));
+        check("wss://10.0.0.1:7420", Ok("10.0.0.1:7420"));
+        check("http://10.0.0.1:7420", Err("plain text"));
+        check("ws://hub.example.com", Err("plain text"));
+        check("ftp://hub.example.com", Err("scheme"));
+        check("hub.example.com", Err("scheme"));
+        check("https://", Err("URL"));
+        check("https://user@hub.example.com", Err("only a host"));
+        check("https://hub.example.com/path", Err("path"));
+        check("not a url", Err("URL"));
+    }
+}

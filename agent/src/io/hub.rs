@@ -1,0 +1,371 @@
+//! A control session with the hub: challenge, proof, then requests and what the hub brings.
+
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+use connect_crypto::{invite::InviteKeys, keys::SigningKey};
+use connect_spec::{
+    bytes::Blob,
+    control::{
+        self, CreateWorkspace, ErrorCode, ErrorReport, FromAgent, FromHub, LOGIN_KIND, Login,
+        Nonce, REDEEM_KIND, Redeem, Reply, Request, SessionKind, Ticket, TunnelRequest,
+    },
+    encoding::Encoding,
+    ids::{AgentId, CredentialId, WorkspaceId},
+    limits::{DEAD_AFTER, LOGIN_TIMEOUT, MAX_CONTROL_BYTES},
+    trust::Presented,
+};
+use futures_util::{SinkExt, StreamExt};
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::AbortHandle,
+    time::timeout,
+};
+use tokio_tungstenite::tungstenite::{Message, protocol::WebSocketConfig};
+
+use super::dial::{HubSocket, HubUrl};
+use crate::{
+    error::{Error, ErrorKind, Result},
+    home::Identity,
+    random,
+};
+
+/// A request that the hub does not answer within this time has failed. It is longer than the time
+/// that the hub gives an exposer to answer.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(15);
+/// Messages waiting for a slow control socket.
+const QUEUE: usize = 256;
+
+/// A control socket whose challenge was read, but nothing proven yet.
+pub(crate) struct Greeted {
+    socket: HubSocket,
+    authority: String,
+    nonce: Nonce,
+}
+
+/// What the holder of an invite gets. Nothing in it is verified yet.
+pub(crate) struct Invitation {
+    pub(crate) genesis: Blob,
+    pub(crate) credential: Blob,
+    pub(crate) wrap: control::EpochWrap,
+}
+
+/// What an agent shows and proves when it logs in.
+pub(crate) struct Credentials<'a> {
+    pub(crate) workspace_id: WorkspaceId,
+    pub(crate) agent_id: AgentId,
+    pub(crate) signing: &'a SigningKey,
+    pub(crate) presented: &'a Presented,
+    pub(crate) wrap_key: Vec<u8>,
+}
+
+/// A logged-in session; closed when dropped.
+#[derive(Debug)]
+pub(crate) struct Session {
+    outgoing: mpsc::Sender<Outgoing>,
+    next_id: AtomicU64,
+    encodings: Vec<Encoding>,
+    task: AbortHandle,
+}
+
+/// What the hub brings without being asked.
+#[derive(Debug)]
+pub(crate) enum Incoming {
+    /// A reacher asks for a tunnel.
+    Tunnel { initiator: AgentId, request: TunnelRequest, ticket: Ticket },
+    /// The session is over; the last thing that arrives.
+    Closed(Ended),
+}
+
+/// Why a session is over.
+#[derive(Debug)]
+pub(crate) enum Ended {
+    /// Another session of this agent took over.
+    Displaced,
+    /// The hub restarts and asks to wait this long.
+    Restarting(Duration),
+    /// The socket failed or was closed.
+    Lost(String),
+}
+
+#[derive(Debug)]
+enum Outgoing {
+    Request { id: u64, request: Request, reply: oneshot::Sender<Reply> },
+    Message(FromAgent),
+}
+
+impl<'a> Credentials<'a> {
+    /// Those of an enrolled agent.
+    pub(crate) fn of(identity: &'a Identity) -> Self {
+        Self {
+            workspace_id: identity.workspace_id(),
+            agent_id: identity.agent_id,
+            signing: &identity.signing,
+            presented: &identity.presented,
+            wrap_key: identity.wrap.public().encode(),
+        }
+    }
+}
+
+impl Greeted {
+    /// Dials the hub and reads its challenge.
+    pub(crate) async fn dial(hub: &HubUrl) -> Result<Self> {
+        let mut config = WebSocketConfig::default();
+        config.read_buffer_size = 4096;
+        config.write_buffer_size = 0;
+        config.max_message_size = Some(MAX_CONTROL_BYTES);
+        config.max_frame_size = Some(MAX_CONTROL_BYTES);
+        let socket = hub.open(control::AGENT_PATH, &[], config).await?;
+        let mut greeted = Self { socket, authority: hub.authority(), nonce: Nonce([0; 32]) };
+        match greeted.read().await? {
+            FromHub::Challenge { version: control::CONTROL_VERSION, nonce } => {
+                greeted.nonce = nonce;
+                Ok(greeted)
+            }
+            FromHub::Challenge { version, .. } => Err(Error::new(
+                ErrorKind::HubUnreachable,
+                format_args!("the hub speaks version {version} of the protocol, this program speaks 1"),
+            )
+            .hint("update the older of the two")),
+            FromHub::Error(report) => Err(Error::from_hub(&report)),
+            _ => Err(no_hub()),
+        }
+    }
+
+    /// Asks for what belongs to an invite, proving that it is held; the code itself stays here.
+    pub(crate) async fn redeem(
+        &mut self,
+        workspace_id: WorkspaceId,
+        keys: &InviteKeys,
+    ) -> Result<Invitation> {
+        let agent_nonce = Nonce(random::bytes());
+        let invite_key = keys.signing.public();
+        let subject = CredentialId::of(&invite_key);
+        let text = control::proof_text(
+            &self.authority,
+            &self.nonce,
+            &agent_nonce,
+            &subject.0,
+            &workspace_id,
+        );
+        self.write(&FromAgent::Redeem(Redeem {
+            authority: self.authority.clone(),
+            agent_nonce,
+            workspace_id,
+            invite_key,
+            signature: keys.signing.sign_text(REDEEM_KIND, &text),
+        }))
+        .await?;
+        match self.read().await? {
+            FromHub::Invitation { genesis, credential, wrap } => {
+                Ok(Invitation { genesis, credential, wrap })
+            }
+            FromHub::Error(report) => Err(Error::from_hub(&report)),
+            _ => Err(no_hub()),
+        }
+    }
+
+    /// Logs in; `create` makes the workspace first.
+    pub(crate) async fn login(
+        mut self,
+        credentials: &Credentials<'_>,
+        kind: SessionKind,
+        create: Option<CreateWorkspace>,
+    ) -> Result<(Session, mpsc::Receiver<Incoming>)> {
+        let agent_nonce = Nonce(random::bytes());
+        let text = control::proof_text(
+            &self.authority,
+            &self.nonce,
+            &agent_nonce,
+            &credentials.agent_id.0,
+            &credentials.workspace_id,
+        );
+        self.write(&FromAgent::Login(Box::new(Login {
+            authority: self.authority.clone(),
+            agent_nonce,
+            session: kind,
+            workspace_id: credentials.workspace_id,
+            presented: credentials.presented.to_blobs(),
+            wrap_key: Blob(credentials.wrap_key.clone()),
+            signature: credentials.signing.sign_text(LOGIN_KIND, &text),
+            create,
+        })))
+        .await?;
+        match self.read().await? {
+            FromHub::Welcome { encodings, displaced, .. } => {
+                if displaced {
+                    tracing::warn!(
+                        "another process was connected as this agent; it was displaced by this one"
+                    );
+                }
+                Ok(Session::start(self.socket, encodings))
+            }
+            FromHub::Error(report) => Err(Error::from_hub(&report)),
+            _ => Err(no_hub()),
+        }
+    }
+
+    async fn read(&mut self) -> Result<FromHub> {
+        let next = async {
+            loop {
+                match self.socket.next().await {
+                    Some(Ok(Message::Text(text))) => {
+                        return control::decode(text.as_str()).map_err(|_| no_hub());
+                    }
+                    Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+                    Some(Ok(_)) => return Err(no_hub()),
+                    Some(Err(error)) => return Err(lost(&error)),
+                    None => return Err(lost("closed the connection")),
+                }
+            }
+        };
+        timeout(LOGIN_TIMEOUT, next).await.unwrap_or_else(|_| Err(lost("does not answer")))
+    }
+
+    async fn write(&mut self, message: &FromAgent) -> Result<()> {
+        let text = Message::text(control::encode(message));
+        self.socket.send(text).await.map_err(|error| lost(&error))
+    }
+}
+
+fn no_hub() -> Error {
+    Error::new(ErrorKind::HubUnreachable, "something answers, but it does not speak this protocol")
+        .hint("is this a Private Connect ZK hub?")
+}
+
+fn lost(cause: impl std::fmt::Display) -> Error {
+    Error::new(ErrorKind::HubUnreachable, format_args!("the connection to the hub failed: {cause}"))
+}
+
+impl Session {
+    fn start(socket: HubSocket, encodings: Vec<Encoding>) -> (Self, mpsc::Receiver<Incoming>) {
+        let (outgoing, requests) = mpsc::channel(QUEUE);
+        let (events, incoming) = mpsc::channel(QUEUE);
+        let task = tokio::spawn(async move {
+            let ended = drive(socket, requests, &events).await;
+            // Nobody listens any more when the session was dropped; then there is nobody to tell.
+            let _ = events.send(Incoming::Closed(ended)).await;
+        });
+        let session =
+            Self { outgoing, next_id: AtomicU64::new(1), encodings, task: task.abort_handle() };
+        (session, incoming)
+    }
+
+    /// What data sockets of this hub may carry.
+    pub(crate) fn encodings(&self) -> &[Encoding] {
+        &self.encodings
+    }
+
+    /// Asks the hub and waits for its answer.
+    ///
+    /// # Errors
+    /// What the hub answered, or [`ErrorKind::HubUnreachable`].
+    pub(crate) async fn request(&self, request: Request) -> Result<Reply> {
+        match self.try_request(request).await? {
+            Reply::Error(report) => Err(Error::from_hub(&report)),
+            reply => Ok(reply),
+        }
+    }
+
+    /// As [`Session::request`], with the hub's own error in the reply.
+    pub(crate) async fn try_request(&self, request: Request) -> Result<Reply> {
+        let (reply, answer) = oneshot::channel();
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let sent = self.outgoing.send(Outgoing::Request { id, request, reply }).await;
+        sent.map_err(|_| lost("closed"))?;
+        match timeout(REPLY_TIMEOUT, answer).await {
+            Ok(Ok(reply)) => Ok(reply),
+            Ok(Err(_)) => Err(lost("closed")),
+            Err(_) => Err(lost("does not answer")),
+        }
+    }
+
+    /// Tells the hub something that it does not answer.
+    pub(crate) async fn tell(&self, message: FromAgent) -> Result<()> {
+        self.outgoing.send(Outgoing::Message(message)).await.map_err(|_| lost("closed"))
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Runs the socket until it ends; requests that are open then are dropped, which their callers see.
+async fn drive(
+    socket: HubSocket,
+    mut requests: mpsc::Receiver<Outgoing>,
+    events: &mpsc::Sender<Incoming>,
+) -> Ended {
+    let (mut sink, mut stream) = socket.split();
+    let mut open: BTreeMap<u64, oneshot::Sender<Reply>> = BTreeMap::new();
+    let mut restarting = None;
+    let ended = |restarting: Option<Duration>, cause: String| match restarting {
+        Some(wait) => Ended::Restarting(wait),
+        None => Ended::Lost(cause),
+    };
+    loop {
+        tokio::select! {
+            outgoing = requests.recv() => {
+                let message = match outgoing {
+                    Some(Outgoing::Request { id, request, reply }) => {
+                        open.retain(|_, waiting| !waiting.is_closed());
+                        open.insert(id, reply);
+                        FromAgent::Request { id, request }
+                    }
+                    Some(Outgoing::Message(message)) => message,
+                    None => return Ended::Lost("session dropped".into()),
+                };
+                if let Err(error) = sink.send(Message::text(control::encode(&message))).await {
+                    return ended(restarting, error.to_string());
+                }
+            }
+            received = timeout(DEAD_AFTER, stream.next()) => {
+                let text = match received {
+                    Ok(Some(Ok(Message::Text(text)))) => text,
+                    // A ping is answered by the library when the socket is next used.
+                    Ok(Some(Ok(Message::Ping(_)))) => {
+                        if let Err(error) = sink.flush().await {
+                            return ended(restarting, error.to_string());
+                        }
+                        continue;
+                    }
+                    Ok(Some(Ok(Message::Pong(_)))) => continue,
+                    Ok(Some(Ok(_)) | None) => return ended(restarting, "closed by the hub".into()),
+                    Ok(Some(Err(error))) => return ended(restarting, error.to_string()),
+                    Err(_) => return ended(restarting, "the hub is silent".into()),
+                };
+                match control::decode(text.as_str()) {
+                    Ok(FromHub::Reply { id, reply }) => {
+                        if let Some(waiting) = open.remove(&id) {
+                            // The asker may have given up.
+                            let _ = waiting.send(reply);
+                        }
+                    }
+                    Ok(FromHub::IncomingTunnel { initiator, request, ticket }) => {
+                        let tunnel = Incoming::Tunnel { initiator, request, ticket };
+                        // An agent that is too slow to answer loses requests, never the session.
+                        if events.try_send(tunnel).is_err() {
+                            tracing::warn!("too many tunnels are asked for at once; one was dropped");
+                        }
+                    }
+                    Ok(FromHub::Restarting { reconnect_in_ms }) => {
+                        restarting = Some(Duration::from_millis(reconnect_in_ms.into()));
+                    }
+                    Ok(FromHub::Error(ErrorReport { code: ErrorCode::Displaced, .. })) => {
+                        return Ended::Displaced;
+                    }
+                    Ok(FromHub::Error(report)) => return Ended::Lost(Error::from_hub(&report).message),
+                    Ok(FromHub::Challenge { .. } | FromHub::Invitation { .. } | FromHub::Welcome { .. })
+                    | Err(_) => {
+                        tracing::debug!("the hub sent a message that is not understood; ignored");
+                    }
+                }
+            }
+        }
+    }
+}

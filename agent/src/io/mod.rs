@@ -1,0 +1,6 @@
+//! The tokio drivers: sockets and tasks around the state machines of `engine`.
+
+pub(crate) mod dial;
+pub(crate) mod hub;
+pub(crate) mod splice;
+pub(crate) mod tunnel;

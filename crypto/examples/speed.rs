@@ -1,0 +1,67 @@
+//! Measures sealing and opening: `cargo run --release -p connect-crypto --example speed`.
+
+#![expect(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    reason = "a measurement needs a clock and shows what it found"
+)]
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::{Agent, NOW, TestRng, World};
+use connect_crypto::{
+    handshake::{initiate, receive},
+    transport::Transport,
+};
+
+/// One handshake, both sides, with the judgement of the peers.
+fn handshake(world: &World, initiator: &Agent, responder: &Agent) -> (Transport, Transport) {
+    let peer = |agent: &Agent| {
+        world.trust.verify_peer(agent.id(), agent.presented.clone(), NOW).expect("a member")
+    };
+    let rng = &mut TestRng::new("speed");
+    let prologue = world.prologue(initiator, responder);
+    let to = responder.static_keypair.public();
+    let (state, message1) =
+        initiate(&world.local(initiator), &prologue, &to, rng).expect("sound keys");
+    let (theirs, message2) = receive(&responder.static_keypair, &prologue, &message1)
+        .and_then(|received| received.answer(&peer(initiator), &world.local(responder), rng))
+        .expect("sound message");
+    let ours = state.read(&message2).and_then(|reply| reply.confirm(&peer(responder)));
+    (ours.expect("sound reply"), theirs)
+}
+
+fn main() {
+    let world = World::new();
+    let (initiator, responder) = (world.member("initiator"), world.member("responder"));
+
+    let begun = Instant::now();
+    let rounds = 500;
+    for _ in 0..rounds {
+        std::hint::black_box(handshake(&world, &initiator, &responder));
+    }
+    println!("handshake, both sides: {:?}", begun.elapsed() / rounds);
+
+    let (ours, theirs) = handshake(&world, &initiator, &responder);
+    let (mut sealer, mut opener) = (ours.split().0, theirs.split().1);
+    let (mut record, mut out) = (Vec::new(), Vec::new());
+    for length in [64, 1024, 16 * 1024, 32 * 1024, 65_519] {
+        let plaintext = vec![7; length];
+        // The best of many: whatever else runs on the machine only makes a record slower.
+        let (mut sealing, mut opening) = (Duration::MAX, Duration::MAX);
+        for _ in 0..20_000 {
+            let begun = Instant::now();
+            sealer.seal(&plaintext, &mut record).expect("counter left");
+            sealing = sealing.min(begun.elapsed());
+            let begun = Instant::now();
+            opener.open(&record, &mut out).expect("in order");
+            opening = opening.min(begun.elapsed());
+        }
+        let bytes = f64::from(u32::try_from(length).expect("small"));
+        let rate = |time: Duration| bytes / time.as_secs_f64() / 1e6;
+        println!("{length:>6} B: seal {:.0} MB/s, open {:.0} MB/s", rate(sealing), rate(opening));
+    }
+}

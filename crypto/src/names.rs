@@ -1,0 +1,304 @@
+//! Names and records that the hub stores and cannot read. PROTOCOL.md, "Names".
+
+use chacha20poly1305::{
+    KeyInit, XChaCha20Poly1305, XNonce,
+    aead::{Aead, Payload},
+};
+use connect_spec::{
+    bytes::Blob,
+    control::SealedRecord,
+    ids::{AgentId, LookupTag, ServiceId, ServiceName, WorkspaceId},
+    keys::IdentityKey,
+    limits::{MAX_RECORD_PLAINTEXT_BYTES, TAG_BYTES},
+    objects::{AgentRecord, ServiceRecord},
+    signed::{Body, ObjectError, Signed},
+};
+use rand_core::CryptoRng;
+use zeroize::Zeroizing;
+
+use crate::{
+    epoch::NameSource,
+    error::CryptoError,
+    kdf::kdf,
+    secret::{self, Secret, redacted},
+};
+
+/// First bytes of the associated data of every record.
+const RECORD_LABEL: &[u8] = b"connect/v1 record";
+/// Nonce of XChaCha20-Poly1305: long enough to be drawn at random.
+const NONCE_BYTES: usize = 24;
+
+/// The keys of one epoch that hide names: one seals records, the other makes lookup tags.
+pub struct NameKeys {
+    name_key: Secret<32>,
+    index_key: Secret<32>,
+}
+
+redacted!(NameKeys);
+
+/// Where a record belongs; sealed into it as associated data.
+struct Place {
+    workspace: WorkspaceId,
+    /// The service, or the agent itself for its own record.
+    object: [u8; 16],
+    agent: AgentId,
+    epoch: u32,
+    counter: u32,
+}
+
+impl Place {
+    fn associated_data(&self) -> Vec<u8> {
+        let parts: [&[u8]; 7] = [
+            RECORD_LABEL,
+            &[0],
+            &self.workspace.0,
+            &self.object,
+            &self.agent.0,
+            &self.epoch.to_be_bytes(),
+            &self.counter.to_be_bytes(),
+        ];
+        parts.concat()
+    }
+}
+
+impl NameKeys {
+    /// Derives the keys of the epoch that `source` belongs to.
+    #[must_use]
+    pub fn derive(source: &NameSource) -> Self {
+        let derive = |label| secret::boxed(&kdf(source.as_bytes(), label));
+        Self { name_key: derive(b"names"), index_key: derive(b"index") }
+    }
+
+    /// Where the hub finds the service of this name.
+    #[must_use]
+    pub fn tag(&self, name: &ServiceName) -> LookupTag {
+        let tag = kdf(&self.index_key, name.as_str().as_bytes());
+        LookupTag(*tag.first_chunk().expect("32 bytes begin with 16"))
+    }
+
+    /// Seals what an exposer says of a service.
+    ///
+    /// # Errors
+    /// [`CryptoError::Object`] when the record is too long.
+    pub fn seal_service(
+        &self,
+        record: &Signed<ServiceRecord>,
+        rng: &mut impl CryptoRng,
+    ) -> Result<SealedRecord, CryptoError> {
+        self.seal(&service_place(record.object()), record, rng)
+    }
+
+    /// Opens the record of a service as the hub lists it.
+    ///
+    /// The name, the counter already seen, and the certificate in it are the caller's to judge.
+    ///
+    /// # Errors
+    /// [`CryptoError::Open`], [`CryptoError::Object`], and [`CryptoError::Misplaced`] when the record
+    /// was sealed for another place or is not signed by the identity that its certificate names.
+    pub fn open_service(
+        &self,
+        workspace: &WorkspaceId,
+        service: ServiceId,
+        agent: AgentId,
+        sealed: &SealedRecord,
+    ) -> Result<Signed<ServiceRecord>, CryptoError> {
+        let outer = Place {
+            workspace: *workspace,
+            object: service.0,
+            agent,
+            epoch: sealed.epoch,
+            counter: sealed.counter,
+        };
+        let record: Signed<ServiceRecord> = self.open(&outer, &sealed.sealed)?;
+        let certificate = record.object().certificate.object();
+        let belongs = outer.associated_data() == service_place(record.object()).associated_data()
+            && certificate.workspace_id == *workspace
+            && certificate.agent_id() == agent
+            && record.verify_by(&certificate.identity_key).is_ok();
+        if belongs { Ok(record) } else { Err(CryptoError::Misplaced) }
+    }
+
+    /// Seals what an agent says of itself.
+    ///
+    /// # Errors
+    /// [`CryptoError::Object`] when the record is too long.
+    pub fn seal_agent(
+        &self,
+        record: &Signed<AgentRecord>,
+        rng: &mut impl CryptoRng,
+    ) -> Result<SealedRecord, CryptoError> {
+        self.seal(&agent_place(record.object()), record, rng)
+    }
+
+    /// Opens an agent's record as the hub lists it.
+    ///
+    /// # Errors
+    /// [`CryptoError::Open`], [`CryptoError::Object`], and [`CryptoError::Misplaced`] when the record
+    /// was sealed for another place or is not signed by `identity`.
+    ///
+    /// # Security
+    /// `identity` must come from a verified certificate.
+    pub fn open_agent(
+        &self,
+        workspace: &WorkspaceId,
+        agent: AgentId,
+        identity: &IdentityKey,
+        sealed: &SealedRecord,
+    ) -> Result<Signed<AgentRecord>, CryptoError> {
+        let outer = Place {
+            workspace: *workspace,
+            object: agent.0,
+            agent,
+            epoch: sealed.epoch,
+            counter: sealed.counter,
+        };
+        let record: Signed<AgentRecord> = self.open(&outer, &sealed.sealed)?;
+        let belongs = outer.associated_data() == agent_place(record.object()).associated_data()
+            && AgentId::of(workspace, identity) == agent
+            && record.verify_by(identity).is_ok();
+        if belongs { Ok(record) } else { Err(CryptoError::Misplaced) }
+    }
+
+    fn cipher(&self) -> XChaCha20Poly1305 {
+        XChaCha20Poly1305::new_from_slice(self.name_key.as_slice()).expect("the key has 32 bytes")
+    }
+
+    fn seal<T: Body>(
+        &self,
+        place: &Place,
+        record: &Signed<T>,
+        rng: &mut impl CryptoRng,
+    ) -> Result<SealedRecord, CryptoError> {
+        let plaintext = pad(&record.encode())?;
+        let mut nonce = XNonce::default();
+        rng.fill_bytes(nonce.as_mut_slice());
+        let payload = Payload { msg: &plaintext, aad: &place.associated_data() };
+        let ciphertext = self
+            .cipher()
+            .encrypt(&nonce, payload)
+            .expect("8 KiB are no length that the cipher refuses");
+        Ok(SealedRecord {
+            epoch: place.epoch,
+            counter: place.counter,
+            sealed: Blob([nonce.as_slice(), &ciphertext].concat()),
+        })
+    }
+
+    fn open<T: Body>(&self, place: &Place, sealed: &Blob) -> Result<Signed<T>, CryptoError> {
+        if sealed.0.len() > NONCE_BYTES + MAX_RECORD_PLAINTEXT_BYTES + TAG_BYTES {
+            return Err(CryptoError::Open);
+        }
+        let (nonce, ciphertext) =
+            sealed.0.split_first_chunk::<NONCE_BYTES>().ok_or(CryptoError::Open)?;
+        let payload = Payload { msg: ciphertext, aad: &place.associated_data() };
+        let plaintext = self
+            .cipher()
+            .decrypt(&(*nonce).into(), payload)
+            .map(Zeroizing::new)
+            .map_err(|_| CryptoError::Open)?;
+        Ok(Signed::decode(unpad(&plaintext)?)?)
+    }
+}
+
+fn service_place(record: &ServiceRecord) -> Place {
+    Place {
+        workspace: record.workspace_id,
+        object: record.service_id.0,
+        agent: record.agent_id,
+        epoch: record.epoch,
+        counter: record.counter,
+    }
+}
+
+fn agent_place(record: &AgentRecord) -> Place {
+    Place {
+        workspace: record.workspace_id,
+        object: record.agent_id.0,
+        agent: record.agent_id,
+        epoch: record.epoch,
+        counter: record.counter,
+    }
+}
+
+/// The few lengths that a record can have, so that its length tells little of its name.
+fn padded_length(used: usize) -> usize {
+    match used {
+        0..=256 => 256,
+        257..=512 => 512,
+        more => more.next_multiple_of(1024),
+    }
+}
+
+/// `u16 length || wire || zeros`.
+fn pad(wire: &[u8]) -> Result<Zeroizing<Vec<u8>>, ObjectError> {
+    let too_long = ObjectError::TooLong(MAX_RECORD_PLAINTEXT_BYTES);
+    let length = u16::try_from(wire.len()).map_err(|_| too_long)?;
+    let padded = padded_length(2 + wire.len());
+    if padded > MAX_RECORD_PLAINTEXT_BYTES {
+        return Err(too_long);
+    }
+    let mut plaintext = Zeroizing::new(vec![0; padded]);
+    plaintext[..2].copy_from_slice(&length.to_be_bytes());
+    plaintext[2..2 + wire.len()].copy_from_slice(wire);
+    Ok(plaintext)
+}
+
+fn unpad(plaintext: &[u8]) -> Result<&[u8], ObjectError> {
+    let (length, rest) = plaintext.split_first_chunk::<2>().ok_or(ObjectError::Envelope)?;
+    let (wire, padding) = rest
+        .split_at_checked(usize::from(u16::from_be_bytes(*length)))
+        .ok_or(ObjectError::Envelope)?;
+    let shortest = padded_length(2 + wire.len()) == plaintext.len();
+    if shortest && padding.iter().all(|byte| *byte == 0) {
+        Ok(wire)
+    } else {
+        Err(ObjectError::Envelope)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn padding_has_steps_and_a_limit() {
+        for (wire, padded) in [
+            (0, 256),
+            (254, 256),
+            (255, 512),
+            (510, 512),
+            (511, 1024),
+            (1022, 1024),
+            (1023, 2048),
+            (8190, 8192),
+        ] {
+            let plaintext = pad(&vec![7; wire]).unwrap();
+            assert_eq!(plaintext.len(), padded);
+            assert_eq!(unpad(&plaintext), Ok(vec![7; wire].as_slice()));
+        }
+        assert!(pad(&[7; 8191]).is_err());
+        assert!(pad(&vec![7; 70_000]).is_err());
+    }
+
+    #[test]
+    fn other_padding_is_refused() {
+        let sound = pad(&[7; 100]).unwrap();
+        let with = |change: fn(&mut Vec<u8>)| {
+            let mut plaintext = sound.to_vec();
+            change(&mut plaintext);
+            plaintext
+        };
+        for plaintext in [
+            Vec::new(),
+            vec![0],
+            with(|plaintext| plaintext[255] = 1),
+            with(|plaintext| plaintext.resize(512, 0)),
+            with(|plaintext| plaintext.truncate(102)),
+            with(|plaintext| plaintext.truncate(255)),
+            with(|plaintext| plaintext[0] = 1),
+            with(|plaintext| plaintext[0] = 255),
+        ] {
+            assert_eq!(unpad(&plaintext), Err(ObjectError::Envelope));
+        }
+    }
+}

@@ -1,0 +1,9 @@
+//! The public API against everything that must not work.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod invite;
+mod keys;
+mod sealed;
+mod trust;

@@ -690,7 +690,7 @@ impl Postmaster {
             // An error means that there is nothing to wait for.
             Some(child) => drop(child.wait().await),
             None => {
-                while kill(self.pid, None) != Err(Errno::ESRCH) {
+                while is_running(self.pid) {
                     sleep(ADOPTED_POLL).await;
                 }
             }
@@ -708,6 +708,20 @@ impl Postmaster {
             }
             tracing::warn!(pid = %self.pid, dir = %pgdata.display(), "PostgreSQL does not stop");
         }
+    }
+}
+
+/// Whether a process that is not our child still runs. A zombie that nobody has reaped does not.
+fn is_running(pid: Pid) -> bool {
+    match fs::read_link(format!("/proc/{pid}/cwd")) {
+        Ok(_) => true,
+        // A zombie has no working directory; where there is no /proc this says nothing.
+        Err(error)
+            if error.kind() == io::ErrorKind::NotFound && Path::new("/proc/self").exists() =>
+        {
+            false
+        }
+        Err(_) => kill(pid, None) != Err(Errno::ESRCH),
     }
 }
 

@@ -1,5 +1,279 @@
-//! The hub.
+//! The hub: finds the peer, isolates workspaces, forwards ciphertext.
+//!
+//! It holds no key that opens, alters or forges anything: `connect-crypto` and what it is built on are
+//! not among its dependencies, and a test says so. What it can verify, it verifies as a second lock.
+//!
+//! Start reading at [`router`] (who is online, which tunnels there are; no IO), then [`relay`] (the data
+//! plane), [`control`] and [`auth`] (one control socket), [`store`] and [`cluster`] (what it remembers).
+//! [`server`] and [`routes`] are the HTTP below them. Deliberately absent: anything that decodes a
+//! data frame, any state of a tunnel in the database, and any way to see two workspaces at once.
+
+pub mod auth;
 pub mod cluster;
+pub mod config;
+pub mod control;
+pub mod hub;
 pub mod limits;
 pub mod relay;
+pub mod requests;
+pub mod router;
+pub mod routes;
+pub mod server;
 pub mod store;
+pub mod tls;
+pub mod tunnel;
+
+use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
+
+use connect_spec::control::RegistrationToken;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use sqlx::{
+    Connection as _,
+    postgres::{PgConnectOptions, PgConnection},
+};
+use tokio::{net::TcpListener, task::JoinSet};
+
+use crate::{
+    cluster::{Cluster, ClusterError, DataDir},
+    config::{Database, DatabaseArgs, ServeConfig, TlsSource, UsageError},
+    hub::Hub,
+    server::Server,
+    store::{APP_ROLE, Store, StoreError},
+    tls::{Tls, TlsError},
+};
+
+/// The role that owns the private cluster.
+const OWNER_ROLE: &str = "postgres";
+
+/// Why the program ends with an error.
+#[derive(Debug, thiserror::Error)]
+pub enum HubError {
+    /// The call was wrong.
+    #[error(transparent)]
+    Usage(#[from] UsageError),
+    /// The private database does not run.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    /// The store is not usable.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// There is no TLS.
+    #[error("TLS")]
+    Tls(#[from] TlsError),
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// Which one.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// The operating system gives no random bytes.
+    #[error("the operating system gives no random bytes")]
+    NoRandomness,
+}
+
+impl HubError {
+    /// What a person can do about it.
+    #[must_use]
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Usage(error) => Some(error.hint.clone()),
+            Self::Cluster(error) => error.hint(),
+            Self::Store(error) => error.hint().map(str::to_owned),
+            Self::Listen { source, .. } if source.kind() == io::ErrorKind::AddrInUse => Some(
+                "another program has it: stop that, or choose with --listen and --admin-listen"
+                    .to_owned(),
+            ),
+            Self::Tls(_) | Self::Listen { .. } | Self::NoRandomness => None,
+        }
+    }
+
+    /// Whether the call was wrong, rather than the world.
+    #[must_use]
+    pub fn is_usage(&self) -> bool {
+        match self {
+            Self::Usage(_) => true,
+            Self::Cluster(error) => error.is_usage(),
+            Self::Store(_) | Self::Tls(_) | Self::Listen { .. } | Self::NoRandomness => false,
+        }
+    }
+}
+
+/// What `serve` tells once it takes connections.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listening {
+    /// Where agents are served.
+    pub agents: SocketAddr,
+    /// Where health checks are answered.
+    pub admin: SocketAddr,
+    /// For `connect init --hub`.
+    pub init_url: String,
+}
+
+/// Runs the hub until `shutdown`, then drains it and stops the private database.
+///
+/// `listening` is called once, when connections are taken.
+///
+/// # Errors
+/// [`HubError`], before anything is served.
+pub async fn serve(
+    config: ServeConfig,
+    listening: impl FnOnce(&Listening),
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), HubError> {
+    raise_file_limit();
+    let lock = if config.uses_data_dir() { Some(DataDir::lock(config.data_dir())?) } else { None };
+    let tls = match &config.tls {
+        TlsSource::None => None,
+        TlsSource::Files { cert_path, key_path } => Some(tls::load(cert_path, key_path)?),
+        TlsSource::SelfSigned(names) => Some(tls::load_or_make(config.data_dir(), names.clone())?),
+    };
+    // Bound before the database starts: an address in use is told at once, and early agents wait.
+    let listeners = Listeners {
+        agents: listen(config.listen).await?,
+        admin: listen(config.admin_listen).await?,
+    };
+
+    match &config.database {
+        Database::Private => {
+            let lock = lock.map_or_else(|| DataDir::lock(config.data_dir()), Ok)?;
+            let cluster = Cluster::start(lock).await?;
+            let served = async {
+                migrate_as(&cluster.connect_options(OWNER_ROLE)).await?;
+                let store = Store::connect(cluster.connect_options(APP_ROLE)).await?;
+                run(&config, store, tls, listeners, listening, shutdown).await
+            }
+            .await;
+            cluster.stop().await;
+            served
+        }
+        Database::Url(url) => {
+            let store = Store::connect(url.connect_options()).await?;
+            run(&config, store, tls, listeners, listening, shutdown).await
+        }
+    }
+}
+
+/// Bound sockets.
+struct Listeners {
+    agents: TcpListener,
+    admin: TcpListener,
+}
+
+async fn listen(address: SocketAddr) -> Result<TcpListener, HubError> {
+    TcpListener::bind(address).await.map_err(|source| HubError::Listen { address, source })
+}
+
+/// Serves with everything in place.
+async fn run(
+    config: &ServeConfig,
+    store: Store,
+    tls: Option<Tls>,
+    listeners: Listeners,
+    listening: impl FnOnce(&Listening),
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), HubError> {
+    let bound = |listener: &TcpListener, address| {
+        listener.local_addr().map_err(|source| HubError::Listen { address, source })
+    };
+    let agents = bound(&listeners.agents, config.listen)?;
+    let admin = bound(&listeners.admin, config.admin_listen)?;
+    let pin = tls.as_ref().and_then(|tls| tls.pin);
+    let hub = Arc::new(Hub::new(store.clone(), config.authorities(agents), config.registration));
+
+    let mut servers = JoinSet::new();
+    let routes = routes::agents(Arc::clone(&hub));
+    let server = Server { listener: listeners.agents, tls: tls.map(|tls| tls.acceptor), routes };
+    servers.spawn(server.run(Arc::clone(&hub)));
+    let server =
+        Server { listener: listeners.admin, tls: None, routes: routes::admin(Arc::clone(&hub)) };
+    servers.spawn(server.run(Arc::clone(&hub)));
+
+    listening(&Listening { agents, admin, init_url: config.init_url(agents, pin.as_ref()) });
+    tokio::select! {
+        () = shutdown => {}
+        () = hub.run_clock() => {}
+    }
+    tracing::info!("stopping");
+    hub.stop();
+    while servers.join_next().await.is_some() {}
+    store.close().await;
+    Ok(())
+}
+
+/// Creates or updates the schema, starting the private database for it if no hub runs there.
+///
+/// # Errors
+/// [`HubError`].
+pub async fn migrate(args: &DatabaseArgs) -> Result<(), HubError> {
+    with_database(args, OWNER_ROLE, async |_| Ok(())).await
+}
+
+/// Makes a registration token and stores its hash.
+///
+/// # Errors
+/// [`HubError`].
+pub async fn create_registration_token(
+    args: &DatabaseArgs,
+    valid_for: Duration,
+) -> Result<RegistrationToken, HubError> {
+    let token = RegistrationToken(hex::encode(hub::random().ok_or(HubError::NoRandomness)?));
+    with_database(args, APP_ROLE, async |connection| {
+        Ok(store::create_token(connection, &token, valid_for).await?)
+    })
+    .await?;
+    Ok(token)
+}
+
+/// Does `work` as `role` on the private database, brought up to date before, or on the one of a URL.
+async fn with_database(
+    args: &DatabaseArgs,
+    role: &str,
+    work: impl AsyncFnOnce(&mut PgConnection) -> Result<(), HubError>,
+) -> Result<(), HubError> {
+    let connect = async |options: &PgConnectOptions| {
+        PgConnection::connect_with(options).await.map_err(StoreError::from)
+    };
+    if let Database::Url(url) = args.database() {
+        let options = url.connect_options();
+        if role == OWNER_ROLE {
+            migrate_as(&options).await?;
+        }
+        return work(&mut connect(&options).await?).await;
+    }
+    let data_dir = args.data_dir()?;
+    match DataDir::lock(&data_dir) {
+        Ok(lock) => {
+            let cluster = Cluster::start(lock).await?;
+            let done = async {
+                migrate_as(&cluster.connect_options(OWNER_ROLE)).await?;
+                work(&mut connect(&cluster.connect_options(role)).await?).await
+            }
+            .await;
+            cluster.stop().await;
+            done
+        }
+        // The hub that runs there keeps its database up to date.
+        Err(ClusterError::Locked { .. }) => {
+            work(&mut connect(&cluster::connect_options(&data_dir, role)?).await?).await
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+async fn migrate_as(owner: &PgConnectOptions) -> Result<(), HubError> {
+    let mut connection = PgConnection::connect_with(owner).await.map_err(StoreError::from)?;
+    store::migrate(&mut connection).await?;
+    connection.close().await.map_err(StoreError::from)?;
+    Ok(())
+}
+
+/// Every connection is a file: take as many as the system lets us have.
+fn raise_file_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files stays low");
+    }
+}

@@ -23,3 +23,34 @@ pub const TUNNEL_IDLE_CHECK: Duration = Duration::from_secs(20);
 pub const TUNNEL_IDLE_CHECKS: u32 = 3;
 /// For the last words on a socket: what it has not taken by then, it will not take.
 pub const FAREWELL_LIMIT: Duration = Duration::from_secs(5);
+
+/// Messages waiting to be sent on one control socket. An agent that lets so many pile up is not reading.
+pub const MAX_OUTGOING: usize = 1024;
+/// Requests of one session that wait for the database; the next one is told to come later.
+pub const MAX_WAITING_REQUESTS: usize = 64;
+/// One message must leave within this time; a peer that takes nothing for so long is dead.
+pub const SEND_LIMIT: Duration = Duration::from_secs(10);
+/// Keepalive pings are spread by up to this much, so that agents that came together do not ping together.
+pub const KEEPALIVE_JITTER: Duration = Duration::from_secs(3);
+/// Read and write buffer of a control socket: messages are short and rare, sockets are many.
+pub const CONTROL_BUFFER_BYTES: usize = 4 * 1024;
+
+/// Tunnels of one agent at once, counting those it asks for and those asked of it. Each may carry thousands
+/// of streams; each costs the hub two sockets.
+pub const MAX_TUNNELS_PER_AGENT: usize = 4096;
+/// Tunnels that one agent may ask for in a second, on average and at once.
+pub const OPENS_PER_SEC: u32 = 100;
+/// A sealed record: the largest plaintext with its padding, nonce and tag.
+pub const MAX_SEALED_BYTES: usize =
+    connect_spec::limits::MAX_RECORD_PLAINTEXT_BYTES + 1024 + 24 + 16;
+/// A wrap of two 32-byte secrets: an X25519 key, an ML-KEM-768 ciphertext and what it seals, with room.
+pub const MAX_WRAP_BYTES: usize = 2048;
+/// Rows that a page is filled from; its size in bytes ends it earlier.
+pub const PAGE_ROWS: i64 = 64;
+
+/// Agents are asked to stay away for this long when the hub goes down, plus a random part as long.
+pub const RESTART_PAUSE: Duration = Duration::from_millis(500);
+/// Everybody must be gone within this time once the hub goes down.
+pub const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+/// `/readyz` does not wait longer for the database.
+pub const READY_LIMIT: Duration = Duration::from_secs(2);

@@ -320,10 +320,10 @@ fn missing_head(head: &[u8]) -> Result<Option<usize>, Violation> {
 
 /// The payload length that a complete head gives, if it is the shortest spelling and within limits.
 fn payload_length(head: &[u8]) -> Result<usize, Violation> {
-    let spelled = match head {
-        &[_, _, high, low, _, _, _, _] => u64::from(u16::from_be_bytes([high, low])),
-        &[_, _, a, b, c, d, e, f, g, h, _, _, _, _] => u64::from_be_bytes([a, b, c, d, e, f, g, h]),
-        &[_, second, ..] => return Ok(usize::from(second & !MASKED)),
+    let spelled = match *head {
+        [_, _, high, low, _, _, _, _] => u64::from(u16::from_be_bytes([high, low])),
+        [_, _, a, b, c, d, e, f, g, h, _, _, _, _] => u64::from_be_bytes([a, b, c, d, e, f, g, h]),
+        [_, second, ..] => return Ok(usize::from(second & !MASKED)),
         _ => return Err(Violation(close::PROTOCOL)),
     };
     let shortest = if head.len() == 2 + 2 + 4 { 126 } else { 0x1_0000 };
@@ -682,6 +682,12 @@ impl Side {
             Self::Exposer => Self::Reacher,
         }
     }
+}
+
+/// Ends a data socket that never got to relay.
+pub async fn refuse<T: AsyncRead + AsyncWrite + Unpin>(mut io: T, code: u16) {
+    // Nothing was sent on it, so the encoding does not matter.
+    farewell(&mut io, &mut Flow::new(Encoding::Base64), Some(code)).await;
 }
 
 /// Ends one socket so that nothing sent before is lost: says what is left and the close frame, shuts the

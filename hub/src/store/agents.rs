@@ -36,13 +36,15 @@ pub struct KnownAgent {
     pub noise_key_counter: i64,
     /// The key in it.
     pub static_key: StaticPublicKey,
+    /// The credential under which the agent joined.
+    pub credential_id: Option<CredentialId>,
 }
 
-/// Whether a first login found its place.
+/// Whether an agent found its place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Upserted {
-    /// The agent is new and stored.
-    Inserted,
+    /// It is stored.
+    Done,
     /// Another session of the same agent was faster: read it again.
     Raced,
 }
@@ -54,17 +56,22 @@ impl WorkspaceTx {
     /// [`StoreError::Database`], [`StoreError::Corrupt`].
     pub async fn lock_agent(&mut self, agent: AgentId) -> Result<Option<KnownAgent>, StoreError> {
         let workspace = self.id();
-        let row: Option<(i64, Vec<u8>)> = sqlx::query_as(
-            "SELECT noise_key_counter, static_key FROM connect.agents
+        let row: Option<(i64, Vec<u8>, Option<Vec<u8>>)> = sqlx::query_as(
+            "SELECT noise_key_counter, static_key, credential_id FROM connect.agents
              WHERE workspace_id = $1 AND agent_id = $2 FOR UPDATE",
         )
         .bind(workspace)
         .bind(agent.0.as_slice())
         .fetch_optional(self.connection())
         .await?;
-        row.map(|(noise_key_counter, key)| {
-            let static_key = StaticPublicKey(fixed(&key, "static_key")?);
-            Ok(KnownAgent { noise_key_counter, static_key })
+        row.map(|(noise_key_counter, key, credential_id)| {
+            Ok(KnownAgent {
+                noise_key_counter,
+                static_key: StaticPublicKey(fixed(&key, "static_key")?),
+                credential_id: credential_id
+                    .map(|id| fixed(&id, "credential_id").map(CredentialId))
+                    .transpose()?,
+            })
         })
         .transpose()
     }
@@ -93,7 +100,7 @@ impl WorkspaceTx {
         .bind(login.address)
         .execute(self.connection())
         .await?;
-        Ok(if done.rows_affected() == 1 { Upserted::Inserted } else { Upserted::Raced })
+        Ok(if done.rows_affected() == 1 { Upserted::Done } else { Upserted::Raced })
     }
 
     /// Brings a known agent, locked before, up to date with what it shows.

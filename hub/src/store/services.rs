@@ -1,5 +1,7 @@
 //! The table `services`.
 
+use std::collections::HashSet;
+
 use connect_spec::{
     control::{ListedService, SealedRecord},
     ids::{AgentId, LookupTag, ServiceId},
@@ -147,6 +149,22 @@ impl WorkspaceTx {
         .fetch_optional(self.connection())
         .await?;
         row.map(listed).transpose()
+    }
+
+    /// What `agent` exposes.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`], [`StoreError::Corrupt`].
+    pub async fn services_of(&mut self, agent: AgentId) -> Result<HashSet<ServiceId>, StoreError> {
+        let workspace = self.id();
+        let rows: Vec<(Vec<u8>,)> = sqlx::query_as(
+            "SELECT service_id FROM connect.services WHERE workspace_id = $1 AND agent_id = $2",
+        )
+        .bind(workspace)
+        .bind(agent.0.as_slice())
+        .fetch_all(self.connection())
+        .await?;
+        rows.iter().map(|(id,)| fixed(id, "service_id").map(ServiceId)).collect()
     }
 
     /// Whose service this is.

@@ -1,0 +1,416 @@
+//! How an agent proves who it is, and how the hub takes it in.
+//!
+//! The proof is a signature over this hub's name, this connection's nonce and the workspace; what it
+//! shows of itself is verified down to the genesis that the workspace id names. All this is a
+//! second lock: the peers verify each other again, inside the handshake.
+
+use std::{
+    collections::{BTreeSet, HashSet},
+    net::IpAddr,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use connect_spec::{
+    bytes::Blob,
+    control::{
+        CreateWorkspace, ErrorCode, ErrorReport, FromHub, LOGIN_KIND, Login, Nonce, REDEEM_KIND,
+        Redeem, SessionKind, proof_text,
+    },
+    ids::{CredentialId, ServiceId, WorkspaceId},
+    keys::WrapPublicKey,
+    objects::{Credential, Genesis, UnixTime},
+    signed::{Body, Signed},
+    trust::{Head, Presented, TrustState, VerifiedPeer},
+};
+
+use crate::{
+    config::Registration,
+    router::Member,
+    store::{AgentLogin, Store, StoreError, Upserted, WorkspaceTx},
+};
+
+/// Why a login or a redemption came to nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum Denied {
+    /// The agent is told this.
+    #[error("{}", .0.message)]
+    Report(ErrorReport),
+    /// Our own trouble; the agent learns only that.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl Denied {
+    fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self::Report(ErrorReport::new(code, message))
+    }
+}
+
+/// The names under which this hub may be dialled.
+///
+/// A proof made for another name was made for another hub, which may be relaying it here.
+#[derive(Debug, Clone)]
+pub struct Authorities {
+    names: BTreeSet<String>,
+    /// Whether every name of the loopback interface is ours too.
+    loopback: bool,
+}
+
+impl Authorities {
+    /// `names` as `host:port` (and as `host` where the port is the scheme's own), in lower case.
+    #[must_use]
+    pub fn new(names: BTreeSet<String>, loopback: bool) -> Self {
+        Self { names, loopback }
+    }
+
+    fn accept(&self, authority: &str) -> bool {
+        let authority = authority.to_ascii_lowercase();
+        if self.names.contains(&authority) {
+            return true;
+        }
+        let host = match authority.rsplit_once(':') {
+            Some((host, port)) if port.bytes().all(|c| c.is_ascii_digit()) => host,
+            Some(_) | None => &authority,
+        };
+        self.loopback && is_loopback_name(host)
+    }
+}
+
+/// Whether a host, as a URL spells it, is this machine for certain.
+#[must_use]
+pub fn is_loopback_name(host: &str) -> bool {
+    let address = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    host == "localhost" || address.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+/// An address as it is stored: the network that it is in, /24 of IPv4 and /48 of IPv6.
+#[must_use]
+pub fn mask_address(address: IpAddr) -> String {
+    match address.to_canonical() {
+        IpAddr::V4(address) => {
+            let [a, b, c, _] = address.octets();
+            format!("{a}.{b}.{c}.0/24")
+        }
+        IpAddr::V6(address) => {
+            let [a, b, c, ..] = address.segments();
+            format!("{a:x}:{b:x}:{c:x}::/48")
+        }
+    }
+}
+
+/// Seconds since 1970.
+#[must_use]
+pub fn unix_now() -> UnixTime {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// A login that succeeded.
+#[derive(Debug)]
+pub struct LoggedIn {
+    /// Who.
+    pub member: Member,
+    /// What the agent exposed before, when this is its own session.
+    pub services: HashSet<ServiceId>,
+    /// The hub's head of the trust log.
+    pub head: Head,
+}
+
+/// What the checks depend on besides the message.
+#[derive(Debug, Clone, Copy)]
+pub struct Context<'a> {
+    /// Where workspaces are.
+    pub store: &'a Store,
+    /// Our names.
+    pub authorities: &'a Authorities,
+    /// Who may create a workspace.
+    pub registration: Registration,
+    /// The challenge of this connection.
+    pub nonce: &'a Nonce,
+    /// Where the connection comes from.
+    pub peer: IpAddr,
+}
+
+/// Answers the holder of an invite with what it needs to join.
+///
+/// # Errors
+/// [`Denied`].
+pub async fn redeem(context: Context<'_>, redeem: &Redeem) -> Result<FromHub, Denied> {
+    check_authority(context, &redeem.authority)?;
+    let id = CredentialId::of(&redeem.invite_key);
+    let text = proof_text(
+        &redeem.authority,
+        context.nonce,
+        &redeem.agent_nonce,
+        id.as_bytes(),
+        &redeem.workspace_id,
+    );
+    redeem
+        .invite_key
+        .verify(REDEEM_KIND, &text, &redeem.signature)
+        .map_err(|_| Denied::new(ErrorCode::Unauthorized, "the proof does not hold"))?;
+
+    let mut tx = context.store.workspace(redeem.workspace_id).await?;
+    let Some(workspace) = tx.find_workspace().await? else {
+        return Err(unknown_workspace());
+    };
+    let (Some(credential), Some(wrap)) =
+        (tx.find_credential(id).await?, tx.newest_credential_wrap(id).await?)
+    else {
+        return Err(Denied::new(ErrorCode::InviteUnknown, "this hub knows no such invite"));
+    };
+    if unix_now() > credential.join_until {
+        return Err(Denied::new(ErrorCode::InviteExpired, "the invite has expired"));
+    }
+    if credential.used >= credential.uses {
+        return Err(invite_used());
+    }
+    Ok(FromHub::Invitation {
+        genesis: workspace.genesis.into(),
+        credential: credential.credential.into(),
+        wrap,
+    })
+}
+
+/// Verifies a login and stores what the agent shows; creates the workspace when asked and allowed to.
+///
+/// # Errors
+/// [`Denied`]; nothing is stored then.
+pub async fn login(context: Context<'_>, login: &Login) -> Result<LoggedIn, Denied> {
+    check_authority(context, &login.authority)?;
+    loop {
+        let mut tx = context.store.workspace(login.workspace_id).await?;
+        let (trust, head) = match (tx.find_workspace().await?, &login.create) {
+            // Created before, perhaps by this very agent, whose answer got lost.
+            (Some(row), _) => {
+                let genesis =
+                    Signed::decode(&row.genesis).map_err(|_| StoreError::Corrupt("genesis"))?;
+                let trust = TrustState::from_genesis(login.workspace_id, &genesis)
+                    .map_err(|_| StoreError::Corrupt("genesis"))?;
+                (trust, row.head)
+            }
+            (None, Some(create)) => {
+                (verify_genesis(login.workspace_id, create)?, Head::genesis(login.workspace_id))
+            }
+            (None, None) => return Err(unknown_workspace()),
+        };
+        let verified = verify(context, login, &trust)?;
+        if let Some(create) = &login.create {
+            create_workspace(context.registration, &mut tx, create).await?;
+        }
+        if store_agent(context, &mut tx, login, &verified).await? == Upserted::Raced {
+            continue;
+        }
+        let agent_id = verified.agent_id();
+        let services = match login.session {
+            SessionKind::Agent => tx.services_of(agent_id).await?,
+            SessionKind::Command => HashSet::new(),
+        };
+        tx.commit().await?;
+        let share = verified.credential_id().zip(verified.services().map(<[ServiceId]>::to_vec));
+        let member = Member {
+            key: (login.workspace_id, agent_id),
+            role: verified.certificate().role,
+            share,
+        };
+        return Ok(LoggedIn { member, services, head });
+    }
+}
+
+fn check_authority(context: Context<'_>, authority: &str) -> Result<(), Denied> {
+    if context.authorities.accept(authority) {
+        return Ok(());
+    }
+    Err(Denied::new(
+        ErrorCode::WrongAuthority,
+        "this hub does not answer to the name that was dialled; its operator can add it with --public-url",
+    ))
+}
+
+fn unknown_workspace() -> Denied {
+    Denied::new(ErrorCode::UnknownWorkspace, "this hub does not know the workspace")
+}
+
+fn invite_used() -> Denied {
+    Denied::new(ErrorCode::InviteUsed, "the invite has been used")
+}
+
+/// Reads an object of a peer.
+fn object<T: Body>(wire: &Blob) -> Result<Signed<T>, Denied> {
+    Signed::decode(&wire.0)
+        .map_err(|error| Denied::new(ErrorCode::Unauthorized, format!("{}: {error}", T::KIND)))
+}
+
+fn verify_genesis(workspace: WorkspaceId, create: &CreateWorkspace) -> Result<TrustState, Denied> {
+    let genesis: Signed<Genesis> = object(&create.genesis)?;
+    TrustState::from_genesis(workspace, &genesis)
+        .map_err(|error| Denied::new(ErrorCode::Unauthorized, error.to_string()))
+}
+
+fn verify(context: Context<'_>, login: &Login, trust: &TrustState) -> Result<VerifiedPeer, Denied> {
+    let presented = Presented {
+        certificate: object(&login.presented.certificate)?,
+        credential: login.presented.credential.as_ref().map(object::<Credential>).transpose()?,
+        noise_key: object(&login.presented.noise_key)?,
+    };
+    let agent_id = presented.certificate.object().agent_id();
+    let verified = trust
+        .verify_peer(agent_id, presented, unix_now())
+        .map_err(|error| Denied::new(ErrorCode::Unauthorized, error.to_string()))?;
+    let text = proof_text(
+        &login.authority,
+        context.nonce,
+        &login.agent_nonce,
+        agent_id.as_bytes(),
+        &login.workspace_id,
+    );
+    verified
+        .identity_key()
+        .verify(LOGIN_KIND, &text, &login.signature)
+        .map_err(|_| Denied::new(ErrorCode::Unauthorized, "the proof does not hold"))?;
+    let wrap_key_hash = WrapPublicKey::decode(&login.wrap_key.0).map(|key| key.hash());
+    if wrap_key_hash != Some(verified.presented().noise_key.object().wrap_key_hash) {
+        return Err(Denied::new(
+            ErrorCode::Unauthorized,
+            "the wrap key is not the one that the NoiseKey binds",
+        ));
+    }
+    Ok(verified)
+}
+
+async fn create_workspace(
+    registration: Registration,
+    tx: &mut WorkspaceTx,
+    create: &CreateWorkspace,
+) -> Result<(), Denied> {
+    if !tx.insert_workspace(&create.genesis.0).await? {
+        return Ok(());
+    }
+    match (registration, &create.registration_token) {
+        (Registration::Open, _) => Ok(()),
+        (Registration::Token, Some(token)) if tx.spend_registration_token(token).await? => Ok(()),
+        (Registration::Token, Some(_)) => Err(Denied::new(
+            ErrorCode::RegistrationClosed,
+            "the registration token is unknown, used or expired",
+        )),
+        (Registration::Token, None) => Err(Denied::new(
+            ErrorCode::RegistrationClosed,
+            "creating a workspace here needs a registration token",
+        )),
+    }
+}
+
+/// Stores what a verified agent shows, unless the hub knows something newer of it.
+async fn store_agent(
+    context: Context<'_>,
+    tx: &mut WorkspaceTx,
+    login: &Login,
+    verified: &VerifiedPeer,
+) -> Result<Upserted, Denied> {
+    let noise_key_counter = i64::try_from(verified.noise_key_counter()).map_err(|_| {
+        Denied::new(ErrorCode::BadRequest, "the NoiseKey's counter is out of range")
+    })?;
+    let address = mask_address(context.peer);
+    let row = AgentLogin {
+        agent_id: verified.agent_id(),
+        identity_key: verified.identity_key(),
+        presented: &login.presented,
+        credential_id: verified.credential_id(),
+        noise_key_counter,
+        static_key: verified.static_key(),
+        wrap_key: &login.wrap_key.0,
+        address: &address,
+    };
+    let known = tx.lock_agent(row.agent_id).await?;
+    if let Some(known) = &known {
+        if noise_key_counter < known.noise_key_counter {
+            return Err(Denied::new(
+                ErrorCode::Stale,
+                "the hub knows a newer NoiseKey of this agent",
+            ));
+        }
+        if noise_key_counter == known.noise_key_counter && row.static_key != known.static_key {
+            tracing::warn!(agent = %row.agent_id, "two machines use one agent identity");
+            return Err(Denied::new(
+                ErrorCode::Clone,
+                "another machine uses the identity of this agent: its home directory was copied",
+            ));
+        }
+    }
+    if let Some(credential) = &verified.presented().credential {
+        let id = credential.object().id();
+        if known.as_ref().is_none_or(|known| known.credential_id != Some(id)) {
+            spend_credential(tx, credential).await?;
+        }
+    }
+    match known {
+        Some(_) => {
+            tx.update_agent(&row).await?;
+            Ok(Upserted::Done)
+        }
+        None => Ok(tx.insert_agent(&row).await?),
+    }
+}
+
+/// Counts the join of one agent under a credential.
+async fn spend_credential(
+    tx: &mut WorkspaceTx,
+    credential: &Signed<Credential>,
+) -> Result<(), Denied> {
+    let id = credential.object().id();
+    let stored = tx.find_credential(id).await?;
+    // The id names the invite key only: what is counted must be what was presented.
+    let same = stored
+        .as_ref()
+        .and_then(|row| Signed::<Credential>::decode(&row.credential).ok())
+        .is_some_and(|stored| stored.hash() == credential.hash());
+    if !same {
+        return Err(Denied::new(ErrorCode::InviteUnknown, "this hub knows no such invite"));
+    }
+    if unix_now() > credential.object().join_until {
+        return Err(Denied::new(ErrorCode::InviteExpired, "the invite has expired"));
+    }
+    if !tx.spend_credential_use(id).await? {
+        return Err(invite_used());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_stored_as_networks() {
+        for (address, masked) in [
+            ("192.0.2.77", "192.0.2.0/24"),
+            ("::ffff:192.0.2.77", "192.0.2.0/24"),
+            ("2001:db8:1:2:3:4:5:6", "2001:db8:1::/48"),
+            ("::1", "0:0:0::/48"),
+        ] {
+            assert_eq!(mask_address(address.parse().unwrap()), masked);
+        }
+    }
+
+    #[test]
+    fn only_our_own_names_are_accepted() {
+        let names = ["hub.example:443", "hub.example"].map(str::to_owned).into();
+        let public = Authorities::new(names, false);
+        let local = Authorities::new(BTreeSet::new(), true);
+        for (authority, by_public, by_local) in [
+            ("hub.example:443", true, false),
+            ("HUB.example", true, false),
+            ("hub.example:7420", false, false),
+            ("hub.example.evil:443", false, false),
+            ("localhost:7420", false, true),
+            ("127.0.0.1:7420", false, true),
+            ("127.9.9.9", false, true),
+            ("[::1]:7420", false, true),
+            ("localhost.evil:7420", false, false),
+            ("127.0.0.1.evil:7420", false, false),
+            ("", false, false),
+        ] {
+            assert_eq!(public.accept(authority), by_public, "{authority}");
+            assert_eq!(local.accept(authority), by_local, "{authority}");
+        }
+    }
+}

@@ -1,0 +1,522 @@
+//! Who is online and which tunnels there are; messages in, messages out.
+//!
+//! No IO, no clock and no randomness of its own: the caller passes `now` and random bytes, and delivers
+//! the [`Output`]s. The database is not asked here either: opening a tunnel to an agent that is online
+//! takes memory only.
+
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    time::{Duration, Instant},
+};
+
+use connect_spec::{
+    bytes::Blob,
+    control::{ErrorCode, ErrorReport, FromHub, Reply, SessionKind, Ticket, TunnelRequest, close},
+    encoding::Encoding,
+    ids::{AgentId, CredentialId, ServiceId, TunnelId, WorkspaceId},
+    limits::{HANDSHAKE_TIMEOUT, MAX_HALF_OPEN},
+    objects::AgentRole,
+};
+
+use crate::{
+    limits::{MAX_TUNNELS_PER_AGENT, OPENS_PER_SEC},
+    relay::Side,
+};
+
+/// One control socket that has logged in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SessionId(u64);
+
+/// An agent, across all workspaces.
+pub type AgentKey = (WorkspaceId, AgentId);
+
+/// A tunnel, across all workspaces: ids are chosen by agents, so only the pair is unique.
+pub type TunnelKey = (WorkspaceId, TunnelId);
+
+/// What the hub verified of whoever logged in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    /// The agent in its workspace.
+    pub key: AgentKey,
+    /// What its certificate allows.
+    pub role: AgentRole,
+    /// A guest's share, and the services in it.
+    pub share: Option<(CredentialId, Vec<ServiceId>)>,
+}
+
+impl Member {
+    /// Whether a service is within what this member may see.
+    #[must_use]
+    pub fn sees(&self, service: ServiceId) -> bool {
+        self.share.as_ref().is_none_or(|(_, services)| services.contains(&service))
+    }
+}
+
+/// What the driver must do.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Output {
+    /// Send a message on a control socket.
+    Send(SessionId, FromHub),
+    /// Say why, then close a control socket with the code.
+    Close(SessionId, ErrorReport, u16),
+}
+
+/// Why a tunnel is not opened.
+#[derive(Debug, PartialEq, Eq)]
+pub enum OpenError {
+    /// No agent that is online exposes the service: the database knows whether it exists at all.
+    NotOnline,
+    /// Refused for this reason.
+    Refused(ErrorReport),
+}
+
+/// Why a ticket does not admit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ClaimError {
+    /// Never given out, used, or expired.
+    #[error("the ticket is not valid")]
+    Unknown,
+    /// The tunnel was negotiated for the other encoding.
+    #[error("the tunnel has another encoding")]
+    Encoding,
+}
+
+/// One end of one tunnel, admitted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Claim {
+    /// The tunnel.
+    pub tunnel: TunnelKey,
+    /// Which end.
+    pub side: Side,
+    /// How both ends send.
+    pub encoding: Encoding,
+}
+
+#[derive(Debug)]
+struct Session {
+    member: Member,
+    kind: SessionKind,
+}
+
+/// An agent session, the only kind that tunnels are offered to.
+#[derive(Debug)]
+struct Online {
+    session: SessionId,
+    services: HashSet<ServiceId>,
+}
+
+/// What one agent costs.
+#[derive(Debug)]
+struct Load {
+    tunnels: usize,
+    /// Asked of this agent and not answered.
+    unanswered: usize,
+    opens: Bucket,
+}
+
+/// A token bucket of [`OPENS_PER_SEC`] tokens that fills in a second.
+#[derive(Debug)]
+struct Bucket {
+    level: u32,
+    filled_at: Instant,
+}
+
+impl Bucket {
+    fn new(now: Instant) -> Self {
+        Self { level: OPENS_PER_SEC, filled_at: now }
+    }
+
+    /// Takes a token, or says how long until there is one.
+    fn take(&mut self, now: Instant) -> Result<(), Duration> {
+        let interval = Duration::from_secs(1) / OPENS_PER_SEC;
+        let elapsed = now.saturating_duration_since(self.filled_at);
+        let earned = u32::try_from(elapsed.as_nanos() / interval.as_nanos()).unwrap_or(u32::MAX);
+        if earned >= OPENS_PER_SEC - self.level {
+            *self = Self::new(now);
+        } else {
+            self.level += earned;
+            self.filled_at += interval * earned;
+        }
+        if self.level == 0 {
+            return Err(interval - now.saturating_duration_since(self.filled_at));
+        }
+        self.level -= 1;
+        Ok(())
+    }
+
+    fn is_full(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.filled_at) >= Duration::from_secs(1)
+    }
+}
+
+/// Where a tunnel is on its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// The exposer has not answered.
+    Asked,
+    /// The exposer accepted; at least one end has no data socket yet.
+    Accepted,
+    /// Both ends have their data sockets.
+    Joined,
+}
+
+#[derive(Debug)]
+struct Tunnel {
+    encoding: Encoding,
+    stage: Stage,
+    deadline: Instant,
+    reacher: AgentId,
+    reacher_session: SessionId,
+    request_id: u64,
+    reacher_end: End,
+    exposer: AgentId,
+    exposer_session: SessionId,
+    exposer_end: End,
+}
+
+/// The data socket of one end.
+#[derive(Debug)]
+enum End {
+    /// No ticket was given out.
+    NotInvited,
+    Invited(Ticket),
+    Here,
+}
+
+/// The state of all sessions and tunnels.
+#[derive(Debug, Default)]
+pub struct Router {
+    next_session: u64,
+    sessions: HashMap<SessionId, Session>,
+    online: HashMap<AgentKey, Online>,
+    loads: HashMap<AgentKey, Load>,
+    tunnels: HashMap<TunnelKey, Tunnel>,
+    tickets: HashMap<Ticket, (TunnelKey, Side)>,
+    deadlines: BTreeSet<(Instant, TunnelKey)>,
+}
+
+impl Router {
+    /// Admits a session; `services` are those that the agent exposed before.
+    ///
+    /// A second agent session of one agent displaces the first, which is told. True when it did.
+    pub fn handle_login(
+        &mut self,
+        member: Member,
+        kind: SessionKind,
+        services: HashSet<ServiceId>,
+        out: &mut Vec<Output>,
+    ) -> (SessionId, bool) {
+        self.next_session += 1;
+        let session = SessionId(self.next_session);
+        let mut displaced = false;
+        if kind == SessionKind::Agent
+            && let Some(older) = self.online.insert(member.key, Online { session, services })
+        {
+            displaced = true;
+            self.forget_session(older.session, out);
+            let report =
+                ErrorReport::new(ErrorCode::Displaced, "a newer session of this agent took over");
+            out.push(Output::Close(older.session, report, close::DISPLACED));
+        }
+        self.sessions.insert(session, Session { member, kind });
+        (session, displaced)
+    }
+
+    /// A control socket is gone. Tunnels that are joined go on without it.
+    pub fn handle_logout(&mut self, session: SessionId, out: &mut Vec<Output>) {
+        let Some(Session { member, kind }) = self.forget_session(session, out) else {
+            return;
+        };
+        if kind == SessionKind::Agent
+            && self.online.get(&member.key).is_some_and(|online| online.session == session)
+        {
+            self.online.remove(&member.key);
+        }
+    }
+
+    /// Drops a session and what was half-way through it.
+    fn forget_session(&mut self, session: SessionId, out: &mut Vec<Output>) -> Option<Session> {
+        let gone = self.sessions.remove(&session)?;
+        let half_way: Vec<TunnelKey> = self
+            .deadlines
+            .iter()
+            .map(|(_, key)| *key)
+            .filter(|key| {
+                self.tunnels.get(key).is_some_and(|tunnel| {
+                    // Once accepted, neither control socket is needed any more.
+                    tunnel.stage == Stage::Asked
+                        && (tunnel.reacher_session == session || tunnel.exposer_session == session)
+                })
+            })
+            .collect();
+        for key in half_way {
+            if let Some(tunnel) = self.remove_tunnel(key)
+                && tunnel.exposer_session == session
+            {
+                let report = ErrorReport::new(ErrorCode::Offline, "the exposer went offline");
+                out.push(tunnel.refusal(report));
+            }
+        }
+        Some(gone)
+    }
+
+    /// Whether this agent has an agent session.
+    #[must_use]
+    pub fn is_online(&self, agent: &AgentKey) -> bool {
+        self.online.contains_key(agent)
+    }
+
+    /// The agent exposes a service from now on.
+    pub fn handle_expose(&mut self, agent: &AgentKey, service: ServiceId) {
+        if let Some(online) = self.online.get_mut(agent) {
+            online.services.insert(service);
+        }
+    }
+
+    /// The agent exposes a service no more. Tunnels to it go on: ending them is the exposer's.
+    pub fn handle_unexpose(&mut self, agent: &AgentKey, service: ServiceId) {
+        if let Some(online) = self.online.get_mut(agent) {
+            online.services.remove(&service);
+        }
+    }
+
+    /// A session asks for a tunnel. `random` becomes the exposer's ticket.
+    ///
+    /// # Errors
+    /// [`OpenError`]; nothing is sent then.
+    pub fn handle_open(
+        &mut self,
+        from: SessionId,
+        id: u64,
+        request: TunnelRequest,
+        random: [u8; 32],
+        now: Instant,
+        out: &mut Vec<Output>,
+    ) -> Result<(), OpenError> {
+        let refuse = |code, message: &str| Err(OpenError::Refused(ErrorReport::new(code, message)));
+        let Some(Session { member, .. }) = self.sessions.get(&from) else {
+            return refuse(ErrorCode::Displaced, "this session is over");
+        };
+        let (workspace, reacher) = member.key;
+        if !member.role.may_reach() {
+            return refuse(
+                ErrorCode::Forbidden,
+                "the role of this agent does not let it reach services",
+            );
+        }
+        let own_share = member.share.as_ref().map_or(CredentialId([0; 16]), |(share, _)| *share);
+        if request.share_id != own_share || !member.sees(request.service_id) {
+            return refuse(ErrorCode::Forbidden, "the share does not name this service");
+        }
+        let exposer_key = (workspace, request.responder);
+        let Some(exposer_session) = self
+            .online
+            .get(&exposer_key)
+            .filter(|online| online.services.contains(&request.service_id))
+            .map(|online| online.session)
+        else {
+            return Err(OpenError::NotOnline);
+        };
+        let key = (workspace, request.tunnel_id);
+        if self.tunnels.contains_key(&key) {
+            return refuse(ErrorCode::AlreadyExists, "a tunnel of this id exists");
+        }
+        if let Err(wait) = self.load((workspace, reacher), now).opens.take(now) {
+            let mut report =
+                ErrorReport::new(ErrorCode::RateLimited, "this agent opens too many tunnels");
+            report.retry_in_ms = u32::try_from(wait.as_millis()).ok().map(|millis| millis + 1);
+            return Err(OpenError::Refused(report));
+        }
+        let reacher_tunnels = self.load((workspace, reacher), now).tunnels;
+        let exposer_load = self.load(exposer_key, now);
+        if reacher_tunnels >= MAX_TUNNELS_PER_AGENT || exposer_load.tunnels >= MAX_TUNNELS_PER_AGENT
+        {
+            return refuse(
+                ErrorCode::Busy,
+                "one of the two agents has as many tunnels as the hub allows",
+            );
+        }
+        if exposer_load.unanswered >= MAX_HALF_OPEN {
+            return refuse(ErrorCode::Busy, "too many tunnels wait for the exposer's answer");
+        }
+        exposer_load.unanswered += 1;
+        exposer_load.tunnels += 1;
+        self.load((workspace, reacher), now).tunnels += 1;
+
+        let ticket = Ticket::new(random);
+        let deadline = now + HANDSHAKE_TIMEOUT;
+        self.tickets.insert(ticket.clone(), (key, Side::Exposer));
+        self.deadlines.insert((deadline, key));
+        self.tunnels.insert(
+            key,
+            Tunnel {
+                encoding: request.encoding,
+                stage: Stage::Asked,
+                deadline,
+                reacher,
+                reacher_session: from,
+                request_id: id,
+                reacher_end: End::NotInvited,
+                exposer: request.responder,
+                exposer_session,
+                exposer_end: End::Invited(ticket.clone()),
+            },
+        );
+        out.push(Output::Send(
+            exposer_session,
+            FromHub::IncomingTunnel { initiator: reacher, request, ticket },
+        ));
+        Ok(())
+    }
+
+    /// The exposer accepts. `random` becomes the reacher's ticket. Too late or not asked: nothing happens.
+    pub fn handle_accept(
+        &mut self,
+        from: SessionId,
+        tunnel: TunnelId,
+        message: Blob,
+        random: [u8; 32],
+        now: Instant,
+        out: &mut Vec<Output>,
+    ) {
+        let Some((key, tunnel)) = self.asked(from, tunnel) else {
+            return;
+        };
+        let ticket = Ticket::new(random);
+        let (before, deadline) = (tunnel.deadline, now + HANDSHAKE_TIMEOUT);
+        tunnel.stage = Stage::Accepted;
+        tunnel.deadline = deadline;
+        tunnel.reacher_end = End::Invited(ticket.clone());
+        let exposer = tunnel.exposer;
+        let reply = Reply::TunnelAccepted { message, ticket: ticket.clone() };
+        out.push(Output::Send(
+            tunnel.reacher_session,
+            FromHub::Reply { id: tunnel.request_id, reply },
+        ));
+        self.deadlines.remove(&(before, key));
+        self.deadlines.insert((deadline, key));
+        self.tickets.insert(ticket, (key, Side::Reacher));
+        self.load((key.0, exposer), now).unanswered -= 1;
+    }
+
+    /// The exposer refuses. Too late or not asked: nothing happens.
+    pub fn handle_refuse(
+        &mut self,
+        from: SessionId,
+        tunnel: TunnelId,
+        code: ErrorCode,
+        out: &mut Vec<Output>,
+    ) {
+        let Some((key, _)) = self.asked(from, tunnel) else {
+            return;
+        };
+        if let Some(tunnel) = self.remove_tunnel(key) {
+            out.push(tunnel.refusal(ErrorReport::new(code, "the exposer refused the tunnel")));
+        }
+    }
+
+    /// A tunnel of which the agent of session `from` is asked.
+    fn asked(&mut self, from: SessionId, tunnel: TunnelId) -> Option<(TunnelKey, &mut Tunnel)> {
+        let key = (self.sessions.get(&from)?.member.key.0, tunnel);
+        self.tunnels
+            .get_mut(&key)
+            .filter(|tunnel| tunnel.stage == Stage::Asked && tunnel.exposer_session == from)
+            .map(|tunnel| (key, tunnel))
+    }
+
+    /// A data socket shows a ticket, which is spent by that.
+    ///
+    /// # Errors
+    /// [`ClaimError`].
+    pub fn handle_claim(
+        &mut self,
+        ticket: &Ticket,
+        encoding: Encoding,
+        now: Instant,
+    ) -> Result<Claim, ClaimError> {
+        let (key, side) = self.tickets.remove(ticket).ok_or(ClaimError::Unknown)?;
+        let tunnel = self.tunnels.get_mut(&key).ok_or(ClaimError::Unknown)?;
+        if now >= tunnel.deadline {
+            return Err(ClaimError::Unknown);
+        }
+        if encoding != tunnel.encoding {
+            return Err(ClaimError::Encoding);
+        }
+        match side {
+            Side::Reacher => tunnel.reacher_end = End::Here,
+            Side::Exposer => tunnel.exposer_end = End::Here,
+        }
+        if let (End::Here, End::Here) = (&tunnel.reacher_end, &tunnel.exposer_end) {
+            tunnel.stage = Stage::Joined;
+            self.deadlines.remove(&(tunnel.deadline, key));
+        }
+        Ok(Claim { tunnel: key, side, encoding })
+    }
+
+    /// A tunnel has ended, or an end that claimed its place is gone again.
+    pub fn handle_closed(&mut self, tunnel: TunnelKey) {
+        self.remove_tunnel(tunnel);
+    }
+
+    /// When [`Router::handle_timeout`] has something to do.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.deadlines.first().map(|(deadline, _)| *deadline)
+    }
+
+    /// Gives up on the tunnels whose time is over.
+    pub fn handle_timeout(&mut self, now: Instant, out: &mut Vec<Output>) {
+        while let Some((_, key)) =
+            self.deadlines.first().copied().filter(|(deadline, _)| *deadline <= now)
+        {
+            if let Some(tunnel) = self.remove_tunnel(key)
+                && tunnel.stage == Stage::Asked
+            {
+                out.push(tunnel.refusal(ErrorReport::new(
+                    ErrorCode::Timeout,
+                    "the exposer did not answer in time",
+                )));
+            }
+        }
+        self.loads.retain(|_, load| load.tunnels > 0 || !load.opens.is_full(now));
+    }
+
+    fn load(&mut self, agent: AgentKey, now: Instant) -> &mut Load {
+        self.loads.entry(agent).or_insert_with(|| Load {
+            tunnels: 0,
+            unanswered: 0,
+            opens: Bucket::new(now),
+        })
+    }
+
+    fn remove_tunnel(&mut self, key: TunnelKey) -> Option<Tunnel> {
+        let tunnel = self.tunnels.remove(&key)?;
+        self.deadlines.remove(&(tunnel.deadline, key));
+        for end in [&tunnel.reacher_end, &tunnel.exposer_end] {
+            if let End::Invited(ticket) = end {
+                self.tickets.remove(ticket);
+            }
+        }
+        if let Some(load) = self.loads.get_mut(&(key.0, tunnel.reacher)) {
+            load.tunnels -= 1;
+        }
+        if let Some(load) = self.loads.get_mut(&(key.0, tunnel.exposer)) {
+            load.tunnels -= 1;
+            load.unanswered -= usize::from(tunnel.stage == Stage::Asked);
+        }
+        Some(tunnel)
+    }
+}
+
+impl Tunnel {
+    /// Tells the reacher that its request came to nothing.
+    fn refusal(&self, report: ErrorReport) -> Output {
+        Output::Send(
+            self.reacher_session,
+            FromHub::Reply { id: self.request_id, reply: Reply::Error(report) },
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,274 @@
+//! The accept loop: TCP, TLS, HTTP/1.1, and what follows an upgrade, in one task for each connection.
+//!
+//! warp routes; the loop owns everything below it, since the relay needs the upgraded stream itself.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use hyper::{
+    body::Incoming,
+    server::conn::http1,
+    service::{Service as _, service_fn},
+    upgrade::OnUpgrade,
+};
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use nix::errno::Errno;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use warp::{filters::BoxedFilter, reply::Response};
+
+use crate::{
+    control,
+    hub::Hub,
+    limits::{
+        ACCEPT_PAUSE, DRAIN_LIMIT, HEAD_TIMEOUT, MAX_HEAD_BYTES, MAX_UNAUTHENTICATED, TLS_TIMEOUT,
+    },
+    relay::Leg,
+    tunnel::{self, Admitted},
+};
+
+/// An accepted connection, below HTTP.
+#[derive(Debug)]
+pub enum Conn {
+    /// Loopback, or behind a proxy that ends TLS.
+    Plain(TcpStream),
+    /// Boxed: the state of a TLS connection is a kilobyte.
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl AsyncRead for Conn {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_read(cx, buffer),
+            Self::Tls(stream) => Pin::new(stream).poll_read(cx, buffer),
+        }
+    }
+}
+
+impl AsyncWrite for Conn {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Self::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Tls(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
+
+/// What becomes of a connection after its upgrade.
+#[derive(Debug)]
+pub enum Next {
+    /// A control socket.
+    Agent,
+    /// One end of a tunnel.
+    Tunnel(Admitted),
+}
+
+/// Whoever is at the other end of a connection; request handlers find it in the request's extensions.
+#[derive(Debug, Clone)]
+pub struct Visitor {
+    peer: IpAddr,
+    /// The place among the unauthenticated; given back at admission.
+    place: Arc<Mutex<Option<OwnedSemaphorePermit>>>,
+    next: Arc<Mutex<Option<(OnUpgrade, Next)>>>,
+}
+
+impl Visitor {
+    fn new(peer: IpAddr, place: OwnedSemaphorePermit) -> Self {
+        Self { peer, place: Arc::new(Mutex::new(Some(place))), next: Arc::default() }
+    }
+
+    /// Where the connection comes from.
+    #[must_use]
+    pub fn peer(&self) -> IpAddr {
+        self.peer
+    }
+
+    /// The other end proved who it is.
+    pub fn admit(&self) {
+        self.place.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    /// What the connection's task does once the response is out.
+    pub fn upgrade(&self, on_upgrade: OnUpgrade, next: Next) {
+        *self.next.lock().unwrap_or_else(PoisonError::into_inner) = Some((on_upgrade, next));
+    }
+
+    fn take_next(&self) -> Option<(OnUpgrade, Next)> {
+        self.next.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// A bound socket and what is served on it.
+pub struct Server {
+    /// Where connections come in.
+    pub listener: TcpListener,
+    /// TLS, unless plain text is fine there.
+    pub tls: Option<TlsAcceptor>,
+    /// What requests are answered with.
+    pub routes: BoxedFilter<(Response,)>,
+}
+
+impl std::fmt::Debug for Server {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Server").field("listener", &self.listener).finish_non_exhaustive()
+    }
+}
+
+impl Server {
+    /// Serves until the hub stops, then until the connections are gone, or a limit is over.
+    pub async fn run(self, hub: Arc<Hub>) {
+        let places = Arc::new(Semaphore::new(MAX_UNAUTHENTICATED));
+        let mut connections = JoinSet::new();
+        loop {
+            let accepted = tokio::select! {
+                accepted = self.listener.accept() => accepted,
+                Some(_) = connections.join_next() => continue,
+                () = hub.stopped() => break,
+            };
+            match accepted {
+                Ok((stream, peer)) => {
+                    // Over the limit newcomers are dropped at once: making them wait would cost a socket each.
+                    let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+                        tracing::warn!(
+                            limit = MAX_UNAUTHENTICATED,
+                            "too many unauthenticated connections"
+                        );
+                        continue;
+                    };
+                    let routes = self.routes.clone();
+                    connections.spawn(connection(
+                        Arc::clone(&hub),
+                        stream,
+                        peer,
+                        place,
+                        self.tls.clone(),
+                        routes,
+                    ));
+                }
+                Err(error) => match error.raw_os_error().map(Errno::from_raw) {
+                    Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM) => {
+                        tracing::warn!(%error, "cannot accept connections");
+                        sleep(ACCEPT_PAUSE).await;
+                    }
+                    // The connection is gone before it was accepted: nobody's fault, nothing to do.
+                    Some(_) | None => tracing::debug!(%error, "accept"),
+                },
+            }
+        }
+        drop(self.listener);
+        let drained =
+            timeout(DRAIN_LIMIT, async { while connections.join_next().await.is_some() {} }).await;
+        if drained.is_err() {
+            tracing::warn!(connections = connections.len(), "cutting connections that do not end");
+        }
+    }
+}
+
+/// One connection from its first byte to its last.
+async fn connection(
+    hub: Arc<Hub>,
+    stream: TcpStream,
+    peer: SocketAddr,
+    place: OwnedSemaphorePermit,
+    tls: Option<TlsAcceptor>,
+    routes: BoxedFilter<(Response,)>,
+) {
+    // Small frames must not wait for an acknowledgement.
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "set TCP_NODELAY");
+        return;
+    }
+    let visitor = Visitor::new(peer.ip(), place);
+    let conn = match tls {
+        None => Conn::Plain(stream),
+        Some(tls) => match timeout(TLS_TIMEOUT, tls.accept(stream)).await {
+            Ok(Ok(stream)) => Conn::Tls(Box::new(stream)),
+            Ok(Err(error)) => return tracing::debug!(%error, "TLS"),
+            Err(_) => return tracing::debug!("TLS handshake took too long"),
+        },
+    };
+    // Boxed: HTTP is over when the sockets' long life begins, and its state should not stay for it.
+    Box::pin(http(conn, visitor.clone(), routes, &hub)).await;
+    let Some((on_upgrade, next)) = visitor.take_next() else {
+        return;
+    };
+    let Ok(upgraded) = on_upgrade.await else {
+        return;
+    };
+    let Ok(parts) = upgraded.downcast::<TokioIo<Conn>>() else {
+        return tracing::error!("an upgraded connection is not the one that was accepted");
+    };
+    let io = parts.io.into_inner();
+    // Copied, so that hyper's larger buffer is freed.
+    let early = Bytes::copy_from_slice(&parts.read_buf);
+    match next {
+        Next::Agent => Box::pin(control::serve(hub, io, early, visitor)).await,
+        Next::Tunnel(admitted) => {
+            visitor.admit();
+            drop(visitor);
+            Box::pin(tunnel::serve(admitted, Leg { io, early })).await;
+        }
+    }
+}
+
+async fn http(conn: Conn, visitor: Visitor, routes: BoxedFilter<(Response,)>, hub: &Hub) {
+    let routes = TowerToHyperService::new(warp::service(routes));
+    let service = service_fn(move |mut request: http::Request<Incoming>| {
+        request.extensions_mut().insert(visitor.clone());
+        routes.call(request)
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_buf_size(MAX_HEAD_BYTES)
+        .serve_connection(TokioIo::new(conn), service)
+        .with_upgrades();
+    let mut connection = std::pin::pin!(connection);
+    let result = tokio::select! {
+        result = &mut connection => result,
+        () = hub.stopped() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = result {
+        tracing::debug!(%error, "HTTP");
+    }
+}

@@ -1,0 +1,74 @@
+//! One data socket from its upgrade to its end: waits for the other end, then relays.
+
+use std::sync::Arc;
+
+use connect_spec::{control::close, limits::HANDSHAKE_TIMEOUT};
+use tokio::time::timeout;
+
+use crate::{
+    hub::{Hub, Joined},
+    relay::{self, Leg, Side, Summary},
+    router::{Claim, TunnelKey},
+    server::Conn,
+};
+
+/// An end of a tunnel that showed its ticket. Dropped before it is handed over, it ends the tunnel.
+#[derive(Debug)]
+pub struct Admitted {
+    hub: Arc<Hub>,
+    claim: Claim,
+    handed_over: bool,
+}
+
+impl Admitted {
+    /// Takes responsibility for a claim.
+    #[must_use]
+    pub fn new(hub: Arc<Hub>, claim: Claim) -> Self {
+        Self { hub, claim, handed_over: false }
+    }
+
+    fn tunnel(&self) -> TunnelKey {
+        self.claim.tunnel
+    }
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        if !self.handed_over {
+            self.hub.close_tunnel(self.tunnel());
+        }
+    }
+}
+
+/// Serves one end. The end that comes second hands its socket to the first, which then serves both.
+pub async fn serve(mut admitted: Admitted, leg: Leg<Conn>) {
+    let hub = Arc::clone(&admitted.hub);
+    let (mine, other) = match hub.join(admitted.tunnel(), leg) {
+        Joined::First(mine, other) => (mine, other),
+        Joined::HandedOver => {
+            admitted.handed_over = true;
+            return;
+        }
+        Joined::TooLate(mine) => return relay::refuse(mine.io, close::PEER_GONE).await,
+    };
+    // Nothing is read meanwhile: what this end sends early waits in the sockets.
+    let other = tokio::select! {
+        other = timeout(HANDSHAKE_TIMEOUT, other) => other,
+        () = hub.stopped() => return relay::refuse(mine.io, close::RESTARTING).await,
+    };
+    let Ok(Ok(other)) = other else {
+        return relay::refuse(mine.io, close::PEER_GONE).await;
+    };
+    let (reacher, exposer) = match admitted.claim.side {
+        Side::Reacher => (mine, other),
+        Side::Exposer => (other, mine),
+    };
+    let stop = async {
+        hub.stopped().await;
+        close::RESTARTING
+    };
+    let Summary { from_reacher, from_exposer, ended } =
+        relay::relay(reacher, exposer, admitted.claim.encoding, stop).await;
+    let tunnel = admitted.tunnel().1;
+    tracing::debug!(%tunnel, from_reacher, from_exposer, ?ended, "tunnel ended");
+}

@@ -116,11 +116,13 @@ impl Exposed {
     async fn dial(&self) -> Result<TcpStream, ResetCode> {
         let dialled = match timeout(DIAL_TIMEOUT, self.target.connect()).await {
             Ok(Ok(tcp)) => tcp.set_nodelay(true).map(|()| tcp).map_err(|_| ResetCode::Aborted),
-            Ok(Err(error)) => Err(match error.kind() {
-                io::ErrorKind::ConnectionRefused => ResetCode::TargetRefused,
-                io::ErrorKind::TimedOut => ResetCode::TargetTimeout,
-                _ => ResetCode::TargetUnreachable,
-            }),
+            Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                Err(ResetCode::TargetRefused)
+            }
+            Ok(Err(error)) if error.kind() == io::ErrorKind::TimedOut => {
+                Err(ResetCode::TargetTimeout)
+            }
+            Ok(Err(_)) => Err(ResetCode::TargetUnreachable),
             Err(_) => Err(ResetCode::TargetTimeout),
         };
         self.target_ok.store(dialled.is_ok(), Ordering::Relaxed);

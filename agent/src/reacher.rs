@@ -8,7 +8,7 @@ use std::{
 use connect_crypto::{handshake, transport::Transport};
 use connect_spec::{
     bytes::Blob,
-    control::{ErrorCode, Reply, Request, TunnelRequest},
+    control::{ErrorCode, ErrorReport, Reply, Request, TunnelRequest},
     encoding::Encoding,
     ids::{ChannelId, CredentialId, ServiceName, TunnelId},
     record::CloseCode,
@@ -279,15 +279,7 @@ async fn establish(core: &Core, session: &Arc<Session>, name: &ServiceName) -> R
     let (message, ticket) = match session.try_request(Request::OpenTunnel(request)).await? {
         Reply::TunnelAccepted { message, ticket } => (message, ticket),
         Reply::Error(report) => {
-            return Err(match report.code {
-                ErrorCode::Offline | ErrorCode::Timeout | ErrorCode::NotFound => offline(name),
-                ErrorCode::Forbidden => Error::new(
-                    ErrorKind::Refused,
-                    format_args!("the exposer does not allow `{name}` to this agent"),
-                )
-                .hint("ask its owner to add this agent or one of its tags with `--allow`"),
-                _ => Error::from_hub(&report),
-            });
+            return Err(refused(name, &report));
         }
         Reply::Done | Reply::Services { .. } | Reply::Agents { .. } => {
             return Err(Error::new(
@@ -317,6 +309,22 @@ async fn establish(core: &Core, session: &Arc<Session>, name: &ServiceName) -> R
 fn offline(name: &ServiceName) -> Error {
     Error::new(ErrorKind::ExposerOffline, format_args!("the exposer of `{name}` is offline"))
         .hint("start its agent (`connect up` there); this side goes on trying")
+}
+
+/// Why there is no tunnel, as the hub tells it.
+fn refused(name: &ServiceName, report: &ErrorReport) -> Error {
+    let gone = [ErrorCode::Offline, ErrorCode::Timeout, ErrorCode::NotFound];
+    if gone.contains(&report.code) {
+        return offline(name);
+    }
+    if report.code == ErrorCode::Forbidden {
+        return Error::new(
+            ErrorKind::Refused,
+            format_args!("the exposer does not allow `{name}` to this agent"),
+        )
+        .hint("ask its owner to add this agent or one of its tags with `--allow`");
+    }
+    Error::from_hub(report)
 }
 
 fn untrusted(name: &ServiceName, why: &dyn std::fmt::Display) -> Error {

@@ -135,16 +135,15 @@ impl HubUrl {
         for (name, value) in headers {
             request.headers_mut().insert(name.clone(), value.clone());
         }
-        let (socket, _) = client_async_with_config(request, io, Some(config)).await.map_err(
-            |error| match error {
-                tungstenite::Error::Http(response) => self
+        let upgraded = client_async_with_config(request, io, Some(config)).await;
+        let (socket, _) = upgraded.map_err(|error| {
+            if let tungstenite::Error::Http(response) = &error {
+                return self
                     .unreachable(format_args!("it answers HTTP {}", response.status()))
-                    .hint("is this a Private Connect ZK hub?"),
-                other => self
-                    .unreachable(other)
-                    .hint("something answers there, but it does not speak WebSocket"),
-            },
-        )?;
+                    .hint("is this a Private Connect ZK hub?");
+            }
+            self.unreachable(error).hint("something answers there, but it does not speak WebSocket")
+        })?;
         Ok(socket)
     }
 

@@ -183,17 +183,15 @@ async fn run_down(home: &Home, output: Output) -> Result<()> {
 }
 
 async fn run_status(home: &Home, output: Output) -> Result<()> {
-    match ask(home, &Ask::Status).await? {
-        Answer::Status(status) => {
-            output.status(&status);
-            if status.connected {
-                return Ok(());
-            }
-            Err(Error::new(ErrorKind::HubUnreachable, "the agent is not connected to its hub")
-                .hint("it goes on trying; is the hub up?"))
-        }
-        _ => Err(misunderstood()),
+    let Answer::Status(status) = ask(home, &Ask::Status).await? else {
+        return Err(misunderstood());
+    };
+    output.status(&status);
+    if status.connected {
+        return Ok(());
     }
+    Err(Error::new(ErrorKind::HubUnreachable, "the agent is not connected to its hub")
+        .hint("it goes on trying; is the hub up?"))
 }
 
 async fn run_expose(home: Home, expose: cli::Expose, output: Output) -> Result<()> {
@@ -216,30 +214,31 @@ async fn run_expose(home: Home, expose: cli::Expose, output: Output) -> Result<(
     let target = target.to_string();
     let command =
         Ask::Expose { name: name.clone(), target: target.clone(), allow: expose.allow.clone() };
-    match attach_or_lock(&home, &command).await? {
-        Attached::Answer(Answer::Exposed(exposed)) => {
-            output.exposed(&exposed);
-            Ok(())
-        }
-        Attached::Answer(_) => Err(misunderstood()),
-        Attached::Lock(lock) => {
-            output::log_to_stderr("warn");
-            let host = start(home, lock, expose.run.encoding).await?;
-            let mut said = false;
-            let exposed = loop {
-                let allow = expose.allow.clone();
-                match host.expose(name.clone(), &target, allow, Keep::ThisRun).await {
-                    Err(error) if error.kind == ErrorKind::HubUnreachable => {
-                        say_once(&mut said, &error, output);
-                        wait_or_stop(&host).await?;
-                    }
-                    other => break other?,
-                }
+    let lock = match attach_or_lock(&home, &command).await? {
+        Attached::Lock(lock) => lock,
+        Attached::Answer(answer) => {
+            let Answer::Exposed(exposed) = *answer else {
+                return Err(misunderstood());
             };
             output.exposed(&exposed);
-            foreground(&host, output).await
+            return Ok(());
         }
-    }
+    };
+    output::log_to_stderr("warn");
+    let host = start(home, lock, expose.run.encoding).await?;
+    let mut said = false;
+    let exposed = loop {
+        let allow = expose.allow.clone();
+        match host.expose(name.clone(), &target, allow, Keep::ThisRun).await {
+            Err(error) if error.kind == ErrorKind::HubUnreachable => {
+                say_once(&mut said, &error, output);
+                wait_or_stop(&host).await?;
+            }
+            other => break other?,
+        }
+    };
+    output.exposed(&exposed);
+    foreground(&host, output).await
 }
 
 fn default_name(target: &connect_agent::Target) -> ServiceName {
@@ -252,34 +251,32 @@ fn default_name(target: &connect_agent::Target) -> ServiceName {
 
 async fn run_reach(home: Home, reach: cli::Reach, output: Output) -> Result<()> {
     let command = Ask::Reach { name: reach.name.clone(), port: reach.port };
-    match attach_or_lock(&home, &command).await? {
-        Attached::Answer(Answer::Reached(reached)) => {
-            output.reached(&reached);
-            Ok(())
-        }
-        Attached::Answer(_) => Err(misunderstood()),
-        Attached::Lock(lock) => {
-            output::log_to_stderr("warn");
-            let host = start(home, lock, reach.run.encoding).await?;
-            let mut said = false;
-            let reached = loop {
-                match host.reach(reach.name.clone(), reach.port, Keep::ThisRun).await {
-                    Err(error)
-                        if matches!(
-                            error.kind,
-                            ErrorKind::HubUnreachable | ErrorKind::ExposerOffline
-                        ) =>
-                    {
-                        say_once(&mut said, &error, output);
-                        wait_or_stop(&host).await?;
-                    }
-                    other => break other?,
-                }
+    let lock = match attach_or_lock(&home, &command).await? {
+        Attached::Lock(lock) => lock,
+        Attached::Answer(answer) => {
+            let Answer::Reached(reached) = *answer else {
+                return Err(misunderstood());
             };
             output.reached(&reached);
-            foreground(&host, output).await
+            return Ok(());
         }
-    }
+    };
+    output::log_to_stderr("warn");
+    let host = start(home, lock, reach.run.encoding).await?;
+    let mut said = false;
+    let reached = loop {
+        match host.reach(reach.name.clone(), reach.port, Keep::ThisRun).await {
+            Err(error)
+                if matches!(error.kind, ErrorKind::HubUnreachable | ErrorKind::ExposerOffline) =>
+            {
+                say_once(&mut said, &error, output);
+                wait_or_stop(&host).await?;
+            }
+            other => break other?,
+        }
+    };
+    output.reached(&reached);
+    foreground(&host, output).await
 }
 
 fn say_once(said: &mut bool, error: &Error, output: Output) {
@@ -290,7 +287,7 @@ fn say_once(said: &mut bool, error: &Error, output: Output) {
 
 /// What became of a command: an answer of the running agent, or the right to become it.
 enum Attached {
-    Answer(Answer),
+    Answer(Box<Answer>),
     Lock(HomeLock),
 }
 
@@ -302,7 +299,7 @@ async fn attach_or_lock(home: &Home, command: &Ask) -> Result<Attached> {
     let attached = async {
         loop {
             if let Some(answer) = local::ask(home, command).await? {
-                return Ok(Attached::Answer(answer));
+                return Ok(Attached::Answer(Box::new(answer)));
             }
             if let Some(lock) = home.try_lock()? {
                 return Ok(Attached::Lock(lock));

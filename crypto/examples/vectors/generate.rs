@@ -645,13 +645,15 @@ fn invites() -> File {
     let url = "https://hub.example.com:7420";
     let pinned = format!("{url}#sha256={}", "5a".repeat(32));
     let later = Head { seq: 70_000, hash: EntryHash(bytes("head")) };
-    for (name, hub, head) in [
-        ("at the genesis", url, world.head()),
-        ("with a pinned certificate", pinned.as_str(), world.head()),
-        ("at a later head", url, later),
-        ("of a hub on this machine", "http://127.0.0.1:7420", world.head()),
+    for (name, hub, head, tags) in [
+        ("at the genesis", url, world.head(), &[][..]),
+        ("with a pinned certificate", pinned.as_str(), world.head(), &[]),
+        ("at a later head", url, later, &[]),
+        ("of a hub on this machine", "http://127.0.0.1:7420", world.head(), &[]),
+        ("with tags", url, world.head(), &["ci", "db"]),
     ] {
-        let invite = Invite { head, ..world.invite(hub) };
+        let tags = tags.iter().map(|tag| (*tag).to_owned()).collect();
+        let invite = Invite { head, tags, ..world.invite(hub) };
         let line = invite.reveal();
         assert!(line.parse::<Invite>().is_ok(), "{name}");
         file.valid(
@@ -664,6 +666,8 @@ fn invites() -> File {
                 "log_seq": head.seq,
                 "log_head": hex(head.hash.0),
                 "seed": hex(invite.seed.as_bytes().as_slice()),
+                "tags": invite.tags,
+                "attrs": invite.attributes().ok().map(|attrs| hex(attrs.hash())),
             }),
         );
     }
@@ -674,7 +678,7 @@ fn invites() -> File {
         .bytes(3, &world.workspace.0)
         .uint(4, 0u8)
         .bytes(5, &world.workspace.0)
-        .bytes(6, &bytes::<32>("invite seed"))
+        .bytes(7, &bytes::<32>("invite seed"))
         .uint(64, 1u8);
     let with_optional = invite_line(&optional.finish());
     let read: Invite = with_optional.parse().expect("unknown optional fields are ignored");
@@ -714,7 +718,7 @@ fn invites() -> File {
             .bytes(3, &genesis)
             .uint(4, head.seq)
             .bytes(5, &head.hash.0)
-            .bytes(6, seed)
+            .bytes(7, seed)
             .finish()
     };
     let (head, seed) = (world.head(), bytes::<32>("invite seed"));
@@ -740,7 +744,7 @@ fn invites() -> File {
     refuse("hub URL of 256 characters", &invite_line(&body(1, &long_url, head, &seed)));
     let not_genesis = Head { seq: 0, hash: EntryHash(bytes("other")) };
     refuse("head 0 that is not the genesis", &invite_line(&body(1, url, not_genesis, &seed)));
-    refuse("unknown critical field", &invite_line(&with_field(&sound, &[0x07, 0x00])));
+    refuse("unknown critical field", &invite_line(&with_field(&sound, &[0x08, 0x00])));
     let padding_bits = other_padding(&invite_line(&sound));
     refuse("padding bits that are not zero", &padding_bits);
 

@@ -27,7 +27,7 @@ use crate::{
     io::{
         dial::HubUrl,
         hub::{Credentials, Ended, Greeted, Incoming, Session},
-        tunnel::Tunnel,
+        tunnel::ChannelHandle,
     },
     random,
     reacher::Reached,
@@ -234,17 +234,17 @@ impl Agent {
     /// Stops the agent: every tunnel is closed with a word to its peer, for up to two seconds.
     pub async fn stop(&self) {
         let closing = self.core.stop();
-        let closed = futures_util::future::join_all(closing.iter().map(Tunnel::closed));
+        let closed = futures_util::future::join_all(closing.iter().map(ChannelHandle::closed));
         // A hub that does not take the last words must not hold up the end.
         let _ = tokio::time::timeout(STOP_TIMEOUT, closed).await;
     }
 }
 
 impl Core {
-    /// Closes every tunnel; returns those whose last words are still to be sent.
-    fn stop(&self) -> Vec<Tunnel> {
+    /// Closes every channel; returns those whose last words are still to be sent.
+    fn stop(&self) -> Vec<ChannelHandle> {
         let reached = std::mem::take(&mut *self.reached());
-        let mut closing: Vec<Tunnel> =
+        let mut closing: Vec<_> =
             reached.into_values().filter_map(|reached| reached.stop()).collect();
         closing.extend(self.exposer.stop());
         closing

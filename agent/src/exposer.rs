@@ -14,10 +14,10 @@ use connect_crypto::{CryptoError, handshake};
 use connect_spec::{
     bytes::Blob,
     control::{ErrorCode, FromAgent, SealedRecord, Ticket, TunnelRequest},
-    ids::{AgentId, CredentialId, ServiceId, ServiceName, TunnelId},
+    ids::{AgentId, ChannelId, CredentialId, ServiceId, ServiceName, TunnelId},
     limits::{
         HANDSHAKE_TIMEOUT, MAX_FIRST_MESSAGES_PER_SEC, MAX_HALF_OPEN, MAX_HALF_OPEN_PER_PEER,
-        REMEMBERED_TUNNELS,
+        MAX_PARKED_PER_PEER, PARKED_AT_EXPOSER, REMEMBERED_TUNNELS,
     },
     objects::{AgentRole, ServiceRecord},
     prologue::{Prologue, Realm},
@@ -33,7 +33,7 @@ use crate::{
     io::{
         hub::Session,
         splice::splice,
-        tunnel::{Status, Stream, Tunnel, open_data_socket},
+        tunnel::{ChannelHandle, Status, Stream, TunnelEnd, open_data_socket},
     },
     random,
     target::Target,
@@ -130,18 +130,29 @@ impl Exposed {
     }
 }
 
-/// The services of this agent, and the guard at their door.
+/// The services of this agent, the channels to them, and the guard at their door.
 #[derive(Debug, Default)]
 pub(crate) struct Exposer {
-    services: Mutex<BTreeMap<ServiceName, Served>>,
+    services: Mutex<BTreeMap<ServiceName, Arc<Exposed>>>,
+    channels: Mutex<BTreeMap<ChannelKey, LiveChannel>>,
     door: Mutex<Door>,
 }
 
+/// What names a channel. The workspace is the agent's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct ChannelKey {
+    peer: AgentId,
+    service_id: ServiceId,
+    share_id: CredentialId,
+    channel_id: ChannelId,
+}
+
+/// A channel from its first tunnel to its end, whether it is on a tunnel or waits for the next.
 #[derive(Debug)]
-struct Served {
-    service: Arc<Exposed>,
-    /// Every live tunnel to the service.
-    tunnels: Vec<Tunnel>,
+struct LiveChannel {
+    handle: ChannelHandle,
+    /// Number of its newest tunnel.
+    tunnel_no: u32,
 }
 
 /// Why a tunnel is not accepted: what the peer is told, and what this agent's log says.
@@ -157,61 +168,73 @@ impl Refusal {
 }
 
 impl Exposer {
-    fn services(&self) -> MutexGuard<'_, BTreeMap<ServiceName, Served>> {
+    fn services(&self) -> MutexGuard<'_, BTreeMap<ServiceName, Arc<Exposed>>> {
         self.services.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn channels(&self) -> MutexGuard<'_, BTreeMap<ChannelKey, LiveChannel>> {
+        self.channels.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn door(&self) -> MutexGuard<'_, Door> {
         self.door.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Offers a service. One of the same name is replaced; its channels end unless it is the same service
+    /// with the same target.
     pub(crate) fn add(&self, service: Arc<Exposed>) {
-        let served = Served { service: service.clone(), tunnels: Vec::new() };
-        if let Some(old) = self.services().insert(service.name.clone(), served) {
-            close_all(&old.tunnels, CloseCode::ServiceGone);
+        let old = self.services().insert(service.name.clone(), service.clone());
+        if let Some(old) = old {
+            self.close_channels(old.service_id, CloseCode::ServiceGone);
         }
     }
 
     pub(crate) fn remove(&self, name: &ServiceName) -> Option<Arc<Exposed>> {
         let removed = self.services().remove(name)?;
-        close_all(&removed.tunnels, CloseCode::ServiceGone);
-        Some(removed.service)
+        self.close_channels(removed.service_id, CloseCode::ServiceGone);
+        Some(removed)
     }
 
     pub(crate) fn all(&self) -> Vec<Arc<Exposed>> {
-        self.services().values().map(|served| served.service.clone()).collect()
+        self.services().values().cloned().collect()
     }
 
     /// Each service with the number of streams that are open to it.
     pub(crate) fn status(&self) -> Vec<(Arc<Exposed>, usize)> {
-        self.services()
-            .values()
-            .map(|served| {
-                let streams = served.tunnels.iter().map(Tunnel::open_streams).sum();
-                (served.service.clone(), streams)
+        let channels = self.channels();
+        let streams = |service: &Exposed| {
+            let mine = channels.iter().filter(|(key, _)| key.service_id == service.service_id);
+            mine.map(|(_, channel)| channel.handle.open_streams()).sum()
+        };
+        self.all()
+            .into_iter()
+            .map(|service| {
+                let open = streams(&service);
+                (service, open)
             })
             .collect()
     }
 
-    /// Closes every tunnel; returns those whose last words are still to be sent.
-    pub(crate) fn stop(&self) -> Vec<Tunnel> {
-        let served = std::mem::take(&mut *self.services());
-        let tunnels: Vec<_> = served.into_values().flat_map(|served| served.tunnels).collect();
-        close_all(&tunnels, CloseCode::Normal);
-        tunnels
+    /// Closes every channel; returns those whose last words are still to be sent.
+    pub(crate) fn stop(&self) -> Vec<ChannelHandle> {
+        self.services().clear();
+        let channels: Vec<_> =
+            self.channels().values().map(|channel| channel.handle.clone()).collect();
+        for channel in &channels {
+            channel.close(CloseCode::Normal);
+        }
+        channels
     }
 
     fn find(&self, id: ServiceId) -> Option<Arc<Exposed>> {
-        self.services()
-            .values()
-            .find(|served| served.service.service_id == id)
-            .map(|served| served.service.clone())
+        self.services().values().find(|service| service.service_id == id).cloned()
     }
 
-    fn enter(&self, name: &ServiceName, tunnel: &Tunnel) {
-        if let Some(served) = self.services().get_mut(name) {
-            served.tunnels.retain(|tunnel| *tunnel.status().borrow() != Status::Closed);
-            served.tunnels.push(tunnel.clone());
+    fn close_channels(&self, service: ServiceId, code: CloseCode) {
+        for (key, channel) in &*self.channels() {
+            if key.service_id == service {
+                channel.handle.close(code);
+            }
         }
     }
 
@@ -285,29 +308,82 @@ impl Exposer {
             .await
             .map_err(|error| failed(&error))?;
 
-        let (tunnel, streams) = Tunnel::exposer();
-        self.enter(&service.name, &tunnel);
-        let mut status = tunnel.status();
         let (sealer, opener) = transport.split();
-        tokio::spawn({
-            let (tunnel, service) = (tunnel.clone(), service.clone());
-            // Lives exactly as long as the tunnel, which every way of stopping the agent closes.
-            async move {
-                let running = tunnel.run(socket, request.encoding, sealer, opener);
-                let serving = serve_streams(&tunnel, &service, streams);
-                let (end, ()) = tokio::join!(running, serving);
-                tracing::debug!(peer = %initiator.short(), %end, "tunnel ended");
+        let encoding = request.encoding;
+        let mut end = TunnelEnd { socket, encoding, sealer, opener };
+        // The initiator's first record proves that this is no replay; nothing is touched before.
+        let first = match timeout(HANDSHAKE_TIMEOUT, end.first_record()).await {
+            Ok(Ok(first)) => first,
+            Ok(Err(ended)) => return Err(failed(&ended)),
+            Err(_) => return Err(failed(&"the initiator says nothing")),
+        };
+        core.remember(&peer, None);
+        match self.enter(core, service, initiator, &request) {
+            Some(channel) => {
+                // Lives exactly as long as the tunnel, which every way of stopping the agent closes.
+                tokio::spawn(async move {
+                    let ended = channel.run(end, Some(first)).await;
+                    tracing::debug!(peer = %initiator.short(), %ended, "tunnel ended");
+                });
             }
-        });
-        // The initiator's first record proves that this is no replay; only then is it remembered.
-        let confirmed = status.wait_for(|status| *status != Status::Greeting);
-        let settled = timeout(HANDSHAKE_TIMEOUT, confirmed).await;
-        if matches!(settled.as_ref().map(|s| s.as_deref()), Ok(Ok(Status::Established { .. }))) {
-            core.remember(&peer, None);
-        } else {
-            tunnel.close(CloseCode::Protocol);
+            None => end.refuse(CloseCode::Stale).await,
         }
         Ok(())
+    }
+
+    /// The channel that a tunnel is for, begun if it is new; `None` for a tunnel that comes too late.
+    fn enter(
+        &self,
+        core: &Arc<Core>,
+        service: Arc<Exposed>,
+        peer: AgentId,
+        request: &TunnelRequest,
+    ) -> Option<ChannelHandle> {
+        let key = ChannelKey {
+            peer,
+            service_id: request.service_id,
+            share_id: request.share_id,
+            channel_id: request.channel_id,
+        };
+        let mut channels = self.channels();
+        if let Some(channel) = channels.get_mut(&key) {
+            if request.tunnel_no <= channel.tunnel_no {
+                return None;
+            }
+            channel.tunnel_no = request.tunnel_no;
+            return Some(channel.handle.clone());
+        }
+        make_room(&channels, peer);
+        let (handle, streams) = ChannelHandle::exposer();
+        let channel = LiveChannel { handle: handle.clone(), tunnel_no: request.tunnel_no };
+        channels.insert(key, channel);
+        // Lives exactly as long as the channel.
+        tokio::spawn({
+            let (core, handle) = (core.clone(), handle.clone());
+            async move {
+                tokio::join!(
+                    serve_streams(&handle, &service, streams),
+                    handle.expire_after(PARKED_AT_EXPOSER),
+                );
+                core.exposer.channels().remove(&key);
+            }
+        });
+        Some(handle)
+    }
+}
+
+/// Ends the channel of a peer that has waited longest for a tunnel, when too many wait.
+fn make_room(channels: &BTreeMap<ChannelKey, LiveChannel>, peer: AgentId) {
+    let parked: Vec<_> = channels
+        .iter()
+        .filter(|(key, _)| key.peer == peer)
+        .map(|(_, channel)| &channel.handle)
+        .filter(|handle| *handle.status().borrow() == Status::Detached)
+        .collect();
+    if parked.len() >= MAX_PARKED_PER_PEER
+        && let Some(oldest) = parked.into_iter().min_by_key(|handle| handle.heard())
+    {
+        oldest.close(CloseCode::Busy);
     }
 }
 
@@ -338,9 +414,9 @@ fn authorise(service: &Exposed, peer: &VerifiedPeer, tags: &[String]) -> Result<
     Ok(())
 }
 
-/// Dials the target for each stream that arrives; ends when the tunnel does.
+/// Dials the target for each stream that arrives; ends when the channel does.
 async fn serve_streams(
-    tunnel: &Tunnel,
+    channel: &ChannelHandle,
     service: &Arc<Exposed>,
     mut streams: mpsc::UnboundedReceiver<connect_spec::record::StreamId>,
 ) {
@@ -349,11 +425,11 @@ async fn serve_streams(
         tokio::select! {
             next = streams.recv() => {
                 let Some(id) = next else {
-                    // The tunnel is closed; connections see it and end by themselves.
+                    // The channel is over; connections see it and end by themselves.
                     while connections.join_next().await.is_some() {}
                     return;
                 };
-                let (stream, service) = (tunnel.incoming_stream(id), service.clone());
+                let (stream, service) = (channel.incoming_stream(id), service.clone());
                 connections.spawn(serve_stream(stream, service));
             }
             Some(_) = connections.join_next() => {}
@@ -404,12 +480,6 @@ pub(crate) fn local(identity: &Identity) -> handshake::Local<'_> {
         attrs: &identity.attrs,
         head: identity.trust.head(),
         realm_secret: &identity.epoch.realm,
-    }
-}
-
-fn close_all(tunnels: &[Tunnel], code: CloseCode) {
-    for tunnel in tunnels {
-        tunnel.close(code);
     }
 }
 

@@ -1,16 +1,14 @@
-//! Reaching a service: keeps a tunnel to it and hands out streams, whatever happens underneath.
+//! Reaching a service: keeps a channel to its exposer over one tunnel after the other, and hands out
+//! streams, whatever happens underneath.
 
-use std::{
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
-use connect_crypto::{handshake, transport::Transport};
+use connect_crypto::handshake;
 use connect_spec::{
     bytes::Blob,
     control::{ErrorCode, ErrorReport, Reply, Request, TunnelRequest},
-    encoding::Encoding,
-    ids::{ChannelId, CredentialId, ServiceName, TunnelId},
+    ids::{AgentId, ChannelId, CredentialId, ServiceId, ServiceName, TunnelId},
+    limits::PARKED_AT_REACHER,
     record::CloseCode,
     trust::VerifiedPeer,
 };
@@ -24,14 +22,13 @@ use crate::{
     error::{Error, ErrorKind, Result},
     exposer::{local, prologue},
     io::{
-        dial::HubSocket,
         hub::Session,
-        tunnel::{End, Status, Stream, Tunnel, open_data_socket},
+        tunnel::{ChannelHandle, End, Status, Stream, TunnelEnd, open_data_socket},
     },
     random,
 };
 
-/// A client that connects while no tunnel is up waits this long for one.
+/// A client that connects while there is no channel waits this long for one.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between tries to reach an exposer that is offline: it may come back at any time.
 const OFFLINE_RETRY: Duration = Duration::from_secs(3);
@@ -43,17 +40,16 @@ pub struct Reached(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     state: watch::Sender<State>,
-    task: Mutex<Option<AbortOnDrop>>,
+    _task: AbortOnDrop,
 }
 
-#[derive(Debug, Clone)]
-enum State {
-    /// No tunnel; the error says why, after a try.
-    Down(Option<Error>),
-    /// A tunnel, whose keys may still be unconfirmed.
-    Up { tunnel: Tunnel },
-    /// Let go of.
-    Stopped,
+#[derive(Debug, Clone, Default)]
+struct State {
+    /// The conversation with the exposer, on a tunnel or waiting for the next.
+    channel: Option<ChannelHandle>,
+    /// Why the last try to bring up a tunnel failed, or the last tunnel ended.
+    error: Option<Error>,
+    stopped: bool,
 }
 
 /// How a reached service is doing.
@@ -65,23 +61,26 @@ pub struct ReachStatus {
     pub round_trip: Option<Duration>,
     /// Streams that are open.
     pub streams: usize,
-    /// Why there is no tunnel.
+    /// Why the service is not active.
     pub error: Option<Error>,
 }
 
 impl Reached {
     pub(crate) fn start(core: Arc<Core>, name: ServiceName) -> Self {
-        let reached = Self(Arc::new(Inner {
-            state: watch::Sender::new(State::Down(None)),
-            task: Mutex::new(None),
-        }));
-        let state = reached.0.state.clone();
-        let task = tokio::spawn(async move { keep(&core, &name, &state).await }).abort_handle();
-        *reached.0.task.lock().unwrap_or_else(PoisonError::into_inner) = Some(AbortOnDrop(task));
-        reached
+        let state = watch::Sender::<State>::default();
+        let task = tokio::spawn({
+            let state = state.clone();
+            async move {
+                tokio::select! {
+                    () = keep(&core, &name, &state) => {}
+                    () = let_go(&state) => {}
+                }
+            }
+        });
+        Self(Arc::new(Inner { state, _task: AbortOnDrop(task.abort_handle()) }))
     }
 
-    /// Waits until the exposer answered over the tunnel.
+    /// Waits until the exposer answered an encrypted ping.
     ///
     /// # Errors
     /// Why not, as soon as one try has failed; further tries go on in the background.
@@ -89,85 +88,79 @@ impl Reached {
         let mut state = self.0.state.subscribe();
         loop {
             let current = state.borrow_and_update().clone();
-            match current {
-                State::Down(None) => {}
-                State::Down(Some(error)) => return Err(error),
-                State::Stopped => return Err(stopped()),
-                State::Up { tunnel } => {
-                    let mut status = tunnel.status();
-                    let settled = status.wait_for(|status| {
-                        matches!(
-                            status,
-                            Status::Closed | Status::Established { round_trip: Some(_) }
-                        )
-                    });
-                    if let Ok(Status::Established { .. }) = settled.await.as_deref() {
-                        return Ok(());
-                    }
-                }
+            if current.stopped {
+                return Err(stopped());
             }
-            state.changed().await.map_err(|_| stopped())?;
+            if let Some(error) = current.error {
+                return Err(error);
+            }
+            let answered = async {
+                match &current.channel {
+                    Some(channel) => channel.answered().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = answered => return Ok(()),
+                changed = state.changed() => changed.map_err(|_| stopped())?,
+            }
         }
     }
 
     /// Opens a stream to the service. What is written at once waits for the target to answer.
     ///
     /// # Errors
-    /// Why there is no tunnel, after waiting 30 s for one.
+    /// Why there is no channel, after waiting 30 s for one.
     pub async fn open(&self) -> Result<Stream> {
         let mut state = self.0.state.subscribe();
         let opened = timeout(OPEN_TIMEOUT, async {
             loop {
                 let current = state.borrow_and_update().clone();
-                match current {
-                    State::Up { tunnel } => {
-                        if let Ok(stream) = tunnel.open_stream() {
-                            return Ok(stream);
-                        }
-                    }
-                    State::Stopped => return Err(stopped()),
-                    State::Down(_) => {}
+                if current.stopped {
+                    return Err(stopped());
+                }
+                if let Some(Ok(stream)) = current.channel.map(|channel| channel.open_stream()) {
+                    return Ok(stream);
                 }
                 state.changed().await.map_err(|_| stopped())?;
             }
         });
-        match opened.await {
-            Ok(opened) => opened,
-            Err(_) => Err(self.status().error.unwrap_or_else(|| {
+        opened.await.unwrap_or_else(|_| {
+            Err(self.status().error.unwrap_or_else(|| {
                 Error::new(ErrorKind::ExposerOffline, "no tunnel could be opened in 30 s")
-            })),
-        }
+            }))
+        })
     }
 
     /// How the service is doing now.
     #[must_use]
     pub fn status(&self) -> ReachStatus {
-        match &*self.0.state.borrow() {
-            State::Up { tunnel } => {
-                let round_trip = match *tunnel.status().borrow() {
-                    Status::Established { round_trip } => round_trip,
-                    Status::Greeting | Status::Closed => None,
-                };
-                ReachStatus {
-                    active: round_trip.is_some(),
-                    round_trip,
-                    streams: tunnel.open_streams(),
-                    error: None,
-                }
-            }
-            State::Down(error) => ReachStatus { error: error.clone(), ..ReachStatus::default() },
-            State::Stopped => ReachStatus::default(),
+        let state = self.0.state.borrow().clone();
+        let round_trip = state.channel.as_ref().and_then(ChannelHandle::round_trip);
+        ReachStatus {
+            active: round_trip.is_some(),
+            round_trip,
+            streams: state.channel.map_or(0, |channel| channel.open_streams()),
+            error: state.error.filter(|_| round_trip.is_none()),
         }
     }
 
-    /// Closes the tunnel, if one is up, and returns it: its last words are still to be sent.
-    pub(crate) fn stop(&self) -> Option<Tunnel> {
-        if let State::Up { tunnel } = self.0.state.send_replace(State::Stopped) {
-            tunnel.close(CloseCode::Normal);
-            return Some(tunnel);
-        }
-        self.0.task.lock().unwrap_or_else(PoisonError::into_inner).take();
-        None
+    /// Closes the channel, if there is one, and returns it: its last words are still to be sent.
+    pub(crate) fn stop(&self) -> Option<ChannelHandle> {
+        self.0.state.send_modify(|state| state.stopped = true);
+        let channel = self.0.state.borrow().channel.clone()?;
+        channel.close(CloseCode::Normal);
+        Some(channel)
+    }
+}
+
+/// Waits until the service is let go of and the exposer was told.
+async fn let_go(state: &watch::Sender<State>) {
+    let stopped =
+        state.subscribe().wait_for(|state| state.stopped).await.map(|state| state.clone());
+    // The sender is right here.
+    if let Ok(State { channel: Some(channel), .. }) = stopped {
+        channel.closed().await;
     }
 }
 
@@ -175,49 +168,69 @@ fn stopped() -> Error {
     Error::new(ErrorKind::Other, "the service is not reached any more")
 }
 
-/// Keeps one tunnel up until the service is let go of.
+/// A channel to one exposer, and which tunnel of it is next.
+struct Conversation {
+    channel: ChannelHandle,
+    channel_id: ChannelId,
+    next_tunnel: u32,
+    exposer: AgentId,
+    service_id: ServiceId,
+    /// Ends the channel when no tunnel comes back in time.
+    _expiry: AbortOnDrop,
+}
+
+impl Conversation {
+    fn begin(service: &FoundService) -> Self {
+        let channel = ChannelHandle::reacher();
+        let expiring = channel.clone();
+        let expiry = tokio::spawn(async move { expiring.expire_after(PARKED_AT_REACHER).await });
+        Self {
+            channel,
+            channel_id: ChannelId(random::bytes()),
+            next_tunnel: 0,
+            exposer: service.exposer.agent_id(),
+            service_id: service.record.service_id,
+            _expiry: AbortOnDrop(expiry.abort_handle()),
+        }
+    }
+
+    /// Whether a tunnel to `service` can carry this conversation on.
+    fn goes_on_with(&self, service: &FoundService) -> bool {
+        let over = *self.channel.status().borrow() == Status::Closed;
+        !over
+            && self.exposer == service.exposer.agent_id()
+            && self.service_id == service.record.service_id
+    }
+}
+
+/// Keeps the service reached until it is let go of: one tunnel after the other, and a new channel when
+/// the old one is over.
 async fn keep(core: &Core, name: &ServiceName, state: &watch::Sender<State>) {
     let mut backoff = Backoff::default();
     let mut link = core.link();
-    loop {
-        let session = match &*link.borrow_and_update() {
-            Link::Up(session) => Some(session.clone()),
-            Link::Down(None) => None,
-            Link::Down(Some(error)) => {
-                state.send_replace(State::Down(Some(error.clone())));
-                None
-            }
+    let mut conversation: Option<Conversation> = None;
+    while !state.borrow().stopped {
+        let current = link.borrow_and_update().clone();
+        let session = match current {
+            Link::Up(session) => session,
             Link::Displaced => return,
-        };
-        let Some(session) = session else {
-            if link.changed().await.is_err() {
-                return;
-            }
-            continue;
-        };
-        let error = match establish(core, &session, name).await {
-            Ok(established) => {
-                drop(session);
-                let (error, confirmed) = established.run(core, name, state).await;
-                if confirmed {
-                    backoff.reset();
+            Link::Down(error) => {
+                if error.is_some() {
+                    state.send_modify(|state| state.error = error);
                 }
-                error
+                if link.changed().await.is_err() {
+                    return;
+                }
+                continue;
             }
-            Err(error) => error,
+        };
+        let Err(error) = connect(core, session, name, state, &mut conversation, &mut backoff).await
+        else {
+            return;
         };
         tracing::debug!(service = %name, %error, "no tunnel");
         let offline = error.kind == ErrorKind::ExposerOffline;
-        let stopped = !state.send_if_modified(|state| {
-            let goes_on = !matches!(state, State::Stopped);
-            if goes_on {
-                *state = State::Down(Some(error));
-            }
-            goes_on
-        });
-        if stopped {
-            return;
-        }
+        state.send_modify(|state| state.error = Some(error));
         let wait = backoff.next(random::number());
         let wait = if offline { wait.min(OFFLINE_RETRY) } else { wait };
         tokio::select! {
@@ -228,30 +241,70 @@ async fn keep(core: &Core, name: &ServiceName, state: &watch::Sender<State>) {
     }
 }
 
-/// A tunnel whose handshake is done, on its data socket.
-struct Established {
-    service: FoundService,
-    socket: HubSocket,
-    encoding: Encoding,
-    transport: Transport,
+/// Brings up one tunnel and runs it to its end. `Ok` when the service was let go of.
+async fn connect(
+    core: &Core,
+    session: Arc<Session>,
+    name: &ServiceName,
+    state: &watch::Sender<State>,
+    conversation: &mut Option<Conversation>,
+    backoff: &mut Backoff,
+) -> Result<()> {
+    let service = find(core, &session, name).await?;
+    if let Some(old) = conversation.take_if(|going| !going.goes_on_with(&service)) {
+        old.channel.close(CloseCode::Lost);
+    }
+    let conversation = conversation.get_or_insert_with(|| Conversation::begin(&service));
+    let end = establish(core, &session, name, &service, conversation).await?;
+    drop(session);
+
+    let channel = conversation.channel.clone();
+    state.send_modify(|state| {
+        state.channel = Some(channel.clone());
+        state.error = None;
+    });
+    if state.borrow().stopped {
+        channel.close(CloseCode::Normal);
+    }
+    let confirming = async {
+        channel.confirmed().await;
+        core.remember(&service.exposer, Some(name));
+        backoff.reset();
+    };
+    // The confirmation is waited for only as long as the tunnel lives.
+    let mut running = std::pin::pin!(channel.run(end, None));
+    let end = tokio::select! {
+        end = &mut running => end,
+        () = confirming => running.await,
+    };
+    if state.borrow().stopped { Ok(()) } else { Err(why_ended(name, &end)) }
 }
 
-/// Finds the service, runs the handshake through the hub, and opens the data socket.
-async fn establish(core: &Core, session: &Arc<Session>, name: &ServiceName) -> Result<Established> {
-    let identity = &core.identity;
-    let service = Directory::new(identity, session.clone()).find(name).await?;
+/// Finds the service and holds its exposer against what is known of it.
+async fn find(core: &Core, session: &Arc<Session>, name: &ServiceName) -> Result<FoundService> {
+    let service = Directory::new(&core.identity, session.clone()).find(name).await?;
     core.check_noise_key(&service.exposer)?;
-    if let Some(pinned) = core.pinned(name).filter(|pinned| *pinned != service.exposer.agent_id()) {
+    let exposer = service.exposer.agent_id();
+    if let Some(pinned) = core.pinned(name).filter(|pinned| *pinned != exposer) {
         tracing::warn!(
             service = %name,
             before = %pinned.short(),
-            now = %service.exposer.agent_id().short(),
+            now = %exposer.short(),
             "the name stands for another agent than when it was last reached"
         );
     }
-    if !service.online {
-        return Err(offline(name));
-    }
+    if service.online { Ok(service) } else { Err(offline(name)) }
+}
+
+/// Runs the handshake through the hub, and opens the data socket.
+async fn establish(
+    core: &Core,
+    session: &Session,
+    name: &ServiceName,
+    service: &FoundService,
+    conversation: &mut Conversation,
+) -> Result<TunnelEnd> {
+    let identity = &core.identity;
     let encoding = core.options.encoding;
     if !session.encodings().contains(&encoding) {
         return Err(Error::new(ErrorKind::Refused, "the hub does not allow this encoding")
@@ -262,11 +315,13 @@ async fn establish(core: &Core, session: &Arc<Session>, name: &ServiceName) -> R
         service_id: service.record.service_id,
         responder: service.exposer.agent_id(),
         share_id: CredentialId([0; 16]),
-        channel_id: ChannelId(random::bytes()),
-        tunnel_no: 0,
+        channel_id: conversation.channel_id,
+        tunnel_no: conversation.next_tunnel,
         encoding,
         message: Blob::default(),
     };
+    // Counted when it is tried: a number is never used twice.
+    conversation.next_tunnel = conversation.next_tunnel.saturating_add(1);
     let prologue = prologue(identity, identity.agent_id, &request);
     let (waiting, message) = handshake::initiate(
         &local(identity),
@@ -278,9 +333,7 @@ async fn establish(core: &Core, session: &Arc<Session>, name: &ServiceName) -> R
     let request = TunnelRequest { message: Blob(message), ..request };
     let (message, ticket) = match session.try_request(Request::OpenTunnel(request)).await? {
         Reply::TunnelAccepted { message, ticket } => (message, ticket),
-        Reply::Error(report) => {
-            return Err(refused(name, &report));
-        }
+        Reply::Error(report) => return Err(refused(name, &report)),
         Reply::Done | Reply::Services { .. } | Reply::Agents { .. } => {
             return Err(Error::new(
                 ErrorKind::HubUnreachable,
@@ -303,7 +356,8 @@ async fn establish(core: &Core, session: &Arc<Session>, name: &ServiceName) -> R
     }
     let transport = reply.confirm(&peer).map_err(|error| untrusted(name, &error))?;
     let socket = open_data_socket(&core.hub, &ticket, encoding).await?;
-    Ok(Established { service, socket, encoding, transport })
+    let (sealer, opener) = transport.split();
+    Ok(TunnelEnd { socket, encoding, sealer, opener })
 }
 
 fn offline(name: &ServiceName) -> Error {
@@ -331,42 +385,6 @@ fn untrusted(name: &ServiceName, why: &dyn std::fmt::Display) -> Error {
     Error::trust(format_args!("the exposer of `{name}` could not be verified: {why}"))
 }
 
-impl Established {
-    /// Runs the tunnel until it ends; says why, and whether the peer ever confirmed its keys.
-    async fn run(
-        self,
-        core: &Core,
-        name: &ServiceName,
-        state: &watch::Sender<State>,
-    ) -> (Error, bool) {
-        let tunnel = Tunnel::reacher();
-        let up = State::Up { tunnel: tunnel.clone() };
-        let stopped = !state.send_if_modified(|state| {
-            let goes_on = !matches!(state, State::Stopped);
-            if goes_on {
-                *state = up;
-            }
-            goes_on
-        });
-        if stopped {
-            tunnel.close(CloseCode::Normal);
-        }
-        let mut status = tunnel.status();
-        let (sealer, opener) = self.transport.split();
-        let running = tunnel.run(self.socket, self.encoding, sealer, opener);
-        let confirming = async {
-            let settled = status.wait_for(|status| *status != Status::Greeting).await;
-            let confirmed = matches!(settled.as_deref(), Ok(Status::Established { .. }));
-            if confirmed {
-                core.remember(&self.service.exposer, Some(name));
-            }
-            confirmed
-        };
-        let (end, confirmed) = tokio::join!(running, confirming);
-        (why_ended(name, &end), confirmed)
-    }
-}
-
 fn why_ended(name: &ServiceName, end: &End) -> Error {
     match end {
         End::Tampered => {
@@ -380,9 +398,9 @@ fn why_ended(name: &ServiceName, end: &End) -> Error {
             ErrorKind::Refused,
             format_args!("the exposer of `{name}` does not allow this agent any more"),
         ),
-        End::Channel(reason) => Error::new(
+        End::Channel(_) | End::Peer(_) | End::Silent | End::Replaced => Error::new(
             ErrorKind::ExposerOffline,
-            format_args!("the tunnel to `{name}` ended: {reason}"),
+            format_args!("the tunnel to `{name}` ended: {end}"),
         ),
         End::Socket(cause) => Error::new(
             ErrorKind::HubUnreachable,

@@ -74,6 +74,13 @@ pub const MAX_HALF_OPEN: usize = 256;
 pub const MAX_FIRST_MESSAGES_PER_SEC: u32 = 100;
 /// Tunnel ids that an exposer remembers to refuse a replayed first message.
 pub const REMEMBERED_TUNNELS: usize = 65_536;
+/// A reacher gives up a channel that has been without a tunnel for this long since its peer was last
+/// heard: TCP clients have mostly given up by then too.
+pub const PARKED_AT_REACHER: Duration = Duration::from_secs(120);
+/// An exposer keeps it longer, so that a late resume gets an answer.
+pub const PARKED_AT_EXPOSER: Duration = Duration::from_secs(180);
+/// Channels without a tunnel that an exposer keeps for one peer.
+pub const MAX_PARKED_PER_PEER: usize = 64;
 /// Pings of a quiet connection are this far apart, plus jitter.
 pub const KEEPALIVE: Duration = Duration::from_secs(15);
 /// A connection silent for this long is dead.

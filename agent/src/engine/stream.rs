@@ -19,13 +19,17 @@ pub(super) struct SendHalf {
     kept: VecDeque<u8>,
     /// Offset of the first kept byte: everything below is acknowledged.
     acked: u64,
-    /// Bytes below this offset are sent.
+    /// Bytes below this offset are sent over the tunnel that is up.
     sent: u64,
+    /// Bytes below this offset were sent over some tunnel, and are charged to the channel's credit.
+    charged: u64,
     /// Credit: bytes below this offset may be sent.
     max_data: u64,
     /// The application writes no more.
     finished: bool,
     fin_sent: bool,
+    /// FIN was sent over some tunnel.
+    fin_tried: bool,
     fin_acked: bool,
 }
 
@@ -35,9 +39,11 @@ impl SendHalf {
             kept: VecDeque::new(),
             acked: 0,
             sent: 0,
+            charged: 0,
             max_data: INITIAL_STREAM_WINDOW,
             finished: false,
             fin_sent: false,
+            fin_tried: false,
             fin_acked: false,
         }
     }
@@ -72,26 +78,37 @@ impl SendHalf {
         self.finished
     }
 
-    /// Bytes sent so far, whether acknowledged or not: the final size in a RESET.
+    /// The next byte to send over the tunnel that is up.
     pub(super) fn sent(&self) -> u64 {
         self.sent
+    }
+
+    /// Bytes sent over any tunnel: the final size in a RESET.
+    pub(super) fn charged(&self) -> u64 {
+        self.charged
+    }
+
+    /// How this direction ended, as far as the peer may know.
+    pub(super) fn final_size(&self) -> Option<u64> {
+        self.fin_tried.then_some(self.charged)
     }
 
     /// Bytes sent that the peer may still lose.
     #[cfg(test)]
     pub(super) fn unacknowledged(&self) -> u64 {
-        self.sent - self.acked
+        self.charged - self.acked
     }
 
-    /// Bytes that may be sent now, given what the channel's credit leaves.
+    /// Bytes that may be sent now, given what the channel's credit leaves for new ones.
     pub(super) fn sendable(&self, channel_credit: u64) -> usize {
         let end = self.written().min(self.max_data).max(self.sent);
-        usize::try_from((end - self.sent).min(channel_credit)).unwrap_or(usize::MAX)
+        let free = (self.charged - self.sent).saturating_add(channel_credit);
+        usize::try_from((end - self.sent).min(free)).unwrap_or(usize::MAX)
     }
 
-    /// Appends the next `length` bytes to `record` and counts them as sent; returns their offset.
+    /// Appends the next `length` bytes to `record` and counts them as sent; returns how many of them
+    /// are new to the channel's credit.
     pub(super) fn take(&mut self, length: usize, record: &mut Vec<u8>) -> u64 {
-        let offset = self.sent;
         let start = usize::try_from(self.sent - self.acked).expect("kept bytes fit memory");
         let (front, back) = self.kept.as_slices();
         let from_front = front.get(start..).unwrap_or_default();
@@ -100,13 +117,16 @@ impl SendHalf {
         record.extend_from_slice(from_front);
         record.extend_from_slice(&back[back_start..back_start + length - from_front.len()]);
         self.sent += length as u64;
-        offset
+        let new = self.sent.saturating_sub(self.charged);
+        self.charged += new;
+        new
     }
 
     /// The final size, when FIN is due; it counts as sent from here on.
     pub(super) fn take_fin(&mut self) -> Option<u64> {
         let due = self.fin_due();
         self.fin_sent |= due;
+        self.fin_tried |= due;
         due.then_some(self.sent)
     }
 
@@ -116,12 +136,12 @@ impl SendHalf {
 
     /// The peer holds all bytes below `offset`. FIN counts as one more, as in TCP.
     pub(super) fn handle_ack(&mut self, offset: u64) -> Result<(), ProtocolViolation> {
-        let end = self.sent + u64::from(self.fin_sent);
+        let end = self.charged + u64::from(self.fin_tried);
         if offset > end {
             return Err(ProtocolViolation("acknowledged more than was sent"));
         }
-        self.fin_acked |= self.fin_sent && offset == end;
-        let acked = offset.min(self.sent);
+        self.fin_acked |= self.fin_tried && offset == end;
+        let acked = offset.min(self.charged);
         if let Some(freed) = acked.checked_sub(self.acked) {
             // A reset stream keeps nothing, and what it sent before may still be acknowledged.
             let freed = usize::try_from(freed).unwrap_or(usize::MAX).min(self.kept.len());
@@ -132,6 +152,27 @@ impl SendHalf {
             }
         }
         Ok(())
+    }
+
+    /// Goes back to what the peer has, on a new tunnel: `received` is what its ACK would say.
+    pub(super) fn resume(&mut self, received: u64) -> Result<(), ProtocolViolation> {
+        if received < self.acked {
+            return Err(ProtocolViolation("bytes are missing that were acknowledged"));
+        }
+        self.handle_ack(received)?;
+        self.sent = self.acked;
+        self.fin_sent = self.fin_acked;
+        Ok(())
+    }
+
+    /// Whether the peer acknowledged every byte, with or without FIN.
+    pub(super) fn is_settled(&self) -> bool {
+        self.finished && self.kept.is_empty()
+    }
+
+    /// The peer finished with the stream, so it has the FIN too.
+    pub(super) fn settle(&mut self) {
+        self.fin_acked = true;
     }
 
     /// Drops what is kept; returns how many bytes.
@@ -275,6 +316,11 @@ impl RecvHalf {
     /// What an ACK would say: FIN counts as one more byte, as in TCP.
     fn ack_offset(&self) -> u64 {
         self.received + u64::from(self.is_complete())
+    }
+
+    /// Bytes granted to the peer.
+    pub(super) fn granted(&self) -> u64 {
+        self.max_data
     }
 
     /// Whether anything is unacknowledged.

@@ -1,4 +1,5 @@
-//! Drives one channel over one data socket, and lends its streams to the rest of the program.
+//! Drives a channel over one data socket after the other, and lends its streams to the rest of the
+//! program.
 //!
 //! One task per tunnel opens and seals every record; streams touch the channel under its lock and
 //! wake that task. Nothing here waits while it holds the lock.
@@ -17,8 +18,8 @@ use connect_spec::{
     control::TICKET_SCHEME,
     control::{TUNNEL_PATH, Ticket},
     encoding::{self, Encoding},
-    limits::MAX_DATA_FRAME_BYTES,
-    record::{CloseCode, ResetCode, StreamId},
+    limits::{DEAD_AFTER, MAX_DATA_FRAME_BYTES},
+    record::{CloseCode, Record, ResetCode, StreamId},
 };
 use futures_util::{
     SinkExt, StreamExt,
@@ -31,9 +32,9 @@ use http::{
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::{Notify, mpsc, watch},
-    time::{sleep_until, timeout_at},
+    time::{sleep_until, timeout, timeout_at},
 };
-use tokio_tungstenite::tungstenite::{Bytes, Message, protocol::WebSocketConfig};
+use tokio_tungstenite::tungstenite::{self, Bytes, Message, protocol::WebSocketConfig};
 
 use super::dial::{HubSocket, HubUrl};
 use crate::{
@@ -75,9 +76,45 @@ pub(crate) async fn open_data_socket(
     hub.open(TUNNEL_PATH, &headers, config).await
 }
 
-/// How a tunnel is doing.
+/// One end of a tunnel: a data socket and the keys for it.
+pub(crate) struct TunnelEnd {
+    pub(crate) socket: HubSocket,
+    pub(crate) encoding: Encoding,
+    pub(crate) sealer: Sealer,
+    pub(crate) opener: Opener,
+}
+
+impl TunnelEnd {
+    /// Reads the first record, which confirms that the peer has the keys.
+    ///
+    /// # Errors
+    /// [`End`] when the socket ends before, or the record does not open.
+    pub(crate) async fn first_record(&mut self) -> std::result::Result<Vec<u8>, End> {
+        let (mut packet, mut record) = (Vec::new(), Vec::new());
+        receive_record(&mut self.socket, &mut self.opener, &mut packet, &mut record).await?;
+        Ok(record)
+    }
+
+    /// Closes the tunnel with a word to the peer; the channel it was for is none of its business.
+    pub(crate) async fn refuse(mut self, code: CloseCode) {
+        let (mut record, mut packet) = (Vec::new(), Vec::new());
+        Record::TunnelClose(code).encode(&mut record);
+        if self.sealer.seal(&record, &mut packet).is_ok() {
+            let say = async {
+                self.socket.send(message(self.encoding, &packet)).await?;
+                self.socket.close(None).await
+            };
+            // A peer that does not read it cannot hold us.
+            let _ = timeout(CLOSE_TIMEOUT, say).await;
+        }
+    }
+}
+
+/// How a channel is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Status {
+    /// On no tunnel; waiting for the next.
+    Detached,
     /// Waiting for HELLO or WELCOME.
     Greeting,
     /// Keys are confirmed; `round_trip` is there once an encrypted ping was answered.
@@ -92,6 +129,15 @@ pub(crate) enum End {
     /// The channel ended.
     #[error(transparent)]
     Channel(#[from] CloseReason),
+    /// The peer closed the tunnel but not the channel.
+    #[error("the peer closed the tunnel: {0:?}")]
+    Peer(CloseCode),
+    /// Nothing was heard for too long.
+    #[error("the peer has been silent for {} s", DEAD_AFTER.as_secs())]
+    Silent,
+    /// A newer tunnel of the channel took over.
+    #[error("a newer tunnel took over")]
+    Replaced,
     /// The data socket ended without a close record.
     #[error("the data connection was lost: {0}")]
     Socket(String),
@@ -100,15 +146,17 @@ pub(crate) enum End {
     Tampered,
 }
 
-/// One tunnel; clones share it.
+/// One channel; clones share it.
 #[derive(Debug, Clone)]
-pub(crate) struct Tunnel(Arc<Shared>);
+pub(crate) struct ChannelHandle(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
     inner: Mutex<Inner>,
     transmit: Notify,
     status: watch::Sender<Status>,
+    /// Number of the tunnel that the channel is on; changes when a newer one takes over.
+    tunnel: watch::Sender<u64>,
 }
 
 #[derive(Debug)]
@@ -118,6 +166,8 @@ struct Inner {
     /// Where incoming streams go; `None` for a reacher.
     incoming: Option<mpsc::UnboundedSender<StreamId>>,
     ended: Option<CloseReason>,
+    /// The tunnel is of no more use, for this reason.
+    over: Option<Option<CloseCode>>,
 }
 
 #[derive(Debug, Default)]
@@ -126,13 +176,13 @@ struct Wakers {
     write: Option<Waker>,
 }
 
-impl Tunnel {
-    /// The reacher's end.
+impl ChannelHandle {
+    /// The reacher's side.
     pub(crate) fn reacher() -> Self {
         Self::new(Side::Reacher, None)
     }
 
-    /// The exposer's end, and the streams that the reacher opens. Their number is bounded by the
+    /// The exposer's side, and the streams that the reacher opens. Their number is bounded by the
     /// channel, so the queue of them is too.
     pub(crate) fn exposer() -> (Self, mpsc::UnboundedReceiver<StreamId>) {
         let (sender, receiver) = mpsc::unbounded_channel();
@@ -147,9 +197,11 @@ impl Tunnel {
                 wakers: BTreeMap::new(),
                 incoming,
                 ended: None,
+                over: None,
             }),
             transmit: Notify::new(),
-            status: watch::Sender::new(Status::Greeting),
+            status: watch::Sender::new(Status::Detached),
+            tunnel: watch::Sender::new(0),
         }))
     }
 
@@ -159,12 +211,12 @@ impl Tunnel {
     /// [`StreamError`] when the channel is over or full.
     pub(crate) fn open_stream(&self) -> std::result::Result<Stream, StreamError> {
         let id = self.with(Channel::open)?;
-        Ok(Stream { tunnel: self.clone(), id })
+        Ok(Stream { channel: self.clone(), id })
     }
 
     /// Takes over a stream that the reacher opened.
     pub(crate) fn incoming_stream(&self, id: StreamId) -> Stream {
-        Stream { tunnel: self.clone(), id }
+        Stream { channel: self.clone(), id }
     }
 
     /// Ends the channel and says why.
@@ -177,15 +229,60 @@ impl Tunnel {
         self.lock().channel.open_streams()
     }
 
-    /// How the tunnel is doing, as it changes.
+    /// How the channel is doing, as it changes.
     pub(crate) fn status(&self) -> watch::Receiver<Status> {
         self.0.status.subscribe()
     }
 
-    /// Waits until the tunnel is over and its last record sent.
-    pub(crate) async fn closed(&self) {
+    /// Waits until the peer answered an encrypted ping over the tunnel that is up.
+    pub(crate) async fn answered(&self) {
+        self.reaches(|status| matches!(status, Status::Established { round_trip: Some(_) })).await;
+    }
+
+    /// Waits until the peer confirmed its keys on the tunnel that is up.
+    pub(crate) async fn confirmed(&self) {
+        self.reaches(|status| matches!(status, Status::Established { .. })).await;
+    }
+
+    /// The last round trip over the tunnel that is up.
+    pub(crate) fn round_trip(&self) -> Option<Duration> {
+        match *self.0.status.borrow() {
+            Status::Established { round_trip } => round_trip,
+            Status::Detached | Status::Greeting | Status::Closed => None,
+        }
+    }
+
+    async fn reaches(&self, is_it: impl FnMut(&Status) -> bool) {
         // The sender lives as long as this handle.
-        let _ = self.status().wait_for(|status| *status == Status::Closed).await;
+        let _ = self.status().wait_for(is_it).await;
+    }
+
+    /// When the peer was last heard of.
+    pub(crate) fn heard(&self) -> Instant {
+        self.lock().channel.heard()
+    }
+
+    /// Ends the channel when it has been on no tunnel, and its peer not heard of, for `limit`.
+    /// Returns when the channel is over.
+    pub(crate) async fn expire_after(&self, limit: Duration) {
+        let mut status = self.status();
+        loop {
+            let parked = |status: &Status| matches!(status, Status::Detached | Status::Closed);
+            // The sender lives as long as this handle.
+            if status.wait_for(parked).await.is_ok_and(|status| *status == Status::Closed) {
+                return;
+            }
+            let deadline = tokio::time::Instant::from(self.heard() + limit);
+            let moved = status.wait_for(|status| *status != Status::Detached);
+            if timeout_at(deadline, moved).await.is_err() {
+                self.with(Channel::expire);
+            }
+        }
+    }
+
+    /// Waits until the channel is over and its last record sent.
+    pub(crate) async fn closed(&self) {
+        self.reaches(|status| *status == Status::Closed).await;
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -205,7 +302,7 @@ impl Tunnel {
         while let Some(event) = inner.channel.poll_event() {
             self.dispatch(&mut inner, event);
         }
-        if inner.channel.wants_transmit() || inner.channel.is_closed() {
+        if inner.channel.wants_transmit() || inner.ended.is_some() || inner.over.is_some() {
             drop(inner);
             self.0.transmit.notify_one();
         }
@@ -239,54 +336,72 @@ impl Tunnel {
                 tracing::debug!(%reason, "channel closed");
                 inner.incoming = None;
                 inner.ended = Some(reason);
+                // On a tunnel, the last record is still to be sent.
+                self.0.status.send_if_modified(|status| {
+                    let detached = *status == Status::Detached;
+                    if detached {
+                        *status = Status::Closed;
+                    }
+                    detached
+                });
             }
+            Event::TunnelOver(code) => inner.over = Some(code),
         }
     }
 
-    /// Runs the tunnel until it ends.
-    pub(crate) async fn run(
-        &self,
-        socket: HubSocket,
-        encoding: Encoding,
-        sealer: Sealer,
-        opener: Opener,
-    ) -> End {
+    /// Puts the channel on a tunnel and runs it until the tunnel ends. A tunnel that it was on before
+    /// is dropped at once. `first` is a record that was read already.
+    pub(crate) async fn run(&self, end: TunnelEnd, first: Option<Vec<u8>>) -> End {
+        let TunnelEnd { socket, encoding, sealer, opener } = end;
+        let mut newest = self.0.tunnel.subscribe();
+        let number = {
+            let mut inner = self.lock();
+            if let Some(reason) = inner.ended {
+                return End::Channel(reason);
+            }
+            let now = Instant::now();
+            inner.over = None;
+            inner.channel.attach(now);
+            self.0.status.send_replace(Status::Greeting);
+            self.0.tunnel.send_modify(|number| *number += 1);
+            let number = *self.0.tunnel.borrow();
+            if let Some(first) = first {
+                inner.channel.handle_record(now, &first);
+            }
+            self.after(inner);
+            number
+        };
         let (sink, stream) = socket.split();
         let end = tokio::select! {
-            end = self.receive(stream, opener) => end,
+            end = self.receive(number, stream, opener) => end,
             end = self.transmit(sink, encoding, sealer) => end,
+            _ = newest.wait_for(|newest| *newest != number) => End::Replaced,
         };
-        // Whatever ended the tunnel, nobody may wait for it any longer.
-        self.with(|channel| channel.close(CloseCode::Normal));
-        self.0.status.send_replace(Status::Closed);
+        let mut inner = self.lock();
+        if *self.0.tunnel.borrow() == number {
+            let status = if inner.ended.is_some() { Status::Closed } else { Status::Detached };
+            inner.channel.detach();
+            self.0.status.send_replace(status);
+        }
         end
     }
 
-    async fn receive(&self, mut stream: SplitStream<HubSocket>, mut opener: Opener) -> End {
+    async fn receive(
+        &self,
+        number: u64,
+        mut stream: SplitStream<HubSocket>,
+        mut opener: Opener,
+    ) -> End {
         let (mut packet, mut record) = (Vec::new(), Vec::new());
         loop {
-            let opened = match stream.next().await {
-                Some(Ok(Message::Binary(bytes))) => opener.open(&bytes, &mut record),
-                Some(Ok(Message::Text(text))) => {
-                    if encoding::decode_base64(text.as_bytes(), &mut packet).is_err() {
-                        return End::Tampered;
-                    }
-                    opener.open(&packet, &mut record)
-                }
-                Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => continue,
-                Some(Ok(Message::Close(frame))) => {
-                    let why = frame.map_or_else(String::new, |frame| {
-                        format!("closed by the hub with code {}", u16::from(frame.code))
-                    });
-                    return End::Socket(why);
-                }
-                Some(Err(error)) => return End::Socket(error.to_string()),
-                None => return End::Socket("closed".into()),
-            };
-            if opened.is_err() {
-                return End::Tampered;
+            let received = receive_record(&mut stream, &mut opener, &mut packet, &mut record).await;
+            if let Err(end) = received {
+                return end;
             }
             let mut inner = self.lock();
+            if *self.0.tunnel.borrow() != number {
+                return End::Replaced;
+            }
             inner.channel.handle_record(Instant::now(), &record);
             self.after(inner);
         }
@@ -308,26 +423,25 @@ impl Tunnel {
                 if sealer.seal(&record, &mut packet).is_err() {
                     return End::Socket("the key of this tunnel is used up".into());
                 }
-                let message = match encoding {
-                    Encoding::Base64 => Message::text(encoding::encode_base64(&packet)),
-                    Encoding::Binary => Message::Binary(Bytes::copy_from_slice(&packet)),
-                };
-                if let Err(error) = sink.feed(message).await {
+                if let Err(error) = sink.feed(message(encoding, &packet)).await {
                     return End::Socket(error.to_string());
                 }
             }
             if let Err(error) = sink.flush().await {
                 return End::Socket(error.to_string());
             }
-            let (ended, deadline) = {
+            let (ended, over, deadline) = {
                 let inner = self.lock();
-                (inner.ended, inner.channel.poll_timeout())
+                (inner.ended, inner.over, inner.channel.poll_timeout())
             };
-            if let Some(reason) = ended {
+            if ended.is_some() || over.is_some() {
                 // The last record is on its way; a peer that does not read it cannot hold us.
-                let deadline = tokio::time::Instant::now() + CLOSE_TIMEOUT;
-                let _ = timeout_at(deadline, sink.close()).await;
-                return End::Channel(reason);
+                let _ = timeout(CLOSE_TIMEOUT, sink.close()).await;
+                return match (ended, over) {
+                    (Some(reason), _) => End::Channel(reason),
+                    (None, Some(Some(code))) => End::Peer(code),
+                    (None, _) => End::Silent,
+                };
             }
             let timer = async {
                 match deadline {
@@ -343,13 +457,52 @@ impl Tunnel {
     }
 }
 
+/// A sealed record as the WebSocket carries it.
+fn message(encoding: Encoding, packet: &[u8]) -> Message {
+    match encoding {
+        Encoding::Base64 => Message::text(encoding::encode_base64(packet)),
+        Encoding::Binary => Message::Binary(Bytes::copy_from_slice(packet)),
+    }
+}
+
+/// Receives and opens one record; `packet` is a buffer that is used again and again.
+async fn receive_record(
+    stream: &mut (impl futures_util::Stream<Item = tungstenite::Result<Message>> + Unpin),
+    opener: &mut Opener,
+    packet: &mut Vec<u8>,
+    record: &mut Vec<u8>,
+) -> std::result::Result<(), End> {
+    loop {
+        let opened = match stream.next().await {
+            Some(Ok(Message::Binary(bytes))) => opener.open(&bytes, record),
+            Some(Ok(Message::Text(text))) => {
+                if encoding::decode_base64(text.as_bytes(), packet).is_err() {
+                    return Err(End::Tampered);
+                }
+                opener.open(packet, record)
+            }
+            Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => continue,
+            Some(Ok(Message::Close(frame))) => {
+                let why = frame.map_or_else(
+                    || "closed by the hub".to_owned(),
+                    |frame| format!("closed by the hub with code {}", u16::from(frame.code)),
+                );
+                return Err(End::Socket(why));
+            }
+            Some(Err(error)) => return Err(End::Socket(error.to_string())),
+            None => return Err(End::Socket("closed".into())),
+        };
+        return opened.map_err(|_| End::Tampered);
+    }
+}
+
 /// One stream of a channel: what a TCP connection is on either side of it.
 ///
 /// Dropping it before both directions ended resets it, which the other side's client sees as a
 /// connection reset, never as a clean end.
 #[derive(Debug)]
 pub struct Stream {
-    tunnel: Tunnel,
+    channel: ChannelHandle,
     id: StreamId,
 }
 
@@ -360,7 +513,7 @@ impl Stream {
     /// When the stream was reset.
     pub(crate) async fn writable(&self) -> io::Result<usize> {
         std::future::poll_fn(|context| {
-            let mut inner = self.tunnel.lock();
+            let mut inner = self.channel.lock();
             match inner.channel.room(self.id) {
                 Ok(0) => {
                     inner.wakers.entry(self.id).or_default().write = Some(context.waker().clone());
@@ -378,7 +531,7 @@ impl Stream {
     /// # Errors
     /// When the stream was reset.
     pub(crate) fn write_now(&self, bytes: &[u8]) -> io::Result<usize> {
-        self.tunnel.with(|channel| channel.write(self.id, bytes)).map_err(to_io)
+        self.channel.with(|channel| channel.write(self.id, bytes)).map_err(to_io)
     }
 
     /// Ends this direction cleanly.
@@ -386,7 +539,7 @@ impl Stream {
     /// # Errors
     /// When the stream was reset.
     pub(crate) fn finish(&self) -> io::Result<()> {
-        self.tunnel.with(|channel| channel.finish(self.id)).map_err(to_io)
+        self.channel.with(|channel| channel.finish(self.id)).map_err(to_io)
     }
 
     /// Waits for bytes and reads up to `most` of them; an empty result is the end.
@@ -396,7 +549,7 @@ impl Stream {
     pub(crate) async fn read_chunk(&self, most: usize) -> io::Result<Vec<u8>> {
         std::future::poll_fn(|context| {
             let mut chunk = Vec::new();
-            let mut inner = self.tunnel.lock();
+            let mut inner = self.channel.lock();
             let waiting = inner.channel.waiting(self.id).min(most);
             chunk.resize(waiting.max(1), 0);
             let read = inner.channel.read(self.id, &mut chunk);
@@ -404,7 +557,7 @@ impl Stream {
                 inner.wakers.entry(self.id).or_default().read = Some(context.waker().clone());
                 return Poll::Pending;
             }
-            self.tunnel.after(inner);
+            self.channel.after(inner);
             Poll::Ready(match read {
                 Ok(Read::Bytes(length)) => {
                     chunk.truncate(length);
@@ -419,21 +572,21 @@ impl Stream {
 
     /// Tells the reacher that the target answered.
     pub(crate) fn opened(&self) {
-        self.tunnel.with(|channel| channel.opened(self.id));
+        self.channel.with(|channel| channel.opened(self.id));
     }
 
     /// Ends both directions at once.
     pub(crate) fn reset(&self, code: ResetCode) {
-        self.tunnel.with(|channel| channel.reset(self.id, code));
+        self.channel.with(|channel| channel.reset(self.id, code));
     }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        let mut inner = self.tunnel.lock();
+        let mut inner = self.channel.lock();
         inner.wakers.remove(&self.id);
         inner.channel.release(self.id);
-        self.tunnel.after(inner);
+        self.channel.after(inner);
     }
 }
 
@@ -443,10 +596,10 @@ impl AsyncRead for Stream {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let mut inner = self.tunnel.lock();
+        let mut inner = self.channel.lock();
         match inner.channel.read(self.id, buffer.initialize_unfilled()) {
             Ok(Read::Bytes(length)) => {
-                self.tunnel.after(inner);
+                self.channel.after(inner);
                 buffer.advance(length);
                 Poll::Ready(Ok(()))
             }
@@ -467,14 +620,14 @@ impl AsyncWrite for Stream {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let mut inner = self.tunnel.lock();
+        let mut inner = self.channel.lock();
         match inner.channel.write(self.id, bytes) {
             Ok(0) if !bytes.is_empty() => {
                 inner.wakers.entry(self.id).or_default().write = Some(context.waker().clone());
                 Poll::Pending
             }
             Ok(length) => {
-                self.tunnel.after(inner);
+                self.channel.after(inner);
                 Poll::Ready(Ok(length))
             }
             Err(error) => Poll::Ready(Err(to_io(error))),

@@ -288,7 +288,7 @@ impl Channel {
             self.outbox.extend(self.streams.keys().copied().map(Outgoing::Open));
             self.queue_all();
         } else {
-            let parts = self.progress().into_iter();
+            let parts = self.progress(now).into_iter();
             self.outbox
                 .extend(parts.map(|progress| Outgoing::Greeting(Record::Hello { new, progress })));
         }
@@ -606,7 +606,7 @@ impl Channel {
             self.resume(progress.next_stream, &listed)?;
         }
         if self.side == Side::Exposer {
-            let parts = self.progress();
+            let parts = self.progress(now);
             let welcome = parts.into_iter().map(|part| Outgoing::Greeting(Record::Welcome(part)));
             let missing = std::mem::take(&mut self.outbox);
             self.outbox.push_back(Outgoing::Greeting(Record::Ready));
@@ -690,11 +690,13 @@ impl Channel {
             return;
         };
         (stream.reset_sent, stream.reset_received) = (true, true);
-        if stream.reset.is_none() && stream.send.is_settled() && stream.recv.is_complete() {
+        self.kept -= stream.send.discard();
+        // A peer forgets a stream that nobody reset only when it has every byte: what was on its way
+        // when the tunnel was lost, and its acknowledgement, do not matter any more.
+        if stream.reset.is_none() && stream.send.is_finished() && stream.recv.is_complete() {
             stream.send.settle();
         } else if stream.reset.is_none() {
             stream.reset = Some(ResetCode::Lost);
-            self.kept -= stream.send.discard();
             let dropped = stream.recv.discard();
             self.events.extend([Event::Readable(id), Event::Writable(id)]);
             self.consumed(dropped);
@@ -702,8 +704,9 @@ impl Channel {
         self.remove_if_done(id);
     }
 
-    /// How far this side got, as HELLO and WELCOME say it; counts as acknowledged from here on.
-    fn progress(&mut self) -> Vec<Progress> {
+    /// How far this side got, as HELLO and WELCOME say it; counts as acknowledged and granted from
+    /// here on.
+    fn progress(&mut self, now: Instant) -> Vec<Progress> {
         let mut states = Vec::with_capacity(self.streams.len());
         for (id, stream) in &mut self.streams {
             let end = if stream.reset.is_some() {
@@ -714,7 +717,7 @@ impl Channel {
             states.push(StreamState {
                 stream: *id,
                 received: stream.recv.take_ack(),
-                max_data: stream.recv.granted(),
+                max_data: stream.recv.take_window(now, None),
                 end,
             });
         }

@@ -165,11 +165,6 @@ impl SendHalf {
         Ok(())
     }
 
-    /// Whether the peer acknowledged every byte, with or without FIN.
-    pub(super) fn is_settled(&self) -> bool {
-        self.finished && self.kept.is_empty()
-    }
-
     /// The peer finished with the stream, so it has the FIN too.
     pub(super) fn settle(&mut self) {
         self.fin_acked = true;
@@ -318,11 +313,6 @@ impl RecvHalf {
         self.received + u64::from(self.is_complete())
     }
 
-    /// Bytes granted to the peer.
-    pub(super) fn granted(&self) -> u64 {
-        self.max_data
-    }
-
     /// Whether anything is unacknowledged.
     pub(super) fn ack_due(&self) -> bool {
         self.ack_offset() > self.acked
@@ -359,7 +349,10 @@ impl RecvHalf {
             self.window = (2 * self.window).min(MAX_STREAM_WINDOW);
         }
         self.granted_at = Some(now);
-        self.max_data = self.consumed + self.window;
+        // After the end, nothing more is granted: the final size was within the last grant.
+        if self.total.is_none() {
+            self.max_data = self.consumed + self.window;
+        }
         self.max_data
     }
 }

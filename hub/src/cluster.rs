@@ -73,6 +73,8 @@ const START_LIMIT: Duration = Duration::from_secs(120);
 const STOP_LIMIT: Duration = Duration::from_secs(30);
 /// PostgreSQL announces its state in a file only, so somebody has to look (`pg_ctl -w` does the same).
 const STATE_POLL: Duration = Duration::from_millis(20);
+/// Backends whose postmaster was killed notice it and go within moments.
+const ORPHANS_LIMIT: Duration = Duration::from_secs(10);
 /// How often a server that is not our child is looked at.
 const ADOPTED_POLL: Duration = Duration::from_millis(100);
 /// Between attempts to bring a server back that died under the hub.
@@ -560,23 +562,43 @@ impl Layout {
         (names_us && pid.as_raw() > 1).then_some(PidFile { pid, ready })
     }
 
-    /// Removes a `postmaster.pid` whose process id has since gone to another program.
+    /// Removes lock files that no server stands behind.
     ///
-    /// PostgreSQL refuses to start while any process of that id lives, which after a reboot or in a
-    /// restarted container can be anything. We hold `hub.lock`, so nobody is starting a server here.
-    fn remove_stale_pid_file(&self) -> Result<(), ClusterError> {
-        let Some(PidFile { pid, .. }) = self.pid_file() else {
-            return Ok(());
-        };
-        let Ok(cwd) = fs::read_link(format!("/proc/{pid}/cwd")) else {
-            return Ok(());
-        };
-        if cwd == self.pgdata {
-            return Ok(());
+    /// PostgreSQL refuses to start while any process of the id in them exists, which after a reboot or in
+    /// a restarted container can be anything, and after a kill can be a zombie. Removing them is safe only when no server process is left, orphaned backends included: all of them work in
+    /// PGDATA, and we hold `hub.lock`, so nobody is starting one.
+    async fn clear_lock_files(&self) -> Result<(), ClusterError> {
+        let files = [
+            self.pgdata.join("postmaster.pid"),
+            self.socket_dir.join(format!(".s.PGSQL.{PORT}.lock")),
+        ];
+        let deadline = Instant::now() + ORPHANS_LIMIT;
+        for path in files {
+            while path.exists() {
+                match self.has_processes() {
+                    Ok(false) => {
+                        tracing::info!(path = %path.display(), "removing what a dead server left");
+                        fs::remove_file(&path).map_err(at(&path))?;
+                    }
+                    Ok(true) if Instant::now() < deadline => sleep(STATE_POLL).await,
+                    // PostgreSQL will say what is in its way.
+                    Ok(true) | Err(_) => return Ok(()),
+                }
+            }
         }
-        let path = self.pgdata.join("postmaster.pid");
-        tracing::info!(%pid, "postmaster.pid names a process that is no PostgreSQL of ours; removing it");
-        fs::remove_file(&path).map_err(at(&path))
+        Ok(())
+    }
+
+    /// Whether any process works in PGDATA; an error where the system has no `/proc`.
+    fn has_processes(&self) -> io::Result<bool> {
+        let processes = fs::read_dir("/proc")?;
+        if !Path::new("/proc/self/cwd").exists() {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        Ok(processes
+            .flatten()
+            .filter_map(|process| fs::read_link(process.path().join("cwd")).ok())
+            .any(|cwd| cwd == self.pgdata))
     }
 
     /// The server that a hub before us left running.
@@ -600,7 +622,7 @@ impl Layout {
 
     /// Starts the server and waits until it takes connections.
     async fn launch(&self, binaries: &Binaries) -> Result<Postmaster, ClusterError> {
-        self.remove_stale_pid_file()?;
+        self.clear_lock_files().await?;
         if fs::metadata(&self.log).is_ok_and(|log| log.len() > MAX_LOG_BYTES) {
             fs::rename(&self.log, self.log.with_extension("log.1")).map_err(at(&self.log))?;
         }

@@ -156,6 +156,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
     /// Says goodbye and waits until the agent has read it, or for a short while.
     async fn end(mut self, ending: Ending) {
         let Ending::Close(code, report) = ending else {
+            // The library has queued an answer to the close frame, if there was one.
+            let _ = timeout(FAREWELL_LIMIT, self.stream.flush()).await;
             return;
         };
         let goodbye = async {

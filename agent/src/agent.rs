@@ -3,12 +3,13 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use connect_spec::{
     control::{Request, SessionKind},
     encoding::Encoding,
-    ids::{AgentId, ServiceId, ServiceName},
+    ids::{AgentId, ServiceName},
     trust::VerifiedPeer,
 };
 use tokio::{
@@ -18,7 +19,7 @@ use tokio::{
 
 use crate::{
     clock,
-    directory::Directory,
+    directory::{Directory, FoundService},
     engine::backoff::Backoff,
     error::{Error, ErrorKind, Result},
     exposer::{Exposed, Exposer},
@@ -26,10 +27,14 @@ use crate::{
     io::{
         dial::HubUrl,
         hub::{Credentials, Ended, Greeted, Incoming, Session},
+        tunnel::Tunnel,
     },
     random,
     reacher::Reached,
 };
+
+/// How long [`Agent::stop`] waits for last words.
+const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How an agent runs.
 #[derive(Debug, Clone, Copy, Default)]
@@ -118,7 +123,7 @@ impl Agent {
         Ok(Self { core, _running: Arc::new(running) })
     }
 
-    pub(crate) fn core(&self) -> &Arc<Core> {
+    pub(crate) fn core(&self) -> &Core {
         &self.core
     }
 
@@ -218,18 +223,31 @@ impl Agent {
         }
     }
 
-    /// Stops the agent: tunnels are closed with a word to the peers.
-    pub fn stop(&self) {
-        self.core.stop();
+    /// Looks a service up: whether its exposer is online, and the port of its target.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ServiceNotFound`], [`ErrorKind::TrustViolation`], or why there is no hub.
+    pub(crate) async fn find(&self, name: &ServiceName) -> Result<FoundService> {
+        Directory::new(&self.core.identity, self.core.session().await?).find(name).await
+    }
+
+    /// Stops the agent: every tunnel is closed with a word to its peer, for up to two seconds.
+    pub async fn stop(&self) {
+        let closing = self.core.stop();
+        let closed = futures_util::future::join_all(closing.iter().map(Tunnel::closed));
+        // A hub that does not take the last words must not hold up the end.
+        let _ = tokio::time::timeout(STOP_TIMEOUT, closed).await;
     }
 }
 
 impl Core {
-    fn stop(&self) {
-        for (_, reached) in std::mem::take(&mut *self.reached()) {
-            reached.stop();
-        }
-        self.exposer.stop();
+    /// Closes every tunnel; returns those whose last words are still to be sent.
+    fn stop(&self) -> Vec<Tunnel> {
+        let reached = std::mem::take(&mut *self.reached());
+        let mut closing: Vec<Tunnel> =
+            reached.into_values().filter_map(|reached| reached.stop()).collect();
+        closing.extend(self.exposer.stop());
+        closing
     }
 
     /// The session, once there is one.
@@ -312,13 +330,11 @@ impl Core {
     /// Remembers a peer whose keys a first record has confirmed.
     pub(crate) fn remember(&self, peer: &VerifiedPeer, name: Option<&ServiceName>) {
         let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
-        let seen = SeenNoiseKey {
-            counter: peer.noise_key_counter(),
-            static_key: peer.static_key(),
-        };
+        let seen =
+            SeenNoiseKey { counter: peer.noise_key_counter(), static_key: peer.static_key() };
         let new_key = peers.noise_keys.insert(peer.agent_id(), seen) != Some(seen);
-        let pinned =
-            name.map(|name| peers.pins.insert(name.clone(), peer.agent_id()) != Some(peer.agent_id()));
+        let pinned = name
+            .map(|name| peers.pins.insert(name.clone(), peer.agent_id()) != Some(peer.agent_id()));
         if (new_key || pinned == Some(true))
             && let Err(error) = self.home.save_peers(&peers)
         {
@@ -421,9 +437,4 @@ async fn serve(
             Some(_) = handshakes.join_next() => {}
         }
     }
-}
-
-/// A fresh id for a service.
-pub(crate) fn new_service_id() -> ServiceId {
-    ServiceId(random::bytes())
 }

@@ -1,10 +1,10 @@
 //! What the hub lists, read with eyes of our own: every record is opened and verified, and one that
 //! does not hold is an error or left out, never shown.
 
-use std::{borrow::Borrow, collections::BTreeMap};
+use std::{collections::BTreeMap, sync::Arc};
 
 use connect_spec::{
-    control::{ListedAgent, ListedService, Reply, Request, SealedRecord},
+    control::{ListedAgent, ListedService, Reply, Request, SealedRecord, SessionKind},
     ids::{AgentId, Label, ServiceId, ServiceName},
     objects::{AgentRecord, AgentRole, Attributes, ServiceRecord},
     trust::{Presented, VerifiedPeer},
@@ -15,15 +15,18 @@ use crate::{
     clock,
     error::{Error, ErrorKind, Result},
     home::Identity,
-    io::hub::Session,
+    io::{
+        dial::HubUrl,
+        hub::{Credentials, Greeted, Session},
+    },
     random,
 };
 
 /// A session through which one agent asks the hub for names, services and agents.
 #[derive(Debug)]
-pub struct Directory<'i, S = Session> {
+pub struct Directory<'i> {
     identity: &'i Identity,
-    session: S,
+    session: Arc<Session>,
 }
 
 /// A service whose record and exposer are verified.
@@ -73,13 +76,24 @@ pub struct AgentInfo {
 /// What is known of a name: one service, or why there is none.
 pub(crate) const NOT_FOUND_HINT: &str = "`connect services` lists what there is";
 
-impl<'i, S: Borrow<Session>> Directory<'i, S> {
-    pub(crate) fn new(identity: &'i Identity, session: S) -> Self {
+impl<'i> Directory<'i> {
+    /// Opens a short session of its own, beside that of a running agent.
+    ///
+    /// # Errors
+    /// [`ErrorKind::HubUnreachable`], or what the hub has against this agent.
+    pub async fn connect(identity: &'i Identity) -> Result<Self> {
+        let greeted = Greeted::dial(&HubUrl::parse(&identity.hub)?).await?;
+        let credentials = Credentials::of(identity);
+        let (session, _) = greeted.login(&credentials, SessionKind::Command, None).await?;
+        Ok(Self::new(identity, Arc::new(session)))
+    }
+
+    pub(crate) fn new(identity: &'i Identity, session: Arc<Session>) -> Self {
         Self { identity, session }
     }
 
     pub(crate) fn session(&self) -> &Session {
-        self.session.borrow()
+        &self.session
     }
 
     /// Publishes this agent's label and tags, sealed.
@@ -158,7 +172,10 @@ impl<'i, S: Borrow<Session>> Directory<'i, S> {
             .trust
             .verify_peer(listed.agent_id, presented, clock::now())
             .map_err(|error| {
-                Error::trust(format_args!("the exposer of `{}` is not trusted: {error}", record.name))
+                Error::trust(format_args!(
+                    "the exposer of `{}` is not trusted: {error}",
+                    record.name
+                ))
             })?;
         if !exposer.certificate().role.may_expose() {
             return Err(Error::trust(format_args!(
@@ -298,9 +315,7 @@ fn unexpected_reply() -> Error {
 
 /// `web`, `web-2`, `web-3`: by label, then by id, so that everybody sees the same.
 fn make_labels_unique(agents: &mut [AgentInfo]) {
-    agents.sort_by(|left, right| {
-        (&left.label, left.agent_id).cmp(&(&right.label, right.agent_id))
-    });
+    agents.sort_by(|left, right| (&left.label, left.agent_id).cmp(&(&right.label, right.agent_id)));
     let mut count: BTreeMap<String, u32> = BTreeMap::new();
     for agent in agents {
         let seen = count.entry(agent.label.clone()).or_default();

@@ -1,6 +1,6 @@
 //! Becoming a member: a new workspace, an invite, or joining by one.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use connect_crypto::{
     CryptoError,
@@ -165,11 +165,10 @@ pub async fn join(home: &Home, code: &str, label: &Label) -> Result<Identity> {
         trust.epoch_commit(),
     )
     .map_err(|_: CryptoError| Error::trust("the workspace's secrets in the invite do not open"))?;
-    let attrs = invite
-        .attributes()
-        .ok()
-        .filter(|attrs| attrs.hash() == granted.attrs)
-        .ok_or_else(|| Error::trust("the tags in the invite are not those of its credential"))?;
+    let attrs =
+        invite.attributes().ok().filter(|attrs| attrs.hash() == granted.attrs).ok_or_else(
+            || Error::trust("the tags in the invite are not those of its credential"),
+        )?;
 
     let keys = AgentKeys::generate();
     let certificate = invite_keys.signing.sign(&Certificate {
@@ -297,7 +296,10 @@ fn claim(home: &Home) -> Result<HomeLock> {
     let enrolled = || {
         Error::new(
             ErrorKind::Usage,
-            format_args!("an agent lives in `{}` already; nothing was changed", home.dir().display()),
+            format_args!(
+                "an agent lives in `{}` already; nothing was changed",
+                home.dir().display()
+            ),
         )
         .hint("set CONNECT_HOME to another directory for another agent")
     };
@@ -329,7 +331,7 @@ async fn register<'i>(
     let credentials = Credentials::of(identity);
     let registered = async {
         let (session, _) = greeted.login(&credentials, SessionKind::Command, create).await?;
-        let directory = Directory::new(identity, session);
+        let directory = Directory::new(identity, Arc::new(session));
         directory.publish_agent(1).await?;
         Ok(directory)
     };

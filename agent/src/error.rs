@@ -113,27 +113,33 @@ impl Error {
             | ErrorCode::Unknown => ErrorKind::Refused,
         };
         let error = Self::new(kind, format_args!("the hub says: {}", one_line(&report.message)));
-        match report.code {
-            ErrorCode::InviteUsed | ErrorCode::InviteExpired | ErrorCode::InviteUnknown => {
-                error.hint("ask for a new code: `connect invite` on a machine of the workspace")
-            }
-            ErrorCode::RegistrationClosed => error.hint(
-                "ask the hub's operator for a token (`connect-hub registration-token create`) \
-                 and pass it with `--registration-token`",
-            ),
-            ErrorCode::WrongAuthority => error.hint(
-                "dial the hub by a name that it was started with, or add this one with `--public-url`",
-            ),
-            ErrorCode::NameTaken => match report.agent_id {
-                Some(agent) => error.hint(format_args!(
-                    "choose another `--name`, or run `connect unexpose` on agent {}",
-                    agent.short()
-                )),
-                None => error.hint("choose another `--name`"),
-            },
-            _ => error,
+        match hint(report) {
+            Some(hint) => error.hint(hint),
+            None => error,
         }
     }
+}
+
+/// What to do about what the hub answered.
+fn hint(report: &ErrorReport) -> Option<String> {
+    let code = report.code;
+    let hint = if matches!(
+        code,
+        ErrorCode::InviteUsed | ErrorCode::InviteExpired | ErrorCode::InviteUnknown
+    ) {
+        "ask for a new code: `connect invite` on a machine of the workspace"
+    } else if code == ErrorCode::RegistrationClosed {
+        "ask the hub's operator for a token (`connect-hub registration-token create`) and set \
+         CONNECT_REGISTRATION_TOKEN to it"
+    } else if code == ErrorCode::WrongAuthority {
+        "dial the hub by a name that it was started with, or add this one with `--public-url`"
+    } else if code == ErrorCode::NameTaken {
+        let agent = report.agent_id.map_or_else(|| "its agent".into(), |id| id.short());
+        return Some(format!("choose another `--name`, or run `connect unexpose` on {agent}"));
+    } else {
+        return None;
+    };
+    Some(hint.to_owned())
 }
 
 /// Text of another party, made safe to print: no line breaks, no escapes, not endless.

@@ -24,12 +24,7 @@ use connect_spec::{
     record::{CloseCode, ResetCode},
     trust::VerifiedPeer,
 };
-use tokio::{
-    net::TcpStream,
-    sync::mpsc,
-    task::JoinSet,
-    time::timeout,
-};
+use tokio::{net::TcpStream, sync::mpsc, task::JoinSet, time::timeout};
 
 use crate::{
     agent::Core,
@@ -121,11 +116,13 @@ impl Exposed {
     async fn dial(&self) -> Result<TcpStream, ResetCode> {
         let dialled = match timeout(DIAL_TIMEOUT, self.target.connect()).await {
             Ok(Ok(tcp)) => tcp.set_nodelay(true).map(|()| tcp).map_err(|_| ResetCode::Aborted),
-            Ok(Err(error)) => Err(match error.kind() {
-                io::ErrorKind::ConnectionRefused => ResetCode::TargetRefused,
-                io::ErrorKind::TimedOut => ResetCode::TargetTimeout,
-                _ => ResetCode::TargetUnreachable,
-            }),
+            Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                Err(ResetCode::TargetRefused)
+            }
+            Ok(Err(error)) if error.kind() == io::ErrorKind::TimedOut => {
+                Err(ResetCode::TargetTimeout)
+            }
+            Ok(Err(_)) => Err(ResetCode::TargetUnreachable),
             Err(_) => Err(ResetCode::TargetTimeout),
         };
         self.target_ok.store(dialled.is_ok(), Ordering::Relaxed);
@@ -196,10 +193,12 @@ impl Exposer {
             .collect()
     }
 
-    pub(crate) fn stop(&self) {
-        for served in self.services().values() {
-            close_all(&served.tunnels, CloseCode::Normal);
-        }
+    /// Closes every tunnel; returns those whose last words are still to be sent.
+    pub(crate) fn stop(&self) -> Vec<Tunnel> {
+        let served = std::mem::take(&mut *self.services());
+        let tunnels: Vec<_> = served.into_values().flat_map(|served| served.tunnels).collect();
+        close_all(&tunnels, CloseCode::Normal);
+        tunnels
     }
 
     fn find(&self, id: ServiceId) -> Option<Arc<Exposed>> {
@@ -262,9 +261,8 @@ impl Exposer {
             return Err(Refusal::new(ErrorCode::Refused, "shares are not served here"));
         }
         let prologue = prologue(identity, initiator, &request);
-        let received =
-            handshake::receive(&identity.static_keypair, &prologue, &request.message.0)
-                .map_err(|error| Refusal::new(ErrorCode::Refused, error))?;
+        let received = handshake::receive(&identity.static_keypair, &prologue, &request.message.0)
+            .map_err(|error| Refusal::new(ErrorCode::Refused, error))?;
         let payload = received.payload();
         let peer = identity
             .trust
@@ -279,10 +277,8 @@ impl Exposer {
         let (transport, message) = received
             .answer(&peer, &local(identity), &mut random::rng())
             .map_err(|error| Refusal::new(ErrorCode::Refused, error))?;
-        let accept = FromAgent::AcceptTunnel {
-            tunnel_id: request.tunnel_id,
-            message: Blob(message),
-        };
+        let accept =
+            FromAgent::AcceptTunnel { tunnel_id: request.tunnel_id, message: Blob(message) };
         let failed = |error: &dyn std::fmt::Display| Refusal::new(ErrorCode::Offline, error);
         session.tell(accept).await.map_err(|error| failed(&error))?;
         let socket = open_data_socket(&core.hub, &ticket, request.encoding)

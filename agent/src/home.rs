@@ -306,7 +306,7 @@ impl Home {
         if presented.certificate.object().agent_id() != agent_id {
             return Err(damaged("agent.key"));
         }
-        let epoch = EpochSecrets::from_bytes(&keys.fixed("epoch-0")?);
+        let epoch = EpochSecrets::from_bytes(keys.fixed("epoch-0")?);
         let signer = if self.path("signer.key").exists() {
             Some(SigningKey::from_seed(
                 SecretFile::read(&self.path("signer.key"))?.fixed("signer")?,
@@ -367,6 +367,16 @@ impl Home {
                 presented: identity.presented.to_blobs(),
             },
         )
+    }
+
+    /// Changes what people call the agent; it publishes the label when it next starts.
+    ///
+    /// # Errors
+    /// As [`Home::load`]; or the home cannot be written.
+    pub fn set_label(&self, label: &Label) -> Result<()> {
+        self.load()?;
+        let membership: Membership = self.read_json("membership.json")?;
+        self.write_json("membership.json", &Membership { label: label.clone(), ..membership })
     }
 
     /// Takes back an enrolment that the hub refused.
@@ -455,7 +465,8 @@ const SECRET_FILE_BYTES: usize = 2048;
 
 impl SecretFile {
     fn put(&mut self, name: &str, secret: &[u8]) {
-        self.0.reserve(SECRET_FILE_BYTES.saturating_sub(self.0.len()));
+        let missing = SECRET_FILE_BYTES.saturating_sub(self.0.len());
+        self.0.reserve(missing);
         self.0.push_str(name);
         self.0.push(' ');
         for byte in secret {

@@ -1,1 +1,48 @@
+//! The agent of Private Connect ZK: expose a private service, reach it by name from elsewhere,
+//! end to end encrypted, through a hub that sees ciphertext only.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), connect_agent::Error> {
+//! use connect_agent::{Agent, Home, Options};
+//!
+//! let home = Home::from_env()?;
+//! let lock = home.try_lock()?.expect("no other agent runs in this home");
+//! let agent = Agent::start(home, lock, Options::default())?;
+//! let database = agent.reach(&"prod-db".parse().expect("a name"));
+//! database.ready().await?;
+//! let stream = database.open().await?; // AsyncRead + AsyncWrite
+//! # drop(stream);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Start reading at [`Agent`]. The protocol's state machine is `engine`, which sees no socket and no
+//! clock; `io` drives it; [`exposer`](Exposed) and [`reacher`](Reached) are the two sides of a tunnel.
+//! Deliberately absent: a way to speak without encryption, and any key that the hub could have chosen.
+
+mod agent;
+mod clock;
+mod directory;
 mod engine;
+mod enrol;
+mod error;
+mod exposer;
+mod forward;
+mod home;
+mod host;
+mod io;
+pub mod local;
+mod random;
+mod reacher;
+mod target;
+
+pub use agent::{Agent, Options};
+pub use directory::{AgentInfo, Directory, ServiceInfo};
+pub use enrol::{FIRST_INVITE, Founded, init, invite, join};
+pub use error::{Error, ErrorKind, Result};
+pub use exposer::Exposed;
+pub use home::{Home, HomeLock, Identity};
+pub use host::{Host, Keep};
+pub use io::tunnel::Stream;
+pub use reacher::{ReachStatus, Reached};
+pub use target::Target;

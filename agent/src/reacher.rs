@@ -8,7 +8,7 @@ use std::{
 use connect_crypto::{handshake, transport::Transport};
 use connect_spec::{
     bytes::Blob,
-    control::{ErrorCode, Reply, Request, TunnelRequest},
+    control::{ErrorCode, ErrorReport, Reply, Request, TunnelRequest},
     encoding::Encoding,
     ids::{ChannelId, CredentialId, ServiceName, TunnelId},
     record::CloseCode,
@@ -51,7 +51,7 @@ enum State {
     /// No tunnel; the error says why, after a try.
     Down(Option<Error>),
     /// A tunnel, whose keys may still be unconfirmed.
-    Up { tunnel: Tunnel, port_hint: Option<u16> },
+    Up { tunnel: Tunnel },
     /// Let go of.
     Stopped,
 }
@@ -81,11 +81,11 @@ impl Reached {
         reached
     }
 
-    /// Waits until the exposer answered over the tunnel; returns the service's own port, if known.
+    /// Waits until the exposer answered over the tunnel.
     ///
     /// # Errors
     /// Why not, as soon as one try has failed; further tries go on in the background.
-    pub async fn ready(&self) -> Result<Option<u16>> {
+    pub async fn ready(&self) -> Result<()> {
         let mut state = self.0.state.subscribe();
         loop {
             let current = state.borrow_and_update().clone();
@@ -93,7 +93,7 @@ impl Reached {
                 State::Down(None) => {}
                 State::Down(Some(error)) => return Err(error),
                 State::Stopped => return Err(stopped()),
-                State::Up { tunnel, port_hint } => {
+                State::Up { tunnel } => {
                     let mut status = tunnel.status();
                     let settled = status.wait_for(|status| {
                         matches!(
@@ -102,7 +102,7 @@ impl Reached {
                         )
                     });
                     if let Ok(Status::Established { .. }) = settled.await.as_deref() {
-                        return Ok(port_hint);
+                        return Ok(());
                     }
                 }
             }
@@ -120,7 +120,7 @@ impl Reached {
             loop {
                 let current = state.borrow_and_update().clone();
                 match current {
-                    State::Up { tunnel, .. } => {
+                    State::Up { tunnel } => {
                         if let Ok(stream) = tunnel.open_stream() {
                             return Ok(stream);
                         }
@@ -143,7 +143,7 @@ impl Reached {
     #[must_use]
     pub fn status(&self) -> ReachStatus {
         match &*self.0.state.borrow() {
-            State::Up { tunnel, .. } => {
+            State::Up { tunnel } => {
                 let round_trip = match *tunnel.status().borrow() {
                     Status::Established { round_trip } => round_trip,
                     Status::Greeting | Status::Closed => None,
@@ -160,13 +160,14 @@ impl Reached {
         }
     }
 
-    pub(crate) fn stop(&self) {
-        if let State::Up { tunnel, .. } = self.0.state.send_replace(State::Stopped) {
-            // The task goes on until the exposer was told.
+    /// Closes the tunnel, if one is up, and returns it: its last words are still to be sent.
+    pub(crate) fn stop(&self) -> Option<Tunnel> {
+        if let State::Up { tunnel } = self.0.state.send_replace(State::Stopped) {
             tunnel.close(CloseCode::Normal);
-        } else {
-            self.0.task.lock().unwrap_or_else(PoisonError::into_inner).take();
+            return Some(tunnel);
         }
+        self.0.task.lock().unwrap_or_else(PoisonError::into_inner).take();
+        None
     }
 }
 
@@ -278,18 +279,13 @@ async fn establish(core: &Core, session: &Arc<Session>, name: &ServiceName) -> R
     let (message, ticket) = match session.try_request(Request::OpenTunnel(request)).await? {
         Reply::TunnelAccepted { message, ticket } => (message, ticket),
         Reply::Error(report) => {
-            return Err(match report.code {
-                ErrorCode::Offline | ErrorCode::Timeout | ErrorCode::NotFound => offline(name),
-                ErrorCode::Forbidden => Error::new(
-                    ErrorKind::Refused,
-                    format_args!("the exposer does not allow `{name}` to this agent"),
-                )
-                .hint("ask its owner to add this agent or one of its tags with `--allow`"),
-                _ => Error::from_hub(&report),
-            });
+            return Err(refused(name, &report));
         }
         Reply::Done | Reply::Services { .. } | Reply::Agents { .. } => {
-            return Err(Error::new(ErrorKind::HubUnreachable, "the hub gives no answer to a tunnel"));
+            return Err(Error::new(
+                ErrorKind::HubUnreachable,
+                "the hub gives no answer to a tunnel",
+            ));
         }
     };
     let reply = waiting.read(&message.0).map_err(|error| untrusted(name, &error))?;
@@ -315,6 +311,22 @@ fn offline(name: &ServiceName) -> Error {
         .hint("start its agent (`connect up` there); this side goes on trying")
 }
 
+/// Why there is no tunnel, as the hub tells it.
+fn refused(name: &ServiceName, report: &ErrorReport) -> Error {
+    let gone = [ErrorCode::Offline, ErrorCode::Timeout, ErrorCode::NotFound];
+    if gone.contains(&report.code) {
+        return offline(name);
+    }
+    if report.code == ErrorCode::Forbidden {
+        return Error::new(
+            ErrorKind::Refused,
+            format_args!("the exposer does not allow `{name}` to this agent"),
+        )
+        .hint("ask its owner to add this agent or one of its tags with `--allow`");
+    }
+    Error::from_hub(report)
+}
+
 fn untrusted(name: &ServiceName, why: &dyn std::fmt::Display) -> Error {
     Error::trust(format_args!("the exposer of `{name}` could not be verified: {why}"))
 }
@@ -328,7 +340,7 @@ impl Established {
         state: &watch::Sender<State>,
     ) -> (Error, bool) {
         let tunnel = Tunnel::reacher();
-        let up = State::Up { tunnel: tunnel.clone(), port_hint: self.service.record.port_hint };
+        let up = State::Up { tunnel: tunnel.clone() };
         let stopped = !state.send_if_modified(|state| {
             let goes_on = !matches!(state, State::Stopped);
             if goes_on {
@@ -361,10 +373,9 @@ fn why_ended(name: &ServiceName, end: &End) -> Error {
             tracing::warn!(service = %name, "a packet was altered on the way; the tunnel was closed");
             Error::trust(format_args!("a packet of `{name}` was altered on the way"))
         }
-        End::Channel(CloseReason::Peer(CloseCode::ServiceGone)) => Error::new(
-            ErrorKind::ServiceNotFound,
-            format_args!("`{name}` is not exposed any more"),
-        ),
+        End::Channel(CloseReason::Peer(CloseCode::ServiceGone)) => {
+            Error::new(ErrorKind::ServiceNotFound, format_args!("`{name}` is not exposed any more"))
+        }
         End::Channel(CloseReason::Peer(CloseCode::Forbidden)) => Error::new(
             ErrorKind::Refused,
             format_args!("the exposer of `{name}` does not allow this agent any more"),

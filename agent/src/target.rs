@@ -74,7 +74,8 @@ impl FromStr for Target {
         };
         let digits = !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit());
         let port = port.parse().ok().filter(|port| digits && *port != 0).ok_or_else(wrong)?;
-        if host.is_empty() || host.chars().any(|c| c.is_whitespace() || c.is_control() || c == '/') {
+        if host.is_empty() || host.chars().any(|c| c.is_whitespace() || c.is_control() || c == '/')
+        {
             return Err(wrong());
         }
         Ok(Self { host: host.to_owned(), port })
@@ -87,7 +88,10 @@ mod tests {
 
     #[track_caller]
     fn check(input: &str, expected: Option<&str>) {
-        assert_eq!(input.parse::<Target>().ok().map(|target| target.to_string()).as_deref(), expected);
+        assert_eq!(
+            input.parse::<Target>().ok().map(|target| target.to_string()).as_deref(),
+            expected
+        );
     }
 
     #[test]
@@ -97,7 +101,8 @@ mod tests {
         check("[::1]:6379", Some("[::1]:6379"));
         check(":5432", Some("localhost:5432"));
         check("5432", Some("localhost:5432"));
-        for bad in ["", ":", "localhost", "localhost:", "localhost:0", "localhost:65536", "::1:80"] {
+        for bad in ["", ":", "localhost", "localhost:", "localhost:0", "localhost:65536", "::1:80"]
+        {
             check(bad, None);
         }
         for bad in ["[::1:80", "http://localhost:80", "a b:80", "localhost:+80", "localhost: 80"] {

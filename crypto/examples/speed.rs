@@ -1,10 +1,6 @@
 //! Measures sealing and opening: `cargo run --release -p connect-crypto --example speed`.
 
-#![expect(
-    clippy::disallowed_methods,
-    clippy::print_stdout,
-    reason = "a measurement needs a clock and shows what it found"
-)]
+#![expect(clippy::print_stdout, reason = "a measurement shows what it found")]
 
 #[path = "../tests/common/mod.rs"]
 mod common;

@@ -9,7 +9,8 @@ use bech32::{
 use connect_spec::{
     cbor::{CborError, Fields, FieldsWriter},
     ids::WorkspaceId,
-    limits::{MAX_HUB_URL_BYTES, MAX_INVITE_CHARS},
+    limits::{MAX_HUB_URL_BYTES, MAX_INVITE_CHARS, MAX_TAGS},
+    objects::Attributes,
     trust::{EntryHash, Head},
 };
 use zeroize::Zeroizing;
@@ -134,6 +135,8 @@ pub struct Invite {
     pub head: Head,
     /// What the invite's keys are derived from.
     pub seed: InviteSeed,
+    /// The tags of whoever joins; the credential, which the hub sees, has only their salted hash.
+    pub tags: Vec<String>,
 }
 
 /// Why a text is no invite that this program can use. Quotes nothing of it.
@@ -185,9 +188,11 @@ impl FromStr for Invite {
         }
         let mut body = Zeroizing::new(Vec::with_capacity(MAX_INVITE_CHARS));
         body.extend(checked.byte_iter());
-        let invite = Self::decode(&body)?;
-        // Bits that pad the last character, for instance, have one value only.
-        if *invite.reveal() == *text { Ok(invite) } else { Err(InviteError::Contents) }
+        // The bits that pad the last character have one value only.
+        if *line(&body) != *text {
+            return Err(InviteError::Contents);
+        }
+        Self::decode(&body)
     }
 }
 
@@ -211,14 +216,27 @@ impl Invite {
         if head.seq == 0 && head != Head::genesis(workspace_id) {
             return Err(InviteError::Contents);
         }
-        let seed = Zeroizing::new(fields.fixed(6)?);
+        let tags = fields.optional_texts(6, MAX_TAGS)?.unwrap_or_default();
+        let tags = tags.into_iter().map(str::to_owned).collect();
+        let seed = Zeroizing::new(fields.fixed(7)?);
         fields.finish()?;
         Ok(Self {
             hub: HubAddress { url: url.url, pin },
             workspace_id,
             head,
             seed: InviteSeed::from_bytes(seed),
+            tags,
         })
+    }
+
+    /// What the certificate of whoever joins says of its tags; the salt is
+    /// `KDF(seed, "invite attrs")[..16]`.
+    ///
+    /// # Errors
+    /// The tag that cannot be one, or the 17th.
+    pub fn attributes(&self) -> Result<Attributes, String> {
+        let salt = kdf(self.seed.as_bytes(), b"invite attrs");
+        Attributes::new(*salt.first_chunk().expect("32 bytes begin with 16"), self.tags.clone())
     }
 
     /// The invite as one line, `pc1…`. It is a secret as long as the invite can be used.
@@ -234,13 +252,20 @@ impl Invite {
                 .bytes(3, &self.workspace_id.0)
                 .uint(4, self.head.seq)
                 .bytes(5, &self.head.hash.0)
-                .bytes(6, &[0; InviteSeed::BYTES])
+                .optional((!self.tags.is_empty()).then_some(&self.tags), |map, tags| {
+                    map.texts(6, tags.iter().map(String::as_str))
+                })
+                .bytes(7, &[0; InviteSeed::BYTES])
                 .finish(),
         );
         let place = body.len() - InviteSeed::BYTES;
         body[place..].copy_from_slice(seed.as_slice());
-        let mut line = Zeroizing::new(String::with_capacity(MAX_INVITE_CHARS));
-        line.extend(body.iter().copied().bytes_to_fes().with_checksum::<Bech32m>(&HRP).chars());
-        line
+        line(&body)
     }
+}
+
+fn line(body: &[u8]) -> Zeroizing<String> {
+    let mut line = Zeroizing::new(String::with_capacity(MAX_INVITE_CHARS));
+    line.extend(body.iter().copied().bytes_to_fes().with_checksum::<Bech32m>(&HRP).chars());
+    line
 }

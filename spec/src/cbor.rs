@@ -292,16 +292,20 @@ impl<'b> Fields<'b> {
             .map(Some)
     }
 
-    /// An array of texts, at most `max` of them.
+    /// An array of texts, if present, at most `max` of them.
     ///
     /// # Errors
-    /// [`CborError::Missing`], [`CborError::Type`].
-    pub fn texts(&mut self, key: u64, max: usize) -> Result<Vec<&'b str>, CborError> {
-        self.optional_array(key, max)?
-            .ok_or(CborError::Missing(key))?
-            .into_iter()
-            .map(|item| Decoder::new(item).str().map_err(|_| CborError::Type(key)))
-            .collect()
+    /// [`CborError::Type`].
+    pub fn optional_texts(
+        &mut self,
+        key: u64,
+        max: usize,
+    ) -> Result<Option<Vec<&'b str>>, CborError> {
+        let Some(items) = self.optional_array(key, max)? else {
+            return Ok(None);
+        };
+        let text = |item| Decoder::new(item).str().map_err(|_| CborError::Type(key));
+        items.into_iter().map(text).collect::<Result<_, _>>().map(Some)
     }
 
     /// A nested map, if present.

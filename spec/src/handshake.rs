@@ -43,7 +43,7 @@ impl Payload {
             .finish();
         let length = u16::try_from(map.len())
             .ok()
-            .filter(|length| usize::from(*length) <= MAX_HANDSHAKE_BYTES - HANDSHAKE_PADDING)
+            .filter(|length| usize::from(*length) + 2 <= MAX_HANDSHAKE_BYTES - HANDSHAKE_PADDING)
             .ok_or(ObjectError::TooLong(MAX_HANDSHAKE_BYTES))?;
         let mut payload = [&length.to_be_bytes(), map.as_slice()].concat();
         payload.resize(payload.len().next_multiple_of(HANDSHAKE_PADDING), 0);

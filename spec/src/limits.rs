@@ -10,8 +10,9 @@ pub const MAX_LABEL_BYTES: usize = 64;
 pub const MAX_TAG_BYTES: usize = 32;
 /// Tags of one certificate: enough for roles and teams, small enough for a handshake payload.
 pub const MAX_TAGS: usize = 16;
-/// Services that a share can name.
-pub const MAX_SHARED_SERVICES: usize = 64;
+/// Services that a share can name: with all tags they still fit a handshake message, where certificate
+/// and credential both list them.
+pub const MAX_SHARED_SERVICES: usize = 16;
 
 /// Depth of a signed body: the deepest object of version 1 has four levels; eight leave room.
 pub const MAX_CBOR_DEPTH: usize = 8;

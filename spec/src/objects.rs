@@ -433,7 +433,12 @@ impl Attributes {
 
     pub(crate) fn read(mut fields: Fields<'_>) -> Result<Self, ObjectError> {
         let salt = fields.fixed(0)?;
-        let tags: Vec<String> = fields.texts(1, MAX_TAGS)?.into_iter().map(str::to_owned).collect();
+        let tags: Vec<String> = fields
+            .optional_texts(1, MAX_TAGS)?
+            .ok_or(ObjectError::Value(1))?
+            .into_iter()
+            .map(str::to_owned)
+            .collect();
         fields.finish()?;
         if !tags.iter().all(|tag| is_tag(tag)) || !tags.is_sorted_by(|left, right| left < right) {
             return Err(ObjectError::Value(1));

@@ -221,6 +221,7 @@ impl RecvHalf {
     }
 
     /// Bytes received so far.
+    #[cfg(test)]
     pub(super) fn received(&self) -> u64 {
         self.received
     }

@@ -104,9 +104,13 @@ impl HubUrl {
         headers: &[(http::HeaderName, HeaderValue)],
         config: WebSocketConfig,
     ) -> Result<HubSocket> {
-        timeout(DIAL_TIMEOUT, self.open_unbounded(path, headers, config)).await.unwrap_or_else(|_| {
-            Err(self.unreachable("no answer in 10 s").hint("is the address right, and the hub up?"))
-        })
+        timeout(DIAL_TIMEOUT, self.open_unbounded(path, headers, config)).await.unwrap_or_else(
+            |_| {
+                Err(self
+                    .unreachable("no answer in 10 s")
+                    .hint("is the address right, and the hub up?"))
+            },
+        )
     }
 
     async fn open_unbounded(
@@ -117,10 +121,12 @@ impl HubUrl {
     ) -> Result<HubSocket> {
         let host = self.host.trim_start_matches('[').trim_end_matches(']');
         let tcp = TcpStream::connect((host, self.port)).await.map_err(|error| {
-            self.unreachable(error).hint("is the address right, and is `connect-hub serve` running there?")
+            self.unreachable(error)
+                .hint("is the address right, and is `connect-hub serve` running there?")
         })?;
         tcp.set_nodelay(true).map_err(|error| self.unreachable(error))?;
-        let io: Box<dyn Io> = if self.tls { Box::new(self.tls(host, tcp).await?) } else { Box::new(tcp) };
+        let io: Box<dyn Io> =
+            if self.tls { Box::new(self.tls(host, tcp).await?) } else { Box::new(tcp) };
 
         let scheme = if self.tls { "wss" } else { "ws" };
         let mut request = format!("{scheme}://{}{path}", self.authority())
@@ -129,17 +135,15 @@ impl HubUrl {
         for (name, value) in headers {
             request.headers_mut().insert(name.clone(), value.clone());
         }
-        let (socket, _) =
-            client_async_with_config(request, io, Some(config)).await.map_err(|error| {
-                match error {
-                    tungstenite::Error::Http(response) => self
-                        .unreachable(format_args!("it answers HTTP {}", response.status()))
-                        .hint("is this a Private Connect ZK hub?"),
-                    other => self
-                        .unreachable(other)
-                        .hint("something answers there, but it does not speak WebSocket"),
-                }
-            })?;
+        let upgraded = client_async_with_config(request, io, Some(config)).await;
+        let (socket, _) = upgraded.map_err(|error| {
+            if let tungstenite::Error::Http(response) = &error {
+                return self
+                    .unreachable(format_args!("it answers HTTP {}", response.status()))
+                    .hint("is this a Private Connect ZK hub?");
+            }
+            self.unreachable(error).hint("something answers there, but it does not speak WebSocket")
+        })?;
         Ok(socket)
     }
 
@@ -148,10 +152,12 @@ impl HubUrl {
         host: &str,
         tcp: TcpStream,
     ) -> Result<tokio_rustls::client::TlsStream<TcpStream>> {
-        let name = ServerName::try_from(host.to_owned()).map_err(|error| self.unreachable(error))?;
+        let name =
+            ServerName::try_from(host.to_owned()).map_err(|error| self.unreachable(error))?;
         let config = client_config(self.pin).map_err(|error| self.unreachable(error))?;
         TlsConnector::from(config).connect(name, tcp).await.map_err(|error| {
-            let rustls_error = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+            let rustls_error =
+                error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
             match rustls_error {
                 Some(rustls::Error::InvalidCertificate(
                     rustls::CertificateError::ApplicationVerificationFailure,
@@ -162,7 +168,9 @@ impl HubUrl {
                     "the certificate is not signed by an authority that this machine trusts; \
                      a hub with its own certificate needs its pin: `https://host:port#sha256=…`",
                 ),
-                _ => self.unreachable(&error).hint("something answers there, but it does not speak TLS"),
+                _ => self
+                    .unreachable(&error)
+                    .hint("something answers there, but it does not speak TLS"),
             }
         })
     }

@@ -120,19 +120,20 @@ impl Greeted {
         config.max_frame_size = Some(MAX_CONTROL_BYTES);
         let socket = hub.open(control::AGENT_PATH, &[], config).await?;
         let mut greeted = Self { socket, authority: hub.authority(), nonce: Nonce([0; 32]) };
-        match greeted.read().await? {
-            FromHub::Challenge { version: control::CONTROL_VERSION, nonce } => {
-                greeted.nonce = nonce;
-                Ok(greeted)
-            }
-            FromHub::Challenge { version, .. } => Err(Error::new(
+        let FromHub::Challenge { version, nonce } = greeted.read().await? else {
+            return Err(no_hub());
+        };
+        if version != control::CONTROL_VERSION {
+            return Err(Error::new(
                 ErrorKind::HubUnreachable,
-                format_args!("the hub speaks version {version} of the protocol, this program speaks 1"),
+                format_args!(
+                    "the hub speaks version {version} of the protocol, this program speaks 1"
+                ),
             )
-            .hint("update the older of the two")),
-            FromHub::Error(report) => Err(Error::from_hub(&report)),
-            _ => Err(no_hub()),
+            .hint("update the older of the two"));
         }
+        greeted.nonce = nonce;
+        Ok(greeted)
     }
 
     /// Asks for what belongs to an invite, proving that it is held; the code itself stays here.
@@ -159,13 +160,10 @@ impl Greeted {
             signature: keys.signing.sign_text(REDEEM_KIND, &text),
         }))
         .await?;
-        match self.read().await? {
-            FromHub::Invitation { genesis, credential, wrap } => {
-                Ok(Invitation { genesis, credential, wrap })
-            }
-            FromHub::Error(report) => Err(Error::from_hub(&report)),
-            _ => Err(no_hub()),
-        }
+        let FromHub::Invitation { genesis, credential, wrap } = self.read().await? else {
+            return Err(no_hub());
+        };
+        Ok(Invitation { genesis, credential, wrap })
     }
 
     /// Logs in; `create` makes the workspace first.
@@ -194,20 +192,18 @@ impl Greeted {
             create,
         })))
         .await?;
-        match self.read().await? {
-            FromHub::Welcome { encodings, displaced, .. } => {
-                if displaced {
-                    tracing::warn!(
-                        "another process was connected as this agent; it was displaced by this one"
-                    );
-                }
-                Ok(Session::start(self.socket, encodings))
-            }
-            FromHub::Error(report) => Err(Error::from_hub(&report)),
-            _ => Err(no_hub()),
+        let FromHub::Welcome { encodings, displaced, .. } = self.read().await? else {
+            return Err(no_hub());
+        };
+        if displaced {
+            tracing::warn!(
+                "another process was connected as this agent; it was displaced by this one"
+            );
         }
+        Ok(Session::start(self.socket, encodings))
     }
 
+    /// The next message; an error that the hub reports is one here.
     async fn read(&mut self) -> Result<FromHub> {
         let next = async {
             loop {
@@ -222,7 +218,12 @@ impl Greeted {
                 }
             }
         };
-        timeout(LOGIN_TIMEOUT, next).await.unwrap_or_else(|_| Err(lost("does not answer")))
+        let message =
+            timeout(LOGIN_TIMEOUT, next).await.unwrap_or_else(|_| Err(lost("does not answer")))?;
+        if let FromHub::Error(report) = &message {
+            return Err(Error::from_hub(report));
+        }
+        Ok(message)
     }
 
     async fn write(&mut self, message: &FromAgent) -> Result<()> {
@@ -264,10 +265,11 @@ impl Session {
     /// # Errors
     /// What the hub answered, or [`ErrorKind::HubUnreachable`].
     pub(crate) async fn request(&self, request: Request) -> Result<Reply> {
-        match self.try_request(request).await? {
-            Reply::Error(report) => Err(Error::from_hub(&report)),
-            reply => Ok(reply),
+        let reply = self.try_request(request).await?;
+        if let Reply::Error(report) = &reply {
+            return Err(Error::from_hub(report));
         }
+        Ok(reply)
     }
 
     /// As [`Session::request`], with the hub's own error in the reply.

@@ -38,7 +38,7 @@ use tokio_tungstenite::tungstenite::{Bytes, Message, protocol::WebSocketConfig};
 use super::dial::{HubSocket, HubUrl};
 use crate::{
     engine::channel::{Channel, CloseReason, Event, Read, Side, StreamError},
-    error::{Error, ErrorKind, Result},
+    error::Result,
     random,
 };
 
@@ -82,7 +82,7 @@ pub(crate) enum Status {
     Greeting,
     /// Keys are confirmed; `round_trip` is there once an encrypted ping was answered.
     Established { round_trip: Option<Duration> },
-    /// Over.
+    /// Over, and the last record is sent.
     Closed,
 }
 
@@ -182,6 +182,12 @@ impl Tunnel {
         self.0.status.subscribe()
     }
 
+    /// Waits until the tunnel is over and its last record sent.
+    pub(crate) async fn closed(&self) {
+        // The sender lives as long as this handle.
+        let _ = self.status().wait_for(|status| *status == Status::Closed).await;
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         // A panic elsewhere cannot leave the channel in a worse state than a lost tunnel.
         self.0.inner.lock().unwrap_or_else(PoisonError::into_inner)
@@ -233,7 +239,6 @@ impl Tunnel {
                 tracing::debug!(%reason, "channel closed");
                 inner.incoming = None;
                 inner.ended = Some(reason);
-                self.0.status.send_replace(Status::Closed);
             }
         }
     }
@@ -253,6 +258,7 @@ impl Tunnel {
         };
         // Whatever ended the tunnel, nobody may wait for it any longer.
         self.with(|channel| channel.close(CloseCode::Normal));
+        self.0.status.send_replace(Status::Closed);
         end
     }
 
@@ -495,15 +501,4 @@ fn to_io(error: StreamError) -> io::Error {
         | StreamError::Closed => io::ErrorKind::ConnectionReset,
     };
     io::Error::new(kind, error)
-}
-
-/// What went wrong with a stream's target, if that is what reset it.
-pub(crate) fn target_error(error: &io::Error) -> Option<Error> {
-    let what = match error.kind() {
-        io::ErrorKind::ConnectionRefused => "the target refused the connection",
-        io::ErrorKind::HostUnreachable => "the target cannot be reached",
-        io::ErrorKind::TimedOut => "the target does not answer",
-        _ => return None,
-    };
-    Some(Error::new(ErrorKind::TargetUnreachable, what))
 }

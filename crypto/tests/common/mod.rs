@@ -302,6 +302,6 @@ impl World {
     pub fn invite(&self, hub: &str) -> Invite {
         let hub: HubAddress = hub.parse().expect("a hub address");
         let seed = InviteSeed::from_bytes(secret("invite seed"));
-        Invite { hub, workspace_id: self.workspace, head: self.head(), seed }
+        Invite { hub, workspace_id: self.workspace, head: self.head(), seed, tags: Vec::new() }
     }
 }

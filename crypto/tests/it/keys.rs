@@ -159,3 +159,18 @@ fn invite_keys_follow_from_the_seed_and_differ() {
     assert_ne!(keys.wrap.public().hash(), other.wrap.public().hash());
     assert_ne!(keys.signing.seed().as_slice(), bytes::<32>("seed"));
 }
+
+/// Drivers hand each direction, and each step, to a task of its own.
+#[test]
+fn states_can_move_between_threads() {
+    fn check<T: Send + Sync>() {}
+    check::<connect_crypto::handshake::AwaitReply>();
+    check::<connect_crypto::handshake::Reply>();
+    check::<connect_crypto::handshake::Received>();
+    check::<connect_crypto::transport::Transport>();
+    check::<connect_crypto::transport::Sealer>();
+    check::<connect_crypto::transport::Opener>();
+    check::<SigningKey>();
+    check::<EpochSecrets>();
+    check::<NameKeys>();
+}

@@ -1,0 +1,40 @@
+# One name for each thing one does here; what they do is in scripts/.
+#
+#   make demo          two agents, a hub and a database, from nothing (KEEP=1 leaves it running)
+#   make test          all set-up and all tests
+#   make check         formatting and lints, as CI demands them
+#   make acceptance    the real programs through a tunnel: pgbench, redis, curl, ssh, rsync, …
+#   make fuzz          each fuzz target for TIME=60 seconds; needs nightly and cargo-fuzz
+#   make build         the release binaries
+#   make clean
+
+# rustup's place, for shells that were started before it.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+
+TIME ?= 60
+
+.PHONY: build demo test check acceptance fuzz clean
+
+build:
+	@scripts/toolchain
+	cargo build --release --locked --bins
+
+demo:
+	@scripts/demo
+
+test:
+	@scripts/test
+
+check:
+	@scripts/toolchain
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+
+acceptance:
+	@scripts/acceptance
+
+fuzz:
+	@scripts/fuzz $(TIME)
+
+clean:
+	cargo clean

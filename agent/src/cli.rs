@@ -1,0 +1,194 @@
+//! The command line, and nothing that acts on it.
+
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use connect_spec::ids::{Label, ServiceName};
+
+/// Reach private services by name, end to end encrypted through a hub that cannot read them.
+#[derive(Debug, Parser)]
+#[command(name = "connect", version, max_term_width = 100, after_help = EXAMPLES)]
+pub(crate) struct Cli {
+    /// Print JSON on stdout.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Print results only.
+    #[arg(long, short, global = true)]
+    pub(crate) quiet: bool,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  connect init --hub http://127.0.0.1:7420      begin a workspace; prints an invite
+  connect join pc1…                             join it on another machine
+  connect expose localhost:5432 --name prod-db  offer a database
+  connect reach prod-db                         use it: prints 127.0.0.1:5432
+
+Exit codes: 0 done, 1 other failure, 2 usage, 3 not enrolled, 4 hub unreachable,
+5 service not found, 6 refused, 7 trust violation, 8 target unreachable,
+9 no agent running, 10 exposer offline";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Begin a workspace at a hub; this machine becomes its first member and signer.
+    Init(Init),
+    /// Make a code by which another machine joins; prints the code alone.
+    Invite(Invite),
+    /// Join a workspace by a code.
+    Join(Join),
+    /// Run the agent: connect, and restore what was exposed and reached.
+    Up(Up),
+    /// Stop the running agent.
+    Down,
+    /// Offer a service of this machine, or one that it can reach, to the workspace.
+    Expose(Expose),
+    /// Offer a service no longer.
+    Unexpose {
+        /// The service.
+        name: ServiceName,
+    },
+    /// Reach a service on a local port; prints the address.
+    Reach(Reach),
+    /// Reach a service no longer.
+    Unreach {
+        /// The service.
+        name: ServiceName,
+    },
+    /// List the services of the workspace.
+    Services,
+    /// List the agents of the workspace.
+    Agents,
+    /// Show how the running agent is doing; exits 0 only when it is connected.
+    Status,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Init {
+    /// The hub, as `connect-hub serve` printed it: `https://host:port#sha256=…`.
+    #[arg(long, env = "CONNECT_HUB")]
+    pub(crate) hub: String,
+    /// What people call this agent [default: the host's name].
+    #[arg(long, alias = "name")]
+    pub(crate) label: Option<Label>,
+    /// Token of the hub's operator; better given by the environment.
+    #[arg(long, env = "CONNECT_REGISTRATION_TOKEN", hide_env_values = true)]
+    pub(crate) registration_token: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Invite {
+    /// How long the code can be used: `30m`, `1h`, `7d`.
+    #[arg(long, default_value = "1h", value_parser = duration)]
+    pub(crate) expires: Duration,
+    /// How many machines may join by it.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) uses: u32,
+    /// Tag of whoever joins, for `connect expose --allow`; repeatable.
+    #[arg(long = "tag")]
+    pub(crate) tags: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Join {
+    /// The code, `pc1…`; `-` reads it from stdin.
+    #[arg(env = "CONNECT_INVITE", hide_env_values = true)]
+    pub(crate) code: String,
+    /// What people call this agent [default: the host's name].
+    #[arg(long)]
+    pub(crate) label: Option<Label>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Up {
+    /// What people call this agent, from now on.
+    #[arg(long)]
+    pub(crate) label: Option<Label>,
+    /// Go on in the background; logs to `agent.log` in the home.
+    #[arg(long)]
+    pub(crate) detach: bool,
+    #[command(flatten)]
+    pub(crate) run: Run,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Run {
+    /// How packets travel through the hub, for an agent that this command starts.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) encoding: Encoding,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Encoding {
+    /// As text, which every proxy lets through.
+    #[default]
+    Base64,
+    /// As they are.
+    Binary,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Expose {
+    /// Where connections go: `host:port`, or a port of this machine.
+    pub(crate) target: String,
+    /// The name by which others reach it [default: by the port, such as `postgres`].
+    #[arg(long)]
+    pub(crate) name: Option<ServiceName>,
+    /// Tag or agent id that may reach it; repeatable [default: every member].
+    #[arg(long = "allow")]
+    pub(crate) allow: Vec<String>,
+    #[command(flatten)]
+    pub(crate) run: Run,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Reach {
+    /// The service.
+    pub(crate) name: ServiceName,
+    /// Local port [default: the one of last time, else the service's own, else a free one].
+    #[arg(long)]
+    pub(crate) port: Option<u16>,
+    #[command(flatten)]
+    pub(crate) run: Run,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("`{text}` is not a time such as `30m`, `1h` or `7d`");
+    let unit = text.chars().next_back().ok_or_else(wrong)?;
+    let seconds = match unit {
+        's' => 1,
+        'm' => 60,
+        'h' => 3600,
+        'd' => 24 * 3600,
+        _ => return Err(wrong()),
+    };
+    let number: u64 = text[..text.len() - 1].parse().map_err(|_| wrong())?;
+    match number.checked_mul(seconds).map(Duration::from_secs) {
+        Some(time) if !time.is_zero() && time <= connect_spec::limits::MAX_CERTS => Ok(time),
+        _ => Err("the time must be between 1 second and 90 days".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn durations_have_a_unit_and_bounds() {
+        assert_eq!(duration("30m"), Ok(Duration::from_secs(1800)));
+        assert_eq!(duration("1h"), Ok(Duration::from_secs(3600)));
+        assert_eq!(duration("90d"), Ok(Duration::from_secs(90 * 24 * 3600)));
+        for bad in ["", "h", "0s", "91d", "5", "5x", "-1h", "1.5h", "99999999999999999999d", "5é"]
+        {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+}

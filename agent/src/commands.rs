@@ -1,0 +1,418 @@
+//! What each command does: asks the running agent, or the hub, or becomes the agent.
+
+use std::{
+    fs,
+    io::Read,
+    os::unix::{fs::OpenOptionsExt, process::CommandExt},
+    process::{Child, Stdio},
+    sync::Arc,
+    time::Duration,
+};
+
+use clap::CommandFactory;
+use connect_agent::{
+    Directory, Error, ErrorKind, Home, HomeLock, Host, Keep, Options, Result,
+    local::{self, Answer, Command as Ask},
+};
+use connect_spec::ids::{Label, ServiceName};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{
+    cli::{self, Cli, Command, Encoding},
+    output::{self, Output},
+};
+
+/// Another process that holds the lock has its socket, or is gone, within this time.
+const ATTACH_TIMEOUT: Duration = Duration::from_secs(5);
+/// An agent in the background must answer within this time.
+const DETACH_TIMEOUT: Duration = Duration::from_secs(15);
+/// Between looks at a process that is starting or stopping.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// A foreground command that finds no hub tries again after this time.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Runs one command.
+pub(crate) async fn run(command: Command, output: Output) -> Result<()> {
+    let home = Home::from_env()?;
+    match command {
+        Command::Init(init) => run_init(&home, init, output).await,
+        Command::Invite(invite) => run_invite(&home, invite, output).await,
+        Command::Join(join) => run_join(&home, join, output).await,
+        Command::Up(up) => run_up(home, up, output).await,
+        Command::Down => run_down(&home, output).await,
+        Command::Expose(expose) => run_expose(home, expose, output).await,
+        Command::Unexpose { name } => tell(&home, &Ask::Unexpose { name }).await,
+        Command::Reach(reach) => run_reach(home, reach, output).await,
+        Command::Unreach { name } => tell(&home, &Ask::Unreach { name }).await,
+        Command::Services => {
+            let identity = home.load()?;
+            output.services(&Directory::connect(&identity).await?.services().await?);
+            Ok(())
+        }
+        Command::Agents => {
+            let identity = home.load()?;
+            output.agents(&Directory::connect(&identity).await?.agents().await?);
+            Ok(())
+        }
+        Command::Status => run_status(&home, output).await,
+    }
+}
+
+async fn run_init(home: &Home, init: cli::Init, output: Output) -> Result<()> {
+    output::log_to_stderr("warn");
+    let hub = init.hub.parse().map_err(|error| {
+        Error::new(ErrorKind::Usage, format_args!("the hub's address is wrong: {error}"))
+            .hint("a hub looks like `https://hub.example.com` or `http://127.0.0.1:7420`")
+    })?;
+    let label = init.label.unwrap_or_else(host_label);
+    let founded = connect_agent::init(home, &hub, &label, init.registration_token).await?;
+    output.founded(&founded);
+    Ok(())
+}
+
+async fn run_invite(home: &Home, invite: cli::Invite, output: Output) -> Result<()> {
+    output::log_to_stderr("warn");
+    let identity = home.load()?;
+    let directory = Directory::connect(&identity).await?;
+    let code =
+        connect_agent::invite(&identity, &directory, invite.expires, invite.uses, invite.tags)
+            .await?;
+    output.invite(&code);
+    Ok(())
+}
+
+async fn run_join(home: &Home, join: cli::Join, output: Output) -> Result<()> {
+    output::log_to_stderr("warn");
+    let code = if join.code == "-" {
+        let mut code = String::new();
+        std::io::stdin().take(4096).read_to_string(&mut code)?;
+        code
+    } else {
+        join.code
+    };
+    let label = join.label.unwrap_or_else(host_label);
+    let identity = connect_agent::join(home, &code, &label).await?;
+    output.joined(&identity);
+    Ok(())
+}
+
+fn host_label() -> Label {
+    let host = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
+    host.and_then(|name| name.parse().ok())
+        .unwrap_or_else(|| "agent".parse().expect("a word is a label"))
+}
+
+async fn run_up(home: Home, up: cli::Up, output: Output) -> Result<()> {
+    if let Some(label) = &up.label {
+        home.set_label(label)?;
+    }
+    let lock = match attach_or_lock(&home, &Ask::Status).await? {
+        Attached::Answer(_) => {
+            output.note("The agent is already running.");
+            return Ok(());
+        }
+        Attached::Lock(lock) => lock,
+    };
+    if up.detach {
+        drop(lock);
+        return detach(&home, up.run.encoding, output).await;
+    }
+    output::log_to_stderr("info");
+    let host = start(home, lock, up.run.encoding).await?;
+    until_stopped(&host, output).await
+}
+
+/// Starts the agent in a process of its own and waits until it answers.
+async fn detach(home: &Home, encoding: Encoding, output: Output) -> Result<()> {
+    // What is wrong with the home is said here, not in a log.
+    home.load()?;
+    let log_path = home.dir().join("agent.log");
+    let log = fs::OpenOptions::new().create(true).append(true).mode(0o600).open(&log_path)?;
+    let encoding = match encoding {
+        Encoding::Base64 => "base64",
+        Encoding::Binary => "binary",
+    };
+    let mut child = std::process::Command::new(std::env::current_exe()?)
+        .args(["up", "--encoding", encoding])
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .process_group(0)
+        .spawn()?;
+    let started = async {
+        loop {
+            if let Some(Answer::Status(_)) = local::ask(home, &Ask::Status).await? {
+                return Ok(());
+            }
+            if has_ended(&mut child)? {
+                return Err(Error::new(ErrorKind::Other, "the agent ended as soon as it started"));
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    };
+    tokio::time::timeout(DETACH_TIMEOUT, started)
+        .await
+        .unwrap_or_else(|_| Err(Error::new(ErrorKind::Other, "the agent does not come up")))
+        .map_err(|error| error.hint(format_args!("its log is `{}`", log_path.display())))?;
+    output
+        .note(format_args!("The agent runs in the background; its log is {}", log_path.display()));
+    Ok(())
+}
+
+fn has_ended(child: &mut Child) -> Result<bool> {
+    Ok(child.try_wait()?.is_some())
+}
+
+async fn run_down(home: &Home, output: Output) -> Result<()> {
+    tell(home, &Ask::Down).await?;
+    // Stopped means that the next agent can start.
+    let free = async {
+        loop {
+            if let Some(lock) = home.try_lock()? {
+                return Ok::<HomeLock, Error>(lock);
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    };
+    tokio::time::timeout(ATTACH_TIMEOUT, free).await.map_err(|_| {
+        Error::new(ErrorKind::Other, "the agent was told to stop, but still runs")
+    })??;
+    output.stopped();
+    Ok(())
+}
+
+async fn run_status(home: &Home, output: Output) -> Result<()> {
+    let Answer::Status(status) = ask(home, &Ask::Status).await? else {
+        return Err(misunderstood());
+    };
+    output.status(&status);
+    if status.connected {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::HubUnreachable, "the agent is not connected to its hub")
+        .hint("it goes on trying; is the hub up?"))
+}
+
+async fn run_expose(home: Home, expose: cli::Expose, output: Output) -> Result<()> {
+    let target: connect_agent::Target = expose.target.parse()?;
+    let name = match expose.name {
+        Some(name) => name,
+        None => default_name(&target),
+    };
+    if Cli::command().get_subcommands().any(|command| command.get_name() == name.as_str())
+        || name.as_str() == "help"
+    {
+        return Err(Error::new(
+            ErrorKind::Usage,
+            format_args!(
+                "`{name}` is a command of `connect`, so it cannot be the name of a service"
+            ),
+        )
+        .hint("choose another `--name`"));
+    }
+    let target = target.to_string();
+    let command =
+        Ask::Expose { name: name.clone(), target: target.clone(), allow: expose.allow.clone() };
+    let lock = match attach_or_lock(&home, &command).await? {
+        Attached::Lock(lock) => lock,
+        Attached::Answer(answer) => {
+            let Answer::Exposed(exposed) = *answer else {
+                return Err(misunderstood());
+            };
+            output.exposed(&exposed);
+            return Ok(());
+        }
+    };
+    output::log_to_stderr("warn");
+    let host = start(home, lock, expose.run.encoding).await?;
+    let mut said = false;
+    let exposed = loop {
+        let allow = expose.allow.clone();
+        match host.expose(name.clone(), &target, allow, Keep::ThisRun).await {
+            Err(error) if error.kind == ErrorKind::HubUnreachable => {
+                say_once(&mut said, &error, output);
+                wait_or_stop(&host).await?;
+            }
+            other => break other?,
+        }
+    };
+    output.exposed(&exposed);
+    foreground(&host, output).await
+}
+
+fn default_name(target: &connect_agent::Target) -> ServiceName {
+    let name = match target.protocol() {
+        "tcp" => format!("tcp-{}", target.port()),
+        protocol => protocol.to_owned(),
+    };
+    name.parse().expect("protocols and ports make names")
+}
+
+async fn run_reach(home: Home, reach: cli::Reach, output: Output) -> Result<()> {
+    let command = Ask::Reach { name: reach.name.clone(), port: reach.port };
+    let lock = match attach_or_lock(&home, &command).await? {
+        Attached::Lock(lock) => lock,
+        Attached::Answer(answer) => {
+            let Answer::Reached(reached) = *answer else {
+                return Err(misunderstood());
+            };
+            output.reached(&reached);
+            return Ok(());
+        }
+    };
+    output::log_to_stderr("warn");
+    let host = start(home, lock, reach.run.encoding).await?;
+    let mut said = false;
+    let reached = loop {
+        match host.reach(reach.name.clone(), reach.port, Keep::ThisRun).await {
+            Err(error)
+                if matches!(error.kind, ErrorKind::HubUnreachable | ErrorKind::ExposerOffline) =>
+            {
+                say_once(&mut said, &error, output);
+                wait_or_stop(&host).await?;
+            }
+            other => break other?,
+        }
+    };
+    output.reached(&reached);
+    foreground(&host, output).await
+}
+
+fn say_once(said: &mut bool, error: &Error, output: Output) {
+    if !std::mem::replace(said, true) {
+        output.note(format_args!("{error}; trying again until Ctrl-C"));
+    }
+}
+
+/// What became of a command: an answer of the running agent, or the right to become it.
+enum Attached {
+    Answer(Box<Answer>),
+    Lock(HomeLock),
+}
+
+/// Gives a command to the running agent, or takes the lock of a home that has none.
+async fn attach_or_lock(home: &Home, command: &Ask) -> Result<Attached> {
+    if !home.is_enrolled() {
+        home.load()?;
+    }
+    let attached = async {
+        loop {
+            if let Some(answer) = local::ask(home, command).await? {
+                return Ok(Attached::Answer(Box::new(answer)));
+            }
+            if let Some(lock) = home.try_lock()? {
+                return Ok(Attached::Lock(lock));
+            }
+            // The lock is held, but there is no socket: its process is starting, or stopping.
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    };
+    // Answering may take long, so the time counts only while there is nobody to answer.
+    let waiting = async {
+        tokio::time::sleep(ATTACH_TIMEOUT).await;
+        while tokio::net::UnixStream::connect(home.socket_path()?).await.is_ok() {
+            tokio::time::sleep(ATTACH_TIMEOUT).await;
+        }
+        Err(Error::new(
+            ErrorKind::NoAgent,
+            format_args!("a process holds `{}` but does not answer", home.dir().display()),
+        )
+        .hint("stop it, and try again"))
+    };
+    tokio::select! {
+        attached = attached => attached,
+        timeout = waiting => timeout,
+    }
+}
+
+async fn ask(home: &Home, command: &Ask) -> Result<Answer> {
+    if !home.is_enrolled() {
+        home.load()?;
+    }
+    local::ask(home, command).await?.ok_or_else(|| {
+        Error::new(ErrorKind::NoAgent, "no agent is running here")
+            .hint("start it: `connect up --detach`")
+    })
+}
+
+async fn tell(home: &Home, command: &Ask) -> Result<()> {
+    ask(home, command).await.map(|_| ())
+}
+
+fn misunderstood() -> Error {
+    Error::new(ErrorKind::NoAgent, "the running agent gives another answer than was asked for")
+        .hint("it may be of another version: `connect down`, then `connect up`")
+}
+
+async fn start(home: Home, lock: HomeLock, encoding: Encoding) -> Result<Arc<Host>> {
+    raise_file_limit();
+    let encoding = match encoding {
+        Encoding::Base64 => connect_spec::encoding::Encoding::Base64,
+        Encoding::Binary => connect_spec::encoding::Encoding::Binary,
+    };
+    Host::start(home, lock, Options { encoding }).await
+}
+
+/// A thousand connections are a thousand files, more than systems allow by default.
+fn raise_file_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::debug!(%error, "the limit of open files stays as it is");
+    }
+}
+
+/// Serves until Ctrl-C, for a command that became the agent.
+async fn foreground(host: &Arc<Host>, output: Output) -> Result<()> {
+    output.note("Press Ctrl-C to stop.");
+    until_stopped(host, output).await
+}
+
+async fn until_stopped(host: &Arc<Host>, output: Output) -> Result<()> {
+    output::flush();
+    let served = tokio::select! {
+        served = host.serve() => served,
+        () = stop_signal()? => Ok(()),
+    };
+    let status = host.status().await;
+    let streams: usize = status.exposed.iter().map(|exposed| exposed.streams).sum::<usize>()
+        + status.reached.iter().map(|reached| reached.streams).sum::<usize>();
+    output.note(format_args!(
+        "Stopping: {} exposed, {} reached, {streams} connections.",
+        status.exposed.len(),
+        status.reached.len()
+    ));
+    host.stop().await;
+    served
+}
+
+/// Serves commands for a while, between two tries; fails when the process is to stop.
+async fn wait_or_stop(host: &Arc<Host>) -> Result<()> {
+    let stopped = || Error::new(ErrorKind::Other, "stopped");
+    tokio::select! {
+        () = tokio::time::sleep(RETRY) => Ok(()),
+        served = host.serve() => {
+            host.stop().await;
+            Err(served.err().unwrap_or_else(stopped))
+        }
+        () = stop_signal()? => {
+            host.stop().await;
+            Err(stopped())
+        }
+    }
+}
+
+/// Waits for SIGINT, SIGTERM or SIGHUP.
+fn stop_signal() -> Result<impl Future<Output = ()>> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+        }
+    })
+}

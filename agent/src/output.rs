@@ -1,0 +1,204 @@
+//! Everything that this program prints: results on stdout, the rest on stderr.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "the one file that prints")]
+
+use std::io::{IsTerminal, Write};
+
+use connect_agent::{
+    AgentInfo, Error, Founded, ServiceInfo,
+    local::{AgentStatus, ExposedStatus, ReachedStatus},
+};
+use serde::Serialize;
+use serde_json::json;
+
+/// How to print.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Output {
+    pub(crate) json: bool,
+    pub(crate) quiet: bool,
+}
+
+impl Output {
+    /// A word to people.
+    pub(crate) fn note(self, text: impl std::fmt::Display) {
+        if !self.quiet && !self.json {
+            eprintln!("{text}");
+        }
+    }
+
+    /// The error that ends the program.
+    pub(crate) fn error(self, error: &Error) {
+        if self.json {
+            eprintln!("{}", serde_json::to_string(error).expect("errors become JSON"));
+        } else {
+            eprintln!("error: {error}");
+            if let Some(hint) = &error.hint {
+                eprintln!("hint: {hint}");
+            }
+        }
+    }
+
+    pub(crate) fn founded(self, founded: &Founded) {
+        if self.json {
+            print_json(&json!({
+                "workspace_id": founded.workspace_id,
+                "agent_id": founded.agent_id,
+                "recovery_words": *founded.recovery_words,
+                "invite": *founded.invite,
+            }));
+            return;
+        }
+        self.note("Workspace created. These 24 words restore it when every signer is lost.");
+        self.note("Write them down; they are shown once and stored nowhere:\n");
+        let words: Vec<_> = founded.recovery_words.split(' ').collect();
+        for line in words.chunks(6) {
+            println!("  {}", line.join(" "));
+        }
+        self.note("\nOn the next machine (1 use, within 1 hour):\n");
+        println!("  connect join {}", *founded.invite);
+        self.note("\nHere: connect up --detach, then connect expose HOST:PORT --name NAME");
+    }
+
+    pub(crate) fn invite(self, code: &str) {
+        if self.json {
+            print_json(&json!({ "invite": code }));
+        } else {
+            println!("{code}");
+        }
+    }
+
+    pub(crate) fn joined(self, identity: &connect_agent::Identity) {
+        if self.json {
+            print_json(&json!({
+                "workspace_id": identity.workspace_id(),
+                "agent_id": identity.agent_id(),
+            }));
+            return;
+        }
+        self.note(format_args!("Joined as agent {}.", identity.agent_id().short()));
+        self.note("Next: connect services, then connect reach NAME");
+    }
+
+    pub(crate) fn exposed(self, exposed: &ExposedStatus) {
+        if self.json {
+            print_json(exposed);
+            return;
+        }
+        println!("{}", exposed.name);
+        let health = if exposed.target_ok { "" } else { " (nothing answers there yet)" };
+        self.note(format_args!("{} is exposed from {}{health}", exposed.name, exposed.target));
+    }
+
+    pub(crate) fn reached(self, reached: &ReachedStatus) {
+        if self.json {
+            print_json(reached);
+            return;
+        }
+        println!("{}", reached.address);
+        match reached.rtt_ms {
+            Some(rtt) => self.note(format_args!("{} is reached, {rtt:.1} ms away", reached.name)),
+            None => self.note(format_args!("{} is not reached yet", reached.name)),
+        }
+    }
+
+    pub(crate) fn services(self, services: &[ServiceInfo]) {
+        if self.json {
+            print_json(services);
+            return;
+        }
+        if services.is_empty() {
+            self.note("No service is exposed. connect expose HOST:PORT --name NAME offers one.");
+        }
+        table(services.iter().map(|service| {
+            let state = match (service.online, service.target_ok) {
+                (false, _) => "offline",
+                (true, Some(false)) => "online, target down",
+                (true, Some(true) | None) => "online",
+            };
+            [
+                service.name.to_string(),
+                service.protocol.clone(),
+                service.label.clone(),
+                state.into(),
+            ]
+        }));
+    }
+
+    pub(crate) fn agents(self, agents: &[AgentInfo]) {
+        if self.json {
+            print_json(agents);
+            return;
+        }
+        table(agents.iter().map(|agent| {
+            let state = if agent.online { "online" } else { "offline" };
+            let tags = agent.tags.join(",");
+            [agent.label.clone(), agent.agent_id.to_string(), agent.role.into(), state.into(), tags]
+        }));
+    }
+
+    pub(crate) fn status(self, status: &AgentStatus) {
+        if self.json {
+            print_json(status);
+            return;
+        }
+        let connected = if status.connected { "connected" } else { "not connected" };
+        println!("agent      {} ({})", status.label, status.agent_id.short());
+        println!("workspace  {}", status.workspace_id);
+        println!("hub        {} ({connected})", status.hub);
+        println!("trust      entry {}", status.trust.seq);
+        for exposed in &status.exposed {
+            let health = if exposed.target_ok { "target ok" } else { "target down" };
+            println!(
+                "exposed    {}  {}  {health}, {} streams",
+                exposed.name, exposed.target, exposed.streams
+            );
+        }
+        for reached in &status.reached {
+            let health = match (&reached.error, reached.rtt_ms) {
+                (_, Some(rtt)) => format!("active, {rtt:.1} ms, {} streams", reached.streams),
+                (Some(error), None) => format!("not active: {error}"),
+                (None, None) => "connecting".to_owned(),
+            };
+            println!("reached    {}  {}  {health}", reached.name, reached.address);
+        }
+    }
+
+    pub(crate) fn stopped(self) {
+        self.note("The agent is stopped.");
+    }
+}
+
+fn print_json<T: Serialize + ?Sized>(value: &T) {
+    println!("{}", serde_json::to_string(value).expect("plain data becomes JSON"));
+}
+
+fn table<const N: usize>(rows: impl Iterator<Item = [String; N]>) {
+    let rows: Vec<_> = rows.collect();
+    let width = |column: usize| {
+        rows.iter().map(|row| row[column].chars().count()).max().unwrap_or_default()
+    };
+    let widths: [usize; N] = std::array::from_fn(width);
+    for row in rows {
+        let cells: Vec<_> =
+            row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        println!("{}", cells.join("  ").trim_end());
+    }
+}
+
+/// Writes the log to stderr, with colours on a terminal that wants them.
+pub(crate) fn log_to_stderr(default: &str) {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("CONNECT_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(colours)
+        .with_target(false)
+        .with_writer(std::io::stderr)
+        .init();
+}
+
+/// Pushes out what was printed, before a process goes on for long.
+pub(crate) fn flush() {
+    // A reader that went away does not want it.
+    let _ = std::io::stdout().flush();
+}

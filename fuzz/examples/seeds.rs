@@ -1,0 +1,262 @@
+//! Writes the seeds of `fuzz/corpus`: one well-formed input of each kind, from which the fuzzer departs.
+//!
+//! `cargo run -p connect-fuzz --example seeds`, after a change of the format. Signatures are
+//! placeholders, for none of the targets gets that far.
+
+use std::{fs, io, path::Path};
+
+use connect_spec::{
+    bytes::Blob,
+    control::{
+        self, ErrorCode, ErrorReport, FromAgent, FromHub, Login, Nonce, PresentedBlobs, Redeem,
+        Reply, Request, SealedRecord, SessionKind, Ticket, TunnelRequest,
+    },
+    encoding::{Encoding, encode_base64},
+    ids::{AgentId, ChannelId, CredentialId, LookupTag, ServiceId, TunnelId, WorkspaceId},
+    keys::{IdentityKey, Signature, StaticPublicKey},
+    objects::{
+        AgentRecord, AgentRole, Attributes, Certificate, Credential, CredentialKind, Founder,
+        Genesis, Issuer, NoiseKey, SUITE_1, ServiceRecord, SignerRole,
+    },
+    record::{CloseCode, End, Progress, Record, ResetCode, StreamId, StreamState},
+    signed::{Body, Signed},
+    trust::Head,
+};
+
+const WORKSPACE: WorkspaceId = WorkspaceId([0x11; 32]);
+const AGENT: AgentId = AgentId([0x22; 16]);
+const SERVICE: ServiceId = ServiceId([0x33; 16]);
+const IDENTITY: IdentityKey = IdentityKey([0x44; 32]);
+const STREAM: StreamId = StreamId::FIRST;
+
+fn signed<T: Body>(object: &T) -> Signed<T> {
+    Signed::new(object.encode(), vec![(IDENTITY, Signature([0x55; 64]))])
+        .expect("seeds are well-formed")
+}
+
+fn attributes() -> Attributes {
+    Attributes::new([0x66; 16], vec!["db".to_owned(), "eu-1".to_owned()]).expect("both are tags")
+}
+
+fn certificate() -> Certificate {
+    Certificate {
+        workspace_id: WORKSPACE,
+        identity_key: IDENTITY,
+        role: AgentRole::Guest,
+        attrs: attributes().hash(),
+        serial: 1,
+        not_after: Some(1_800_000_000),
+        issuer: Issuer::Credential([0x77; 32]),
+        services: Some(vec![SERVICE]),
+    }
+}
+
+fn credential() -> Credential {
+    Credential {
+        workspace_id: WORKSPACE,
+        kind: CredentialKind::Share,
+        invite_key: IDENTITY,
+        role: AgentRole::Guest,
+        attrs: attributes().hash(),
+        services: Some(vec![SERVICE]),
+        uses: 1,
+        join_until: 1_800_000_000,
+        certs_end: 1_800_000_000,
+        issuer: IDENTITY,
+        wrap_key_hash: [0x88; 32],
+    }
+}
+
+fn noise_key() -> NoiseKey {
+    NoiseKey {
+        workspace_id: WORKSPACE,
+        agent_id: AGENT,
+        suite: SUITE_1,
+        counter: 0,
+        static_key: StaticPublicKey([0x99; 32]),
+        wrap_key_hash: [0x88; 32],
+    }
+}
+
+fn objects() -> Vec<(&'static str, Vec<u8>)> {
+    let genesis = Genesis {
+        suite: SUITE_1,
+        salt: [0xaa; 16],
+        founders: vec![Founder { key: IDENTITY, role: SignerRole::Owner }],
+        recovery_key: IDENTITY,
+        epoch_commit: [0xbb; 32],
+    };
+    let service = ServiceRecord {
+        workspace_id: WORKSPACE,
+        service_id: SERVICE,
+        agent_id: AGENT,
+        counter: 1,
+        epoch: 0,
+        name: "prod-db".parse().expect("a name"),
+        protocol: "postgres".to_owned(),
+        certificate: signed(&certificate()),
+        credential: Some(signed(&credential())),
+        noise_key: signed(&noise_key()),
+        port_hint: Some(5432),
+        target_ok: Some(true),
+    };
+    let agent = AgentRecord {
+        workspace_id: WORKSPACE,
+        agent_id: AGENT,
+        counter: 1,
+        epoch: 0,
+        label: "web-2".parse().expect("a label"),
+        attrs: attributes(),
+    };
+    vec![
+        ("agent_record", signed(&agent).encode()),
+        ("certificate", signed(&certificate()).encode()),
+        ("credential", signed(&credential()).encode()),
+        ("genesis", signed(&genesis).encode()),
+        ("noise_key", signed(&noise_key()).encode()),
+        ("service_record", signed(&service).encode()),
+    ]
+}
+
+fn tunnel() -> TunnelRequest {
+    TunnelRequest {
+        tunnel_id: TunnelId([0xcc; 16]),
+        service_id: SERVICE,
+        responder: AGENT,
+        share_id: CredentialId([0; 16]),
+        channel_id: ChannelId([0xdd; 16]),
+        tunnel_no: 0,
+        encoding: Encoding::Base64,
+        message: Blob(vec![0xee; 64]),
+    }
+}
+
+fn control_frames() -> Vec<(&'static str, String)> {
+    let nonce = Nonce([0xff; 32]);
+    let authority = "127.0.0.1:7420".to_owned();
+    let signature = Signature([0x55; 64]);
+    let record = SealedRecord { epoch: 0, counter: 1, sealed: Blob(vec![0x0f; 280]) };
+    let presented = PresentedBlobs {
+        certificate: Blob(signed(&certificate()).encode()),
+        credential: Some(Blob(signed(&credential()).encode())),
+        noise_key: Blob(signed(&noise_key()).encode()),
+    };
+    let from_agent = [
+        (
+            "redeem",
+            FromAgent::Redeem(Redeem {
+                authority: authority.clone(),
+                agent_nonce: nonce,
+                workspace_id: WORKSPACE,
+                invite_key: IDENTITY,
+                signature,
+            }),
+        ),
+        (
+            "login",
+            FromAgent::Login(Box::new(Login {
+                authority,
+                agent_nonce: nonce,
+                session: SessionKind::Agent,
+                workspace_id: WORKSPACE,
+                presented,
+                wrap_key: Blob(vec![0x0e; 32]),
+                signature,
+                create: None,
+            })),
+        ),
+        (
+            "expose",
+            FromAgent::Request {
+                id: 1,
+                request: Request::Expose {
+                    service_id: SERVICE,
+                    tag: LookupTag([0x0d; 16]),
+                    record,
+                },
+            },
+        ),
+        ("open_tunnel", FromAgent::Request { id: 2, request: Request::OpenTunnel(tunnel()) }),
+    ];
+    let from_hub = [
+        ("challenge", FromHub::Challenge { version: control::CONTROL_VERSION, nonce }),
+        (
+            "welcome",
+            FromHub::Welcome {
+                head: Head::genesis(WORKSPACE),
+                encodings: vec![Encoding::Base64, Encoding::Binary],
+                displaced: false,
+            },
+        ),
+        (
+            "incoming_tunnel",
+            FromHub::IncomingTunnel {
+                initiator: AGENT,
+                request: tunnel(),
+                ticket: Ticket::new([0x0c; 32]),
+            },
+        ),
+        (
+            "reply_error",
+            FromHub::Reply {
+                id: 2,
+                reply: Reply::Error(ErrorReport::new(
+                    ErrorCode::Offline,
+                    "the exposer has no session",
+                )),
+            },
+        ),
+    ];
+    let agents = from_agent.into_iter().map(|(name, frame)| (name, control::encode(&frame)));
+    agents
+        .chain(from_hub.into_iter().map(|(name, frame)| (name, control::encode(&frame))))
+        .collect()
+}
+
+fn records() -> Vec<(&'static str, Vec<u8>)> {
+    let state =
+        StreamState { stream: STREAM, received: 7, max_data: 1 << 18, end: Some(End::Fin(9)) };
+    let progress = Progress {
+        next_stream: STREAM.next().expect("the second"),
+        max_data: 1 << 24,
+        streams: vec![state],
+        more: false,
+    };
+    let records = [
+        ("hello", Record::Hello { new: true, progress: progress.clone() }),
+        ("welcome", Record::Welcome(progress)),
+        ("open", Record::Open(STREAM)),
+        ("data", Record::Data { stream: STREAM, offset: 7, bytes: b"select 1;" }),
+        ("window", Record::Window { stream: None, max_data: 1 << 25 }),
+        ("fin", Record::Fin { stream: STREAM, total: 16 }),
+        ("reset", Record::Reset { stream: STREAM, code: ResetCode::Busy, total: 16 }),
+        ("ping", Record::Ping(42)),
+        ("tunnel_close", Record::TunnelClose(CloseCode::Other(99))),
+    ];
+    let encode = |record: Record<'_>| {
+        let mut bytes = Vec::new();
+        record.encode(&mut bytes);
+        bytes
+    };
+    records.into_iter().map(|(name, record)| (name, encode(record))).collect()
+}
+
+fn main() -> io::Result<()> {
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus");
+    let write = |target: &str, name: &str, seed: &[u8]| {
+        let directory = corpus.join(target);
+        fs::create_dir_all(&directory)?;
+        fs::write(directory.join(name), seed)
+    };
+    for (name, seed) in objects() {
+        write("signed_object", name, &seed)?;
+    }
+    for (name, seed) in control_frames() {
+        write("control_frame", name, seed.as_bytes())?;
+    }
+    for (name, seed) in records() {
+        write("record_decode", name, &seed)?;
+        write("base64_packet", name, encode_base64(&seed).as_bytes())?;
+    }
+    Ok(())
+}

@@ -128,7 +128,7 @@ pub enum ClusterError {
         /// The directory that was named.
         dir: PathBuf,
     },
-    /// The user of the PostgreSQL processes cannot pass a directory above the data directory.
+    /// The user of the PostgreSQL processes cannot come to the data directory, or to the binaries.
     #[error("user `{user}`, as which PostgreSQL runs, cannot enter `{}`", dir.display())]
     Untraversable {
         /// The user that PostgreSQL's processes run as.
@@ -189,7 +189,7 @@ impl ClusterError {
             ),
             Self::BadBinDir { .. } => Some("set CONNECT_HUB_PG_BIN to the directory of the server binaries".to_owned()),
             Self::Untraversable { dir, .. } => {
-                Some(format!("`chmod o+x {}`, or choose another --data-dir", dir.display()))
+                Some(format!("`chmod o+x {}`, or choose another place", dir.display()))
             }
             Self::NoUser => Some("run connect-hub as an ordinary user".to_owned()),
             Self::ForeignSocketDir { dir, .. } => Some(format!("remove `{}`", dir.display())),
@@ -319,6 +319,7 @@ impl RunAs {
 /// The server binaries of one installation.
 #[derive(Debug, Clone)]
 struct Binaries {
+    dir: PathBuf,
     postgres: PathBuf,
     initdb: PathBuf,
     major: u32,
@@ -370,7 +371,7 @@ impl Binaries {
         let output =
             Command::new(&postgres).arg("--version").stdin(Stdio::null()).output().await.ok()?;
         let major = parse_version(&String::from_utf8_lossy(&output.stdout))?;
-        Some(Self { postgres, initdb, major })
+        Some(Self { dir: dir.to_owned(), postgres, initdb, major })
     }
 }
 
@@ -439,21 +440,23 @@ impl Layout {
             .disable_statement_logging()
     }
 
-    /// Lets the PostgreSQL user reach the data directory, or says what is in its way.
-    async fn check_path(&self) -> Result<(), ClusterError> {
+    /// Lets the PostgreSQL user into the data directory. It is ours to open; those above it are not.
+    fn open_data_dir(&self) -> Result<(), ClusterError> {
+        let permissions = fs::metadata(&self.data_dir).map_err(at(&self.data_dir))?.permissions();
+        if self.run_as.switch && permissions.mode() & 0o011 != 0o011 {
+            let opened = fs::Permissions::from_mode(permissions.mode() | 0o011);
+            fs::set_permissions(&self.data_dir, opened).map_err(at(&self.data_dir))?;
+        }
+        Ok(())
+    }
+
+    /// Makes sure that the PostgreSQL user can come to `dir`, or says what is in its way.
+    async fn check_path(&self, dir: &Path) -> Result<(), ClusterError> {
         if !self.run_as.switch {
             return Ok(());
         }
-        // The data directory itself is ours to open; those above it are not.
-        let permissions = fs::metadata(&self.data_dir).map_err(at(&self.data_dir))?.permissions();
-        if permissions.mode() & 0o011 != 0o011 {
-            fs::set_permissions(
-                &self.data_dir,
-                fs::Permissions::from_mode(permissions.mode() | 0o011),
-            )
-            .map_err(at(&self.data_dir))?;
-        }
-        let mut above: Vec<&Path> = self.data_dir.ancestors().collect();
+        let dir = dir.canonicalize().map_err(at(dir))?;
+        let mut above: Vec<&Path> = dir.ancestors().collect();
         above.reverse();
         for dir in above {
             // Asked of the kernel, as that user: access lists and mounts count as much as modes.
@@ -767,10 +770,12 @@ impl Cluster {
     /// Every [`ClusterError`] but [`ClusterError::Locked`].
     pub async fn start(data_dir: DataDir) -> Result<Self, ClusterError> {
         let layout = Layout::of(data_dir.path(), RunAs::find()?);
-        layout.check_path().await?;
+        layout.open_data_dir()?;
+        layout.check_path(&layout.data_dir).await?;
         layout.make_private(&layout.socket_dir)?;
         let version = layout.version()?;
         let binaries = Binaries::find(version).await?;
+        layout.check_path(&binaries.dir).await?;
         if version.is_none() {
             tracing::info!(version = binaries.major, dir = %layout.pgdata.display(), "creating the private PostgreSQL cluster");
             layout.init(&binaries).await?;

@@ -7,6 +7,8 @@ use std::time::Duration;
 pub const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// Sockets that have not authenticated yet: they cost a few KiB each and ten seconds at most.
 pub const MAX_UNAUTHENTICATED: usize = 4096;
+/// How often a flood of connections is logged.
+pub const FLOOD_LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// A TLS handshake must be complete within this time.
 pub const TLS_TIMEOUT: Duration = Duration::from_secs(10);
 /// After `EMFILE` the accept loop rests: accepting again at once would only fail again.

@@ -11,7 +11,11 @@
 mod client;
 #[path = "it/process.rs"]
 mod process;
+#[path = "it/template.rs"]
+mod template;
 
+#[path = "it/isolation.rs"]
+mod isolation;
 #[path = "it/operation.rs"]
 mod operation;
 #[path = "it/sessions.rs"]

@@ -116,8 +116,11 @@ impl World {
     }
 
     fn claim(&mut self, ticket: &Ticket) -> Result<Side, ClaimError> {
-        let claim =
-            self.router.handle_claim(ticket, Encoding::Base64, self.now).map(|claim| claim.side);
+        self.try_claim(ticket).map(|claim| claim.side)
+    }
+
+    fn try_claim(&mut self, ticket: &Ticket) -> Result<Claim, ClaimError> {
+        let claim = self.router.handle_claim(ticket, Encoding::Base64, self.now);
         self.invariant_loads_match_tunnels();
         claim
     }
@@ -176,13 +179,14 @@ fn a_tunnel_is_asked_accepted_and_joined() {
     let exposer = world.open(1);
     let reacher = world.accept(1);
     assert_eq!(world.claim(&exposer), Ok(Side::Exposer));
-    assert_eq!(world.claim(&reacher), Ok(Side::Reacher));
+    let claim = world.try_claim(&reacher).unwrap();
+    assert_eq!(claim.side, Side::Reacher);
     assert_eq!(world.router.poll_timeout(), None);
     // Joined, it needs neither control socket.
     world.router.handle_logout(world.exposer, &mut Vec::new());
     world.router.handle_logout(world.reacher, &mut Vec::new());
     assert_eq!(world.router.tunnels.len(), 1);
-    world.router.handle_closed((WORKSPACE, TunnelId([1; 16])));
+    world.router.handle_closed(&claim);
     world.invariant_loads_match_tunnels();
     assert!(world.router.tunnels.is_empty());
 }
@@ -363,6 +367,18 @@ fn a_tunnel_id_is_used_once_at_a_time() {
     let mut world = World::new();
     world.open(1);
     assert_eq!(refusal(world.open_as(world.reacher, 2, request(1))), ErrorCode::AlreadyExists);
+}
+
+#[test]
+fn a_tunnel_that_had_the_same_id_before_has_no_say() {
+    let mut world = World::new();
+    let ticket = world.open(1);
+    let before = world.try_claim(&ticket).unwrap();
+    world.pass(HANDSHAKE_TIMEOUT);
+    let ticket = world.open(1);
+    world.router.handle_closed(&before);
+    let claim = world.try_claim(&ticket).unwrap();
+    assert_ne!(claim.serial, before.serial);
 }
 
 #[test]

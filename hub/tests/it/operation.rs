@@ -22,7 +22,8 @@ use tokio_rustls::TlsConnector;
 
 use crate::{
     client::{Control, Workspace, error_code},
-    process::{HubProcess, place, run, stderr},
+    process::{HubProcess, run, stderr},
+    template::{empty_place, place},
 };
 
 async fn get(hub: &HubProcess, path: &str) -> String {
@@ -41,7 +42,7 @@ fn postmaster(data_dir: &Path) -> i32 {
 
 #[tokio::test]
 async fn a_killed_hub_leaves_its_database_to_the_next() {
-    let (_dir, data_dir) = place();
+    let (_dir, data_dir) = place().await;
     let hub = HubProcess::start(&data_dir).await;
     let workspace = Workspace::new();
     let agent = workspace.founder();
@@ -87,7 +88,7 @@ async fn a_killed_hub_leaves_its_database_to_the_next() {
 
 #[tokio::test]
 async fn a_database_that_dies_is_brought_back() {
-    let (_dir, data_dir) = place();
+    let (_dir, data_dir) = place().await;
     let hub = HubProcess::start(&data_dir).await;
     assert!(get(&hub, "/healthz").await.starts_with("HTTP/1.1 200"));
     assert!(get(&hub, "/readyz").await.starts_with("HTTP/1.1 200"));
@@ -109,7 +110,7 @@ async fn a_database_that_dies_is_brought_back() {
 
 #[tokio::test]
 async fn off_loopback_there_is_tls_with_a_pin_and_no_open_door() {
-    let (_dir, data_dir) = place();
+    let (_dir, data_dir) = place().await;
     let args = ["--listen", "0.0.0.0:0", "--public-url", "https://hub.example:7420"];
     let hub = HubProcess::start_with(&data_dir, &args, |_| ()).await;
     let pem = fs::read(data_dir.join("tls.crt")).unwrap();
@@ -167,7 +168,7 @@ async fn off_loopback_there_is_tls_with_a_pin_and_no_open_door() {
 
 #[tokio::test]
 async fn an_ordinary_user_runs_it_with_a_long_path() {
-    let (dir, _) = place();
+    let (dir, _) = empty_place();
     let mut data_dir = dir.path().to_owned();
     let user = User::from_name("nobody").unwrap().unwrap();
     for _ in 0..4 {
@@ -200,7 +201,7 @@ async fn a_directory_in_the_way_is_named() {
         // An ordinary user's database runs as that user: nothing can be in its way.
         return;
     }
-    let (dir, data_dir) = place();
+    let (dir, data_dir) = empty_place();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
     let args = ["serve", "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--data-dir"];
     let output = run(&[&args[..], &[data_dir.to_str().unwrap()]].concat()).await;
@@ -212,7 +213,7 @@ async fn a_directory_in_the_way_is_named() {
 
 #[tokio::test]
 async fn mistakes_have_their_codes_and_hints() {
-    let (_dir, data_dir) = place();
+    let (_dir, data_dir) = empty_place();
     let dir = data_dir.to_str().unwrap();
     let taken = TakenAddress::bind();
     for (args, code, says) in [

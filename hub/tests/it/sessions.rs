@@ -13,7 +13,8 @@ use tokio_tungstenite::tungstenite::Message;
 
 use crate::{
     client::{Control, Workspace, error_code, expose, record},
-    process::{HubProcess, place},
+    process::HubProcess,
+    template::place,
 };
 
 const SERVICE: ServiceId = ServiceId([0xd1; 16]);
@@ -21,7 +22,7 @@ const TAG: LookupTag = LookupTag([0xd2; 16]);
 
 #[tokio::test]
 async fn an_invite_admits_as_many_as_it_says() {
-    let (_dir, data_dir) = place();
+    let (_dir, data_dir) = place().await;
     let hub = HubProcess::start(&data_dir).await;
     let workspace = Workspace::new();
     let mut founder = Control::log_in(hub.agents, &workspace, &workspace.founder()).await;
@@ -75,7 +76,7 @@ async fn an_invite_admits_as_many_as_it_says() {
 
 #[tokio::test]
 async fn a_proof_holds_for_one_name_one_connection_and_one_key() {
-    let (_dir, data_dir) = place();
+    let (_dir, data_dir) = place().await;
     let hub = HubProcess::start(&data_dir).await;
     let workspace = Workspace::new();
     let agent = workspace.founder();
@@ -121,7 +122,7 @@ async fn a_proof_holds_for_one_name_one_connection_and_one_key() {
 
 #[tokio::test]
 async fn the_same_agent_twice_is_said_aloud() {
-    let (_dir, data_dir) = place();
+    let (_dir, data_dir) = place().await;
     let hub = HubProcess::start(&data_dir).await;
     let workspace = Workspace::new();
     let mut agent = workspace.founder();
@@ -150,7 +151,7 @@ async fn the_same_agent_twice_is_said_aloud() {
 
 #[tokio::test]
 async fn the_directory_outlives_agents_and_the_hub() {
-    let (_dir, data_dir) = place();
+    let (_dir, data_dir) = place().await;
     let hub = HubProcess::start(&data_dir).await;
     let workspace = Workspace::new();
     let (exposer, reader) = (workspace.founder(), workspace.founder());
@@ -215,7 +216,7 @@ async fn the_directory_outlives_agents_and_the_hub() {
 
 #[tokio::test]
 async fn long_lists_come_in_pages() {
-    let (_dir, data_dir) = place();
+    let (_dir, data_dir) = place().await;
     let hub = HubProcess::start(&data_dir).await;
     let workspace = Workspace::new();
     let mut control = Control::log_in(hub.agents, &workspace, &workspace.founder()).await;
@@ -246,7 +247,7 @@ async fn long_lists_come_in_pages() {
 
 #[tokio::test]
 async fn workspaces_do_not_see_each_other() {
-    let (_dir, data_dir) = place();
+    let (_dir, data_dir) = place().await;
     let hub = HubProcess::start(&data_dir).await;
     let (ours, theirs) = (Workspace::new(), Workspace::new());
     let exposer = ours.founder();
@@ -290,7 +291,7 @@ async fn workspaces_do_not_see_each_other() {
 
 #[tokio::test]
 async fn garbage_closes_its_own_connection_only() {
-    let (_dir, data_dir) = place();
+    let (_dir, data_dir) = place().await;
     let hub = HubProcess::start(&data_dir).await;
     let workspace = Workspace::new();
     let mut bystander = Control::log_in(hub.agents, &workspace, &workspace.founder()).await;

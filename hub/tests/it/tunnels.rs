@@ -21,7 +21,8 @@ use tokio_tungstenite::{
 
 use crate::{
     client::{Agent, Control, Workspace, blob, expose},
-    process::{HubProcess, place},
+    process::HubProcess,
+    template::place,
 };
 
 const SERVICE: ServiceId = ServiceId([0xd1; 16]);
@@ -130,7 +131,7 @@ async fn expect_close(socket: &mut Data, code: u16) {
 
 #[tokio::test]
 async fn both_encodings_carry_bytes_both_ways() {
-    let (_dir, data_dir) = place();
+    let (_dir, data_dir) = place().await;
     let mut world = World::start(&data_dir).await;
     for encoding in [Encoding::Base64, Encoding::Binary] {
         let (mut reacher, mut exposer) = world.tunnel(encoding).await;
@@ -161,7 +162,7 @@ async fn both_encodings_carry_bytes_both_ways() {
 
 #[tokio::test]
 async fn a_ticket_opens_one_door_once() {
-    let (_dir, data_dir) = place();
+    let (_dir, data_dir) = place().await;
     let mut world = World::start(&data_dir).await;
     let hub = world.hub.agents;
     let base64 = Encoding::Base64.subprotocol();
@@ -181,7 +182,7 @@ async fn a_ticket_opens_one_door_once() {
 
 #[tokio::test]
 async fn early_bytes_wait_for_the_other_end() {
-    let (_dir, data_dir) = place();
+    let (_dir, data_dir) = place().await;
     let mut world = World::start(&data_dir).await;
     let hub = world.hub.agents;
     let (reacher, exposer) = world.tickets(Encoding::Base64).await;
@@ -198,7 +199,7 @@ async fn early_bytes_wait_for_the_other_end() {
 
 #[tokio::test]
 async fn tunnels_outlive_the_control_sockets_and_end_with_their_peers() {
-    let (_dir, data_dir) = place();
+    let (_dir, data_dir) = place().await;
     let mut world = World::start(&data_dir).await;
     let (mut reacher, mut exposer) = world.tunnel(Encoding::Binary).await;
     let (other_reacher, mut other_exposer) = world.tunnel(Encoding::Binary).await;
@@ -218,7 +219,7 @@ async fn tunnels_outlive_the_control_sockets_and_end_with_their_peers() {
 
 #[tokio::test]
 async fn a_hub_that_stops_tells_its_tunnels() {
-    let (_dir, data_dir) = place();
+    let (_dir, data_dir) = place().await;
     let mut world = World::start(&data_dir).await;
     let (mut reacher, mut exposer) = world.tunnel(Encoding::Base64).await;
     let (waiting, _) = world.tickets(Encoding::Base64).await;
@@ -234,7 +235,7 @@ async fn a_hub_that_stops_tells_its_tunnels() {
 
 #[tokio::test]
 async fn refusals_say_which() {
-    let (_dir, data_dir) = place();
+    let (_dir, data_dir) = place().await;
     let mut world = World::start(&data_dir).await;
     let exposer = world.exposer.id;
 
@@ -269,7 +270,7 @@ async fn refusals_say_which() {
 
 #[tokio::test]
 async fn the_log_has_no_secrets_even_at_trace() {
-    let (_dir, data_dir) = place();
+    let (_dir, data_dir) = place().await;
     let mut world = World::start(&data_dir).await;
     let (reacher, exposer) = world.tickets(Encoding::Base64).await;
     let hub = world.hub.agents;

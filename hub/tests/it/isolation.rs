@@ -1,16 +1,27 @@
+//! What one workspace sees of another, and of the hub's own state: nothing.
+
 use std::{future::Future, panic::AssertUnwindSafe, time::Duration};
 
+use connect_hub::{
+    cluster::{Cluster, DataDir},
+    store::{
+        APP_ROLE, AgentLogin, Exposed, NewCredential, Store, StoreError, Upserted, WorkspaceTx,
+        create_token, migrate,
+    },
+};
 use connect_spec::{
     control::{EpochWrap, PresentedBlobs, RegistrationToken, SealedRecord},
-    ids::{AgentId, CredentialId, LookupTag, ServiceId},
+    ids::{AgentId, CredentialId, LookupTag, ServiceId, WorkspaceId},
     keys::{IdentityKey, StaticPublicKey},
     objects::CredentialKind,
 };
 use futures_util::FutureExt as _;
-use sqlx::Connection as _;
+use sqlx::{
+    Connection as _,
+    postgres::{PgConnectOptions, PgConnection},
+};
 
-use super::*;
-use crate::cluster::{Cluster, DataDir};
+use crate::template::place;
 
 const A: WorkspaceId = WorkspaceId([0xaa; 32]);
 const B: WorkspaceId = WorkspaceId([0xbb; 32]);
@@ -24,8 +35,8 @@ const TAG: LookupTag = LookupTag([5; 16]);
 async fn with_cluster<T: Future<Output = ()>>(
     test: impl FnOnce(PgConnectOptions, PgConnectOptions) -> T,
 ) {
-    let dir = tempfile::tempdir().unwrap();
-    let cluster = Cluster::start(DataDir::lock(dir.path()).unwrap()).await.unwrap();
+    let (_dir, data_dir) = place().await;
+    let cluster = Cluster::start(DataDir::lock(&data_dir).unwrap()).await.unwrap();
     let owner = cluster.connect_options("postgres");
     let mut connection = PgConnection::connect_with(&owner).await.unwrap();
     migrate(&mut connection).await.unwrap();
@@ -96,6 +107,20 @@ async fn tables(connection: &mut PgConnection) -> Vec<String> {
     rows.into_iter().map(|(name,)| name).collect()
 }
 
+/// What [`Store::workspace`] does, for statements of our own.
+async fn enter(
+    session: &mut PgConnection,
+    workspace: WorkspaceId,
+) -> sqlx::Transaction<'_, sqlx::Postgres> {
+    let mut tx = session.begin().await.unwrap();
+    sqlx::query("SELECT set_config('connect.workspace_id', $1, true)")
+        .bind(workspace.to_string())
+        .execute(&mut *tx)
+        .await
+        .unwrap();
+    tx
+}
+
 async fn count(connection: &mut PgConnection, table: &str) -> i64 {
     let sql = sqlx::AssertSqlSafe(format!("SELECT count(*) FROM {table}"));
     sqlx::query_as::<_, (i64,)>(sql).fetch_one(connection).await.unwrap().0
@@ -112,25 +137,17 @@ async fn a_workspace_sees_its_own_rows_only() {
         assert!(tables.len() >= 5, "{tables:?}");
 
         // No WHERE here: row security alone must do it.
-        let mut tx = store.workspace(A).await.unwrap();
+        let mut session = PgConnection::connect_with(&app).await.unwrap();
+        let mut tx = enter(&mut session, A).await;
         for table in &tables {
             assert_eq!(count(&mut owner, table).await, 2, "{table} in all workspaces");
-            assert_eq!(count(tx.connection(), table).await, 1, "{table}");
+            assert_eq!(count(&mut tx, table).await, 1, "{table}");
         }
-        drop(tx);
+        tx.commit().await.unwrap();
 
-        // The same session, back in the pool after a transaction: nothing is left open.
-        let mut session = PgConnection::connect_with(&app).await.unwrap();
-        for after_transaction in [false, true] {
-            if after_transaction {
-                let mut tx = session.begin().await.unwrap();
-                sqlx::query("SELECT set_config('connect.workspace_id', $1, true)")
-                    .bind(A.to_string())
-                    .execute(&mut *tx)
-                    .await
-                    .unwrap();
-                tx.commit().await.unwrap();
-            }
+        // A fresh session, and one back in the pool after a transaction: nothing is open.
+        let fresh = PgConnection::connect_with(&app).await.unwrap();
+        for mut session in [fresh, session] {
             for table in &tables {
                 assert_eq!(count(&mut session, table).await, 0, "{table}");
             }
@@ -157,7 +174,7 @@ async fn a_workspace_sees_its_own_rows_only() {
 #[tokio::test]
 async fn a_row_cannot_point_or_move_into_another_workspace() {
     with_cluster(|_, app| async move {
-        let store = Store::connect(app).await.unwrap();
+        let store = Store::connect(app.clone()).await.unwrap();
         populate(&store, A).await;
         populate(&store, B).await;
         let mut tx = store.workspace(A).await.unwrap();
@@ -170,10 +187,11 @@ async fn a_row_cannot_point_or_move_into_another_workspace() {
                 .await
                 .is_err()
         );
-        let mut tx = store.workspace(B).await.unwrap();
+        let mut session = PgConnection::connect_with(&app).await.unwrap();
+        let mut tx = enter(&mut session, B).await;
         let moved = sqlx::query("UPDATE connect.services SET workspace_id = $1")
             .bind(A.0.as_slice())
-            .execute(tx.connection())
+            .execute(&mut *tx)
             .await;
         assert!(moved.is_err());
     })

@@ -2,7 +2,10 @@
 
 use std::{
     net::SocketAddr,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use connect_spec::{
@@ -24,10 +27,12 @@ use connect_spec::{
 };
 use ed25519_dalek::{Signer as _, SigningKey};
 use futures_util::{SinkExt as _, StreamExt as _};
+use rustls::pki_types::{CertificateDer, ServerName};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
 };
+use tokio_rustls::TlsConnector;
 use tokio_tungstenite::{
     WebSocketStream, client_async,
     tungstenite::{Message, client::IntoClientRequest as _},
@@ -224,17 +229,70 @@ impl Agent {
     }
 }
 
+/// A connection, in plain text or under TLS.
+pub(crate) trait Connection: AsyncRead + AsyncWrite + Unpin + Send {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> Connection for T {}
+
+pub(crate) type Stream = Box<dyn Connection>;
+
+/// How a hub is dialled.
+#[derive(Clone)]
+pub(crate) struct Dialer {
+    pub(crate) address: SocketAddr,
+    pub(crate) authority: String,
+    pub(crate) tls: Option<(TlsConnector, ServerName<'static>)>,
+}
+
+impl Dialer {
+    pub(crate) fn plain(address: SocketAddr) -> Self {
+        Self { address, authority: address.to_string(), tls: None }
+    }
+
+    /// As an agent dials that trusts this one certificate.
+    pub(crate) fn pinned(
+        address: SocketAddr,
+        authority: &str,
+        certificate: CertificateDer<'static>,
+    ) -> Self {
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(certificate).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let (host, _) = authority.split_once(':').unwrap();
+        let name = ServerName::try_from(host.to_owned()).unwrap();
+        let tls = Some((TlsConnector::from(Arc::new(config)), name));
+        Self { address, authority: authority.to_owned(), tls }
+    }
+
+    pub(crate) async fn dial(&self) -> Stream {
+        let stream = TcpStream::connect(self.address).await.unwrap();
+        match &self.tls {
+            None => Box::new(stream),
+            Some((tls, name)) => Box::new(tls.connect(name.clone(), stream).await.unwrap()),
+        }
+    }
+
+    pub(crate) async fn control(&self) -> Control {
+        Control::over(self.dial().await, &self.authority).await
+    }
+}
+
 /// One control socket.
-pub(crate) struct Control<S> {
-    pub(crate) socket: WebSocketStream<S>,
+pub(crate) struct Control {
+    pub(crate) socket: WebSocketStream<Stream>,
     pub(crate) authority: String,
     pub(crate) nonce: Nonce,
     next_id: u64,
 }
 
-impl Control<TcpStream> {
+impl Control {
     pub(crate) async fn connect(hub: SocketAddr) -> Self {
-        Self::over(TcpStream::connect(hub).await.unwrap(), &hub.to_string()).await
+        Dialer::plain(hub).control().await
     }
 
     /// Connects and logs in; the workspace is created by whoever comes first.
@@ -246,10 +304,7 @@ impl Control<TcpStream> {
         control.expect_welcome().await;
         control
     }
-}
-
-impl<S: AsyncRead + AsyncWrite + Unpin> Control<S> {
-    pub(crate) async fn over(stream: S, authority: &str) -> Self {
+    async fn over(stream: Stream, authority: &str) -> Self {
         let request = format!("ws://{authority}/v1/agent").into_client_request().unwrap();
         let (socket, _) = client_async(request, stream).await.unwrap();
         let mut control =

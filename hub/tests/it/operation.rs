@@ -2,9 +2,9 @@
 
 use std::{
     fs,
+    net::SocketAddr,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::Path,
-    sync::Arc,
 };
 
 use connect_spec::control::{ErrorCode, FromHub, RegistrationToken};
@@ -12,16 +12,15 @@ use nix::{
     sys::signal::Signal,
     unistd::{Uid, User, chown},
 };
-use rustls::pki_types::{CertificateDer, ServerName, pem::PemObject as _};
+use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 use sha2::{Digest as _, Sha256};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
 };
-use tokio_rustls::TlsConnector;
 
 use crate::{
-    client::{Control, Workspace, error_code},
+    client::{Control, Dialer, Workspace, error_code},
     process::{HubProcess, run, stderr},
     template::{empty_place, place},
 };
@@ -123,24 +122,13 @@ async fn off_loopback_there_is_tls_with_a_pin_and_no_open_door() {
         )
     );
 
-    let mut roots = rustls::RootCertStore::empty();
-    roots.add(certificate).unwrap();
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    let connector = TlsConnector::from(Arc::new(config));
-    let connect = async || {
-        let stream = TcpStream::connect(("127.0.0.1", hub.agents.port())).await.unwrap();
-        let name = ServerName::try_from("hub.example").unwrap();
-        Control::over(connector.connect(name, stream).await.unwrap(), "hub.example:7420").await
-    };
+    let local = SocketAddr::from(([127, 0, 0, 1], hub.agents.port()));
+    let dialer = Dialer::pinned(local, "hub.example:7420", certificate);
     let workspace = Workspace::new();
     let founder = workspace.founder();
     let create = workspace.create(None);
-    let refusal = connect().await.try_log_in(&founder, |login| login.create = Some(create)).await;
+    let refusal =
+        dialer.control().await.try_log_in(&founder, |login| login.create = Some(create)).await;
     assert_eq!(error_code(refusal), ErrorCode::RegistrationClosed);
 
     // Made beside the running hub, spent once.
@@ -150,17 +138,21 @@ async fn off_loopback_there_is_tls_with_a_pin_and_no_open_door() {
     let token = String::from_utf8(output.stdout).unwrap().trim().to_owned();
     assert_eq!(token.len(), 64);
     let create = workspace.create(Some(&token));
-    let welcome = connect().await.try_log_in(&founder, |login| login.create = Some(create)).await;
+    let welcome =
+        dialer.control().await.try_log_in(&founder, |login| login.create = Some(create)).await;
     assert!(matches!(welcome, FromHub::Welcome { .. }), "{welcome:?}");
     let other = Workspace::new();
     let create = other.create(Some(&token));
-    let refusal =
-        connect().await.try_log_in(&other.founder(), |login| login.create = Some(create)).await;
+    let refusal = dialer
+        .control()
+        .await
+        .try_log_in(&other.founder(), |login| login.create = Some(create))
+        .await;
     assert_eq!(error_code(refusal), ErrorCode::RegistrationClosed);
     assert_eq!(format!("{:?}", RegistrationToken(token.clone())), "RegistrationToken(..)");
 
     // Off loopback its names are those that were configured.
-    let mut local = connect().await;
+    let mut local = dialer.control().await;
     local.authority = "localhost:7420".to_owned();
     assert_eq!(error_code(local.try_log_in(&founder, |_| ()).await), ErrorCode::WrongAuthority);
     assert!(!hub.stop().await.contains(&token));

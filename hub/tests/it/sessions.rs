@@ -166,9 +166,7 @@ async fn the_directory_outlives_agents_and_the_hub() {
         other => panic!("{other:?}"),
     }
 
-    let find = async |control: &mut Control<TcpStream>, request: Request| match control
-        .request(request)
-        .await
+    let find = async |control: &mut Control, request: Request| match control.request(request).await
     {
         Reply::Services { services, more: false } => services,
         other => panic!("{other:?}"),

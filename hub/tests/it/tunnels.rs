@@ -1,14 +1,17 @@
 //! Opening tunnels, tickets, and bytes through the relay.
 
-use std::net::SocketAddr;
+use std::{fs, net::SocketAddr, path::Path};
 
 use connect_spec::{
     control::{ErrorCode, FromAgent, FromHub, Reply, Request, Ticket, TunnelRequest, close},
     encoding::Encoding,
     ids::{AgentId, ChannelId, CredentialId, LookupTag, ServiceId, TunnelId},
 };
-use futures_util::{SinkExt as _, StreamExt as _};
-use tokio::net::TcpStream;
+use futures_util::{
+    SinkExt as _, StreamExt as _,
+    stream::{SplitSink, SplitStream},
+};
+use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 use tokio_tungstenite::{
     WebSocketStream, client_async,
     tungstenite::{
@@ -20,8 +23,8 @@ use tokio_tungstenite::{
 };
 
 use crate::{
-    client::{Agent, Control, Workspace, blob, expose},
-    process::HubProcess,
+    client::{Agent, Control, Dialer, Stream, Workspace, blob, expose},
+    process::{HubProcess, run},
     template::place,
 };
 
@@ -44,23 +47,51 @@ pub(crate) fn open(tunnel: u8, service_id: ServiceId, responder: AgentId) -> Tun
 /// A hub with an exposer and a reacher.
 struct World {
     hub: HubProcess,
+    dialer: Dialer,
     exposer: Agent,
-    exposing: Control<TcpStream>,
-    reaching: Control<TcpStream>,
+    exposing: Control,
+    reaching: Control,
     next_tunnel: u8,
 }
 
-type Data = WebSocketStream<TcpStream>;
+type Data = WebSocketStream<Stream>;
 
 impl World {
-    async fn start(data_dir: &std::path::Path) -> Self {
+    async fn start(data_dir: &Path) -> Self {
         let hub = HubProcess::start(data_dir).await;
+        let dialer = Dialer::plain(hub.agents);
+        Self::populate(hub, dialer, None).await
+    }
+
+    /// A hub off loopback, with a certificate of its own.
+    async fn start_with_tls(data_dir: &Path) -> Self {
+        let args = ["--listen", "0.0.0.0:0", "--public-url", "https://hub.example"];
+        let hub = HubProcess::start_with(data_dir, &args, |_| ()).await;
+        let certificate = fs::read(data_dir.join("tls.crt")).unwrap();
+        let certificate = CertificateDer::from_pem_slice(&certificate).unwrap();
+        let address = SocketAddr::from(([127, 0, 0, 1], hub.agents.port()));
+        let token =
+            run(&["registration-token", "create", "--data-dir", data_dir.to_str().unwrap()]).await;
+        let token = String::from_utf8(token.stdout).unwrap();
+        Self::populate(
+            hub,
+            Dialer::pinned(address, "hub.example:443", certificate),
+            Some(token.trim()),
+        )
+        .await
+    }
+
+    async fn populate(hub: HubProcess, dialer: Dialer, token: Option<&str>) -> Self {
         let workspace = Workspace::new();
         let (exposer, reacher) = (workspace.founder(), workspace.founder());
-        let mut exposing = Control::log_in(hub.agents, &workspace, &exposer).await;
-        let reaching = Control::log_in(hub.agents, &workspace, &reacher).await;
+        let (mut exposing, mut reaching) = (dialer.control().await, dialer.control().await);
+        let create = workspace.create(token);
+        let welcome = exposing.try_log_in(&exposer, |login| login.create = Some(create)).await;
+        assert!(matches!(welcome, FromHub::Welcome { .. }), "{welcome:?}");
+        let welcome = reaching.try_log_in(&reacher, |_| ()).await;
+        assert!(matches!(welcome, FromHub::Welcome { .. }), "{welcome:?}");
         exposing.done(expose(SERVICE, TAG, 1)).await;
-        Self { hub, exposer, exposing, reaching, next_tunnel: 0 }
+        Self { hub, dialer, exposer, exposing, reaching, next_tunnel: 0 }
     }
 
     /// Opens and accepts a tunnel: the reacher's and the exposer's tickets.
@@ -89,10 +120,10 @@ impl World {
 
     async fn tunnel(&mut self, encoding: Encoding) -> (Data, Data) {
         let (reacher, exposer) = self.tickets(encoding).await;
-        let hub = self.hub.agents;
+        let subprotocol = encoding.subprotocol();
         let (reacher, exposer) = tokio::join!(
-            dial(hub, Some(&reacher), encoding.subprotocol()),
-            dial(hub, Some(&exposer), encoding.subprotocol())
+            dial(&self.dialer, Some(&reacher), subprotocol),
+            dial(&self.dialer, Some(&exposer), subprotocol)
         );
         (reacher.unwrap(), exposer.unwrap())
     }
@@ -100,19 +131,18 @@ impl World {
 
 /// Opens a data socket, or gives the status of the refusal.
 async fn dial(
-    hub: SocketAddr,
+    hub: &Dialer,
     ticket: Option<&Ticket>,
     subprotocol: &'static str,
 ) -> Result<Data, StatusCode> {
-    let mut request = format!("ws://{hub}/v1/tunnel").into_client_request().unwrap();
+    let mut request = format!("ws://{}/v1/tunnel", hub.authority).into_client_request().unwrap();
     let headers = request.headers_mut();
     if let Some(ticket) = ticket {
         let value = HeaderValue::from_str(&format!("Ticket {}", ticket.reveal())).unwrap();
         headers.insert(header::AUTHORIZATION, value);
     }
     headers.insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(subprotocol));
-    let stream = TcpStream::connect(hub).await.unwrap();
-    match client_async(request, stream).await {
+    match client_async(request, hub.dial().await).await {
         Ok((socket, response)) => {
             assert_eq!(response.headers()[header::SEC_WEBSOCKET_PROTOCOL], subprotocol);
             Ok(socket)
@@ -160,11 +190,52 @@ async fn both_encodings_carry_bytes_both_ways() {
     world.hub.stop().await;
 }
 
+/// Sends and receives at once on both ends, in frames of every size.
+async fn check_bulk(reacher: Data, exposer: Data) {
+    const FRAMES: usize = 600;
+    let frame = |number: usize| {
+        let length = [0, 1, 125, 126, 5000, 43_700, 65_535, 65_536, 87_404, 131_072][number % 10];
+        Message::binary(vec![u8::try_from(number % 251).unwrap(); length])
+    };
+    let (mut to_hub_r, mut from_hub_r) = reacher.split();
+    let (mut to_hub_e, mut from_hub_e) = exposer.split();
+    let send = async |to_hub: &mut SplitSink<Data, Message>| {
+        for number in 0..FRAMES {
+            to_hub.send(frame(number)).await.unwrap();
+        }
+    };
+    let receive = async |from_hub: &mut SplitStream<Data>| {
+        for number in 0..FRAMES {
+            assert!(from_hub.next().await.unwrap().unwrap() == frame(number), "frame {number}");
+        }
+    };
+    tokio::join!(
+        send(&mut to_hub_r),
+        send(&mut to_hub_e),
+        receive(&mut from_hub_r),
+        receive(&mut from_hub_e)
+    );
+}
+
+#[tokio::test]
+async fn bulk_both_ways_arrives_whole_in_plain_text_and_under_tls() {
+    let (_dir, data_dir) = place().await;
+    for tls in [false, true] {
+        let mut world = match tls {
+            false => World::start(&data_dir).await,
+            true => World::start_with_tls(&data_dir).await,
+        };
+        let (reacher, exposer) = world.tunnel(Encoding::Binary).await;
+        check_bulk(reacher, exposer).await;
+        world.hub.stop().await;
+    }
+}
+
 #[tokio::test]
 async fn a_ticket_opens_one_door_once() {
     let (_dir, data_dir) = place().await;
     let mut world = World::start(&data_dir).await;
-    let hub = world.hub.agents;
+    let hub = &world.dialer.clone();
     let base64 = Encoding::Base64.subprotocol();
     let (reacher, exposer) = world.tickets(Encoding::Base64).await;
     assert_eq!(dial(hub, None, base64).await.err(), Some(StatusCode::UNAUTHORIZED));
@@ -184,7 +255,7 @@ async fn a_ticket_opens_one_door_once() {
 async fn early_bytes_wait_for_the_other_end() {
     let (_dir, data_dir) = place().await;
     let mut world = World::start(&data_dir).await;
-    let hub = world.hub.agents;
+    let hub = &world.dialer.clone();
     let (reacher, exposer) = world.tickets(Encoding::Base64).await;
     let mut reacher = dial(hub, Some(&reacher), Encoding::Base64.subprotocol()).await.unwrap();
     for number in 0..10 {
@@ -224,7 +295,7 @@ async fn a_hub_that_stops_tells_its_tunnels() {
     let (mut reacher, mut exposer) = world.tunnel(Encoding::Base64).await;
     let (waiting, _) = world.tickets(Encoding::Base64).await;
     let mut waiting =
-        dial(world.hub.agents, Some(&waiting), Encoding::Base64.subprotocol()).await.unwrap();
+        dial(&world.dialer, Some(&waiting), Encoding::Base64.subprotocol()).await.unwrap();
     world.hub.signal(nix::sys::signal::Signal::SIGINT);
     for socket in [&mut reacher, &mut exposer, &mut waiting] {
         expect_close(socket, close::RESTARTING).await;
@@ -273,7 +344,7 @@ async fn the_log_has_no_secrets_even_at_trace() {
     let (_dir, data_dir) = place().await;
     let mut world = World::start(&data_dir).await;
     let (reacher, exposer) = world.tickets(Encoding::Base64).await;
-    let hub = world.hub.agents;
+    let hub = &world.dialer.clone();
     let mut reacher_socket =
         dial(hub, Some(&reacher), Encoding::Base64.subprotocol()).await.unwrap();
     let mut exposer_socket =

@@ -73,6 +73,8 @@ const START_LIMIT: Duration = Duration::from_secs(120);
 const STOP_LIMIT: Duration = Duration::from_secs(30);
 /// PostgreSQL announces its state in a file only, so somebody has to look (`pg_ctl -w` does the same).
 const STATE_POLL: Duration = Duration::from_millis(20);
+/// Backends whose postmaster was killed notice it and go within moments.
+const ORPHANS_LIMIT: Duration = Duration::from_secs(10);
 /// How often a server that is not our child is looked at.
 const ADOPTED_POLL: Duration = Duration::from_millis(100);
 /// Between attempts to bring a server back that died under the hub.
@@ -126,7 +128,7 @@ pub enum ClusterError {
         /// The directory that was named.
         dir: PathBuf,
     },
-    /// The user of the PostgreSQL processes cannot pass a directory above the data directory.
+    /// The user of the PostgreSQL processes cannot come to the data directory, or to the binaries.
     #[error("user `{user}`, as which PostgreSQL runs, cannot enter `{}`", dir.display())]
     Untraversable {
         /// The user that PostgreSQL's processes run as.
@@ -187,7 +189,7 @@ impl ClusterError {
             ),
             Self::BadBinDir { .. } => Some("set CONNECT_HUB_PG_BIN to the directory of the server binaries".to_owned()),
             Self::Untraversable { dir, .. } => {
-                Some(format!("`chmod o+x {}`, or choose another --data-dir", dir.display()))
+                Some(format!("`chmod o+x {}`, or choose another place", dir.display()))
             }
             Self::NoUser => Some("run connect-hub as an ordinary user".to_owned()),
             Self::ForeignSocketDir { dir, .. } => Some(format!("remove `{}`", dir.display())),
@@ -317,6 +319,7 @@ impl RunAs {
 /// The server binaries of one installation.
 #[derive(Debug, Clone)]
 struct Binaries {
+    dir: PathBuf,
     postgres: PathBuf,
     initdb: PathBuf,
     major: u32,
@@ -368,7 +371,7 @@ impl Binaries {
         let output =
             Command::new(&postgres).arg("--version").stdin(Stdio::null()).output().await.ok()?;
         let major = parse_version(&String::from_utf8_lossy(&output.stdout))?;
-        Some(Self { postgres, initdb, major })
+        Some(Self { dir: dir.to_owned(), postgres, initdb, major })
     }
 }
 
@@ -437,21 +440,23 @@ impl Layout {
             .disable_statement_logging()
     }
 
-    /// Lets the PostgreSQL user reach the data directory, or says what is in its way.
-    async fn check_path(&self) -> Result<(), ClusterError> {
+    /// Lets the PostgreSQL user into the data directory. It is ours to open; those above it are not.
+    fn open_data_dir(&self) -> Result<(), ClusterError> {
+        let permissions = fs::metadata(&self.data_dir).map_err(at(&self.data_dir))?.permissions();
+        if self.run_as.switch && permissions.mode() & 0o011 != 0o011 {
+            let opened = fs::Permissions::from_mode(permissions.mode() | 0o011);
+            fs::set_permissions(&self.data_dir, opened).map_err(at(&self.data_dir))?;
+        }
+        Ok(())
+    }
+
+    /// Makes sure that the PostgreSQL user can come to `dir`, or says what is in its way.
+    async fn check_path(&self, dir: &Path) -> Result<(), ClusterError> {
         if !self.run_as.switch {
             return Ok(());
         }
-        // The data directory itself is ours to open; those above it are not.
-        let permissions = fs::metadata(&self.data_dir).map_err(at(&self.data_dir))?.permissions();
-        if permissions.mode() & 0o011 != 0o011 {
-            fs::set_permissions(
-                &self.data_dir,
-                fs::Permissions::from_mode(permissions.mode() | 0o011),
-            )
-            .map_err(at(&self.data_dir))?;
-        }
-        let mut above: Vec<&Path> = self.data_dir.ancestors().collect();
+        let dir = dir.canonicalize().map_err(at(dir))?;
+        let mut above: Vec<&Path> = dir.ancestors().collect();
         above.reverse();
         for dir in above {
             // Asked of the kernel, as that user: access lists and mounts count as much as modes.
@@ -560,23 +565,43 @@ impl Layout {
         (names_us && pid.as_raw() > 1).then_some(PidFile { pid, ready })
     }
 
-    /// Removes a `postmaster.pid` whose process id has since gone to another program.
+    /// Removes lock files that no server stands behind.
     ///
-    /// PostgreSQL refuses to start while any process of that id lives, which after a reboot or in a
-    /// restarted container can be anything. We hold `hub.lock`, so nobody is starting a server here.
-    fn remove_stale_pid_file(&self) -> Result<(), ClusterError> {
-        let Some(PidFile { pid, .. }) = self.pid_file() else {
-            return Ok(());
-        };
-        let Ok(cwd) = fs::read_link(format!("/proc/{pid}/cwd")) else {
-            return Ok(());
-        };
-        if cwd == self.pgdata {
-            return Ok(());
+    /// PostgreSQL refuses to start while any process of the id in them exists, which after a reboot or in
+    /// a restarted container can be anything, and after a kill can be a zombie. Removing them is safe only when no server process is left, orphaned backends included: all of them work in
+    /// PGDATA, and we hold `hub.lock`, so nobody is starting one.
+    async fn clear_lock_files(&self) -> Result<(), ClusterError> {
+        let files = [
+            self.pgdata.join("postmaster.pid"),
+            self.socket_dir.join(format!(".s.PGSQL.{PORT}.lock")),
+        ];
+        let deadline = Instant::now() + ORPHANS_LIMIT;
+        for path in files {
+            while path.exists() {
+                match self.has_processes() {
+                    Ok(false) => {
+                        tracing::info!(path = %path.display(), "removing what a dead server left");
+                        fs::remove_file(&path).map_err(at(&path))?;
+                    }
+                    Ok(true) if Instant::now() < deadline => sleep(STATE_POLL).await,
+                    // PostgreSQL will say what is in its way.
+                    Ok(true) | Err(_) => return Ok(()),
+                }
+            }
         }
-        let path = self.pgdata.join("postmaster.pid");
-        tracing::info!(%pid, "postmaster.pid names a process that is no PostgreSQL of ours; removing it");
-        fs::remove_file(&path).map_err(at(&path))
+        Ok(())
+    }
+
+    /// Whether any process works in PGDATA; an error where the system has no `/proc`.
+    fn has_processes(&self) -> io::Result<bool> {
+        let processes = fs::read_dir("/proc")?;
+        if !Path::new("/proc/self/cwd").exists() {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        Ok(processes
+            .flatten()
+            .filter_map(|process| fs::read_link(process.path().join("cwd")).ok())
+            .any(|cwd| cwd == self.pgdata))
     }
 
     /// The server that a hub before us left running.
@@ -600,7 +625,7 @@ impl Layout {
 
     /// Starts the server and waits until it takes connections.
     async fn launch(&self, binaries: &Binaries) -> Result<Postmaster, ClusterError> {
-        self.remove_stale_pid_file()?;
+        self.clear_lock_files().await?;
         if fs::metadata(&self.log).is_ok_and(|log| log.len() > MAX_LOG_BYTES) {
             fs::rename(&self.log, self.log.with_extension("log.1")).map_err(at(&self.log))?;
         }
@@ -745,10 +770,12 @@ impl Cluster {
     /// Every [`ClusterError`] but [`ClusterError::Locked`].
     pub async fn start(data_dir: DataDir) -> Result<Self, ClusterError> {
         let layout = Layout::of(data_dir.path(), RunAs::find()?);
-        layout.check_path().await?;
+        layout.open_data_dir()?;
+        layout.check_path(&layout.data_dir).await?;
         layout.make_private(&layout.socket_dir)?;
         let version = layout.version()?;
         let binaries = Binaries::find(version).await?;
+        layout.check_path(&binaries.dir).await?;
         if version.is_none() {
             tracing::info!(version = binaries.major, dir = %layout.pgdata.display(), "creating the private PostgreSQL cluster");
             layout.init(&binaries).await?;

@@ -17,7 +17,7 @@ use futures_util::{SinkExt as _, StreamExt as _};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::mpsc,
-    time::{interval_at, timeout},
+    time::{Instant as TokioInstant, interval_at, sleep_until, timeout},
 };
 use tokio_tungstenite::{
     WebSocketStream,
@@ -90,7 +90,7 @@ fn close_code(code: ErrorCode) -> u16 {
     }
 }
 
-/// What a session's worker does with the store, one after the other.
+/// What a session's worker does with the store, one after the other. Boxed on its way, as [`Mail`] is.
 #[derive(Debug)]
 enum Job {
     Answer { id: u64, request: Request },
@@ -156,6 +156,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Socket<S> {
     /// Says goodbye and waits until the agent has read it, or for a short while.
     async fn end(mut self, ending: Ending) {
         let Ending::Close(code, report) = ending else {
+            // The library has queued an answer to the close frame, if there was one.
+            let _ = timeout(FAREWELL_LIMIT, self.stream.flush()).await;
             return;
         };
         let goodbye = async {
@@ -228,13 +230,14 @@ where
             None => {}
             // One invite a connection: whoever tries many pays for a connection each.
             Some(FromAgent::Redeem(redeem)) if !redeemed => {
-                let invitation = auth::redeem(context, &redeem).await.map_err(denied)?;
+                let invitation = Box::pin(auth::redeem(context, &redeem)).await.map_err(denied)?;
                 socket.say(&invitation).await?;
                 redeemed = true;
             }
             Some(FromAgent::Login(login)) => {
                 let Login { session, .. } = *login;
-                let logged_in = auth::login(context, &login).await.map_err(denied)?;
+                // Boxed, as everything that waits for the store: the session's own state stays small.
+                let logged_in = Box::pin(auth::login(context, &login)).await.map_err(denied)?;
                 return Ok((session, logged_in));
             }
             Some(
@@ -285,13 +288,13 @@ where
     let (answers, mut answered) = mpsc::channel(1);
     let worker = work(hub, &member, waiting, answers);
     let mut worker = std::pin::pin!(worker);
-    let mut pings = interval_at(tokio::time::Instant::now() + keepalive(), keepalive());
-    let mut heard = Instant::now();
+    let mut pings = interval_at(TokioInstant::now() + keepalive(), keepalive());
+    let mut heard = TokioInstant::now();
     let mut batch = Vec::with_capacity(BATCH);
     loop {
         let result = tokio::select! {
             received = socket.receive() => {
-                heard = Instant::now();
+                heard = TokioInstant::now();
                 match received {
                     Ok(None) => Ok(()),
                     Ok(Some(message)) => match handle(&session, message, &jobs) {
@@ -311,13 +314,8 @@ where
             }
             Some(answer) = answered.recv() => socket.say(&answer).await,
             () = &mut worker => Err(Ending::Gone),
-            _ = pings.tick() => {
-                if heard.elapsed() > DEAD_AFTER {
-                    Err(Ending::Close(close::TIMEOUT, None))
-                } else {
-                    socket.send([Message::Ping(Bytes::new())]).await
-                }
-            }
+            _ = pings.tick() => socket.send([Message::Ping(Bytes::new())]).await,
+            () = sleep_until(heard + DEAD_AFTER) => Err(Ending::Close(close::TIMEOUT, None)),
             () = hub.stopped() => {
                 let pause = RESTART_PAUSE + random_part(RESTART_PAUSE);
                 let reconnect_in_ms = u32::try_from(pause.as_millis()).unwrap_or(u32::MAX);
@@ -342,7 +340,7 @@ where
         match mail {
             Mail::Message(message) => messages.push(text(&message)),
             Mail::Goodbye(report, code) => {
-                goodbye = Err(Ending::Close(code, Some(report)));
+                goodbye = Err(Ending::Close(code, Some(*report)));
                 break;
             }
         }
@@ -355,7 +353,7 @@ where
 fn handle(
     session: &Session<'_>,
     message: FromAgent,
-    jobs: &mpsc::Sender<Job>,
+    jobs: &mpsc::Sender<Box<Job>>,
 ) -> Result<Option<FromHub>, Ending> {
     match message {
         FromAgent::Request { id, request: Request::OpenTunnel(request) } => {
@@ -387,7 +385,7 @@ fn open(
     session: &Session<'_>,
     id: u64,
     request: TunnelRequest,
-    jobs: &mpsc::Sender<Job>,
+    jobs: &mpsc::Sender<Box<Job>>,
 ) -> Option<FromHub> {
     let refuse =
         |report| Some(FromHub::Reply { id, reply: connect_spec::control::Reply::Error(report) });
@@ -414,8 +412,8 @@ fn open(
 }
 
 /// Leaves a job to the worker; refuses when too many wait.
-fn enqueue(jobs: &mpsc::Sender<Job>, id: u64, job: Job) -> Option<FromHub> {
-    jobs.try_send(job).err().map(|_| FromHub::Reply {
+fn enqueue(jobs: &mpsc::Sender<Box<Job>>, id: u64, job: Job) -> Option<FromHub> {
+    jobs.try_send(job.into()).err().map(|_| FromHub::Reply {
         id,
         reply: connect_spec::control::Reply::Error(ErrorReport::new(
             ErrorCode::Busy,
@@ -428,17 +426,20 @@ fn enqueue(jobs: &mpsc::Sender<Job>, id: u64, job: Job) -> Option<FromHub> {
 async fn work(
     hub: &Hub,
     member: &Member,
-    mut jobs: mpsc::Receiver<Job>,
-    answers: mpsc::Sender<FromHub>,
+    mut jobs: mpsc::Receiver<Box<Job>>,
+    answers: mpsc::Sender<Box<FromHub>>,
 ) {
     while let Some(job) = jobs.recv().await {
-        let (id, reply) = match job {
-            Job::Answer { id, request } => (id, requests::answer(hub, member, request).await),
+        let (id, reply) = match *job {
+            Job::Answer { id, request } => {
+                (id, Box::pin(requests::answer(hub, member, request)).await)
+            }
             Job::WhyNotOnline { id, service, responder } => {
-                (id, requests::why_not_online(hub, member, service, responder).await)
+                let why = requests::why_not_online(hub, member, service, responder);
+                (id, Box::pin(why).await)
             }
         };
-        if answers.send(FromHub::Reply { id, reply }).await.is_err() {
+        if answers.send(FromHub::Reply { id, reply }.into()).await.is_err() {
             return;
         }
     }

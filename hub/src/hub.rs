@@ -18,18 +18,18 @@ use crate::{
     config::Registration,
     limits::MAX_OUTGOING,
     relay::Leg,
-    router::{Member, Output, Router, SessionId, TunnelKey},
+    router::{Claim, Member, Output, Router, SessionId, TunnelSerial},
     server::Conn,
     store::Store,
 };
 
-/// What lies in a session's mailbox.
+/// What lies in a session's mailbox. Boxed: a channel allocates room for 32 of them at once.
 #[derive(Debug)]
 pub enum Mail {
     /// Send this.
-    Message(FromHub),
+    Message(Box<FromHub>),
     /// Say why and close with the code.
-    Goodbye(ErrorReport, u16),
+    Goodbye(Box<ErrorReport>, u16),
 }
 
 /// The state behind the one lock. It is held for memory work only, never across a wait.
@@ -38,7 +38,7 @@ struct State {
     router: Router,
     mailboxes: HashMap<SessionId, mpsc::Sender<Mail>>,
     /// Ends of tunnels whose other end is not there yet.
-    waiting: HashMap<TunnelKey, oneshot::Sender<Leg<Conn>>>,
+    waiting: HashMap<TunnelSerial, oneshot::Sender<Leg<Conn>>>,
 }
 
 /// What came of [`Hub::join`].
@@ -119,8 +119,10 @@ impl Hub {
         }
         for output in out {
             let (session, mail) = match output {
-                Output::Send(session, message) => (session, Mail::Message(message)),
-                Output::Close(session, report, code) => (session, Mail::Goodbye(report, code)),
+                Output::Send(session, message) => (session, Mail::Message(message.into())),
+                Output::Close(session, report, code) => {
+                    (session, Mail::Goodbye(report.into(), code))
+                }
             };
             if let Some(mailbox) = state.mailboxes.get(&session)
                 && mailbox.try_send(mail).is_err()
@@ -155,7 +157,7 @@ impl Hub {
     }
 
     /// Brings the two ends of a tunnel together.
-    pub fn join(&self, tunnel: TunnelKey, leg: Leg<Conn>) -> Joined {
+    pub fn join(&self, tunnel: TunnelSerial, leg: Leg<Conn>) -> Joined {
         let mut state = self.lock();
         if let Some(other) = state.waiting.remove(&tunnel) {
             drop(state);
@@ -170,10 +172,10 @@ impl Hub {
     }
 
     /// A tunnel is over, or came to nothing.
-    pub fn close_tunnel(&self, tunnel: TunnelKey) {
+    pub fn close_tunnel(&self, claim: &Claim) {
         let mut state = self.lock();
-        state.router.handle_closed(tunnel);
-        state.waiting.remove(&tunnel);
+        state.router.handle_closed(claim);
+        state.waiting.remove(&claim.serial);
     }
 
     /// Tells everybody to go.

@@ -7,6 +7,8 @@ use std::time::Duration;
 pub const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// Sockets that have not authenticated yet: they cost a few KiB each and ten seconds at most.
 pub const MAX_UNAUTHENTICATED: usize = 4096;
+/// How often a flood of connections is logged.
+pub const FLOOD_LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// A TLS handshake must be complete within this time.
 pub const TLS_TIMEOUT: Duration = Duration::from_secs(10);
 /// After `EMFILE` the accept loop rests: accepting again at once would only fail again.
@@ -21,8 +23,9 @@ pub const RELAY_BUFFER_BYTES: usize = 64 * 1024;
 pub const TUNNEL_IDLE_CHECK: Duration = Duration::from_secs(20);
 /// So many looks in a row without one byte end the tunnel: after 60 to 80 s. Agents ping every 15 s.
 pub const TUNNEL_IDLE_CHECKS: u32 = 3;
-/// For the last words on a socket: what it has not taken by then, it will not take.
-pub const FAREWELL_LIMIT: Duration = Duration::from_secs(5);
+/// For the last words on a socket. A peer that lives needs a round trip; one that does not would hold up
+/// every restart of the hub for this long.
+pub const FAREWELL_LIMIT: Duration = Duration::from_secs(2);
 
 /// Messages waiting to be sent on one control socket. An agent that lets so many pile up is not reading.
 pub const MAX_OUTGOING: usize = 1024;
@@ -51,6 +54,6 @@ pub const PAGE_ROWS: i64 = 64;
 /// Agents are asked to stay away for this long when the hub goes down, plus a random part as long.
 pub const RESTART_PAUSE: Duration = Duration::from_millis(500);
 /// Everybody must be gone within this time once the hub goes down.
-pub const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+pub const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 /// `/readyz` does not wait longer for the database.
 pub const READY_LIMIT: Duration = Duration::from_secs(2);

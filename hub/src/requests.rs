@@ -167,16 +167,16 @@ async fn try_answer(hub: &Hub, member: &Member, request: Request) -> Result<Repl
             let mut last = after;
             let mut tx = hub.store().workspace(workspace).await?;
             loop {
-                let rows = tx.services(last, PAGE_ROWS).await?;
+                let mut rows = tx.services(last, PAGE_ROWS).await?;
                 let is_last = i64::try_from(rows.len()).is_ok_and(|rows| rows < PAGE_ROWS);
                 last = rows.last().map(|row| row.service_id).or(last);
-                let visible = rows.into_iter().filter(|row| member.sees(row.service_id));
-                let full = hub.route(|router, _| {
-                    page.fill(visible.map(|mut service| {
-                        service.online = router.is_online(&(workspace, service.agent_id));
-                        service
-                    }))
+                rows.retain(|row| member.sees(row.service_id));
+                hub.route(|router, _| {
+                    for row in &mut rows {
+                        row.online = router.is_online(&(workspace, row.agent_id));
+                    }
                 });
+                let full = page.fill(rows);
                 if is_last || full {
                     return Ok(Reply::Services { services: page.rows, more: full });
                 }
@@ -190,15 +190,15 @@ async fn try_answer(hub: &Hub, member: &Member, request: Request) -> Result<Repl
             let mut last = after;
             let mut tx = hub.store().workspace(workspace).await?;
             loop {
-                let rows = tx.agents(last, PAGE_ROWS).await?;
+                let mut rows = tx.agents(last, PAGE_ROWS).await?;
                 let is_last = i64::try_from(rows.len()).is_ok_and(|rows| rows < PAGE_ROWS);
                 last = rows.last().map(|row| row.agent_id).or(last);
-                let full = hub.route(|router, _| {
-                    page.fill(rows.into_iter().map(|mut agent| {
-                        agent.online = router.is_online(&(workspace, agent.agent_id));
-                        agent
-                    }))
+                hub.route(|router, _| {
+                    for row in &mut rows {
+                        row.online = router.is_online(&(workspace, row.agent_id));
+                    }
                 });
+                let full = page.fill(rows);
                 if is_last || full {
                     return Ok(Reply::Agents { agents: page.rows, more: full });
                 }
@@ -281,7 +281,7 @@ impl<T: Serialize> Page<T> {
     }
 
     /// Takes rows until one does not fit; true when one did not.
-    fn fill(&mut self, rows: impl Iterator<Item = T>) -> bool {
+    fn fill(&mut self, rows: Vec<T>) -> bool {
         for row in rows {
             let length =
                 serde_json::to_string(&row).map_or(MAX_CONTROL_BYTES, |text| text.len() + 1);

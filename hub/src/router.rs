@@ -81,11 +81,17 @@ pub enum ClaimError {
     Encoding,
 }
 
+/// Numbers tunnels as the router makes them. Agents choose tunnel ids and may choose one again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct TunnelSerial(u64);
+
 /// One end of one tunnel, admitted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Claim {
     /// The tunnel.
     pub tunnel: TunnelKey,
+    /// Which of those that had this id.
+    pub serial: TunnelSerial,
     /// Which end.
     pub side: Side,
     /// How both ends send.
@@ -162,6 +168,7 @@ enum Stage {
 
 #[derive(Debug)]
 struct Tunnel {
+    serial: TunnelSerial,
     encoding: Encoding,
     stage: Stage,
     deadline: Instant,
@@ -187,6 +194,7 @@ enum End {
 #[derive(Debug, Default)]
 pub struct Router {
     next_session: u64,
+    next_tunnel: u64,
     sessions: HashMap<SessionId, Session>,
     online: HashMap<AgentKey, Online>,
     loads: HashMap<AgentKey, Load>,
@@ -343,6 +351,7 @@ impl Router {
         exposer_load.tunnels += 1;
         self.load((workspace, reacher), now).tunnels += 1;
 
+        self.next_tunnel += 1;
         let ticket = Ticket::new(random);
         let deadline = now + HANDSHAKE_TIMEOUT;
         self.tickets.insert(ticket.clone(), (key, Side::Exposer));
@@ -350,6 +359,7 @@ impl Router {
         self.tunnels.insert(
             key,
             Tunnel {
+                serial: TunnelSerial(self.next_tunnel),
                 encoding: request.encoding,
                 stage: Stage::Asked,
                 deadline,
@@ -450,12 +460,14 @@ impl Router {
             tunnel.stage = Stage::Joined;
             self.deadlines.remove(&(tunnel.deadline, key));
         }
-        Ok(Claim { tunnel: key, side, encoding })
+        Ok(Claim { tunnel: key, serial: tunnel.serial, side, encoding })
     }
 
     /// A tunnel has ended, or an end that claimed its place is gone again.
-    pub fn handle_closed(&mut self, tunnel: TunnelKey) {
-        self.remove_tunnel(tunnel);
+    pub fn handle_closed(&mut self, claim: &Claim) {
+        if self.tunnels.get(&claim.tunnel).is_some_and(|tunnel| tunnel.serial == claim.serial) {
+            self.remove_tunnel(claim.tunnel);
+        }
     }
 
     /// When [`Router::handle_timeout`] has something to do.

@@ -27,7 +27,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
     task::JoinSet,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use warp::{filters::BoxedFilter, reply::Response};
@@ -36,7 +36,8 @@ use crate::{
     control,
     hub::Hub,
     limits::{
-        ACCEPT_PAUSE, DRAIN_LIMIT, HEAD_TIMEOUT, MAX_HEAD_BYTES, MAX_UNAUTHENTICATED, TLS_TIMEOUT,
+        ACCEPT_PAUSE, DRAIN_LIMIT, FLOOD_LOG_INTERVAL, HEAD_TIMEOUT, MAX_HEAD_BYTES,
+        MAX_UNAUTHENTICATED, TLS_TIMEOUT,
     },
     relay::Leg,
     tunnel::{self, Admitted},
@@ -156,6 +157,7 @@ impl Server {
     pub async fn run(self, hub: Arc<Hub>) {
         let places = Arc::new(Semaphore::new(MAX_UNAUTHENTICATED));
         let mut connections = JoinSet::new();
+        let (mut refused, mut told) = (0u64, None);
         loop {
             let accepted = tokio::select! {
                 accepted = self.listener.accept() => accepted,
@@ -166,10 +168,15 @@ impl Server {
                 Ok((stream, peer)) => {
                     // Over the limit newcomers are dropped at once: making them wait would cost a socket each.
                     let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
-                        tracing::warn!(
-                            limit = MAX_UNAUTHENTICATED,
-                            "too many unauthenticated connections"
-                        );
+                        refused += 1;
+                        if told.is_none_or(|told: Instant| told.elapsed() > FLOOD_LOG_INTERVAL) {
+                            told = Some(Instant::now());
+                            tracing::warn!(
+                                limit = MAX_UNAUTHENTICATED,
+                                refused,
+                                "too many unauthenticated connections"
+                            );
+                        }
                         continue;
                     };
                     let routes = self.routes.clone();
@@ -218,7 +225,7 @@ async fn connection(
     let visitor = Visitor::new(peer.ip(), place);
     let conn = match tls {
         None => Conn::Plain(stream),
-        Some(tls) => match timeout(TLS_TIMEOUT, tls.accept(stream)).await {
+        Some(tls) => match Box::pin(timeout(TLS_TIMEOUT, tls.accept(stream))).await {
             Ok(Ok(stream)) => Conn::Tls(Box::new(stream)),
             Ok(Err(error)) => return tracing::debug!(%error, "TLS"),
             Err(_) => return tracing::debug!("TLS handshake took too long"),

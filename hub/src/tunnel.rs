@@ -8,7 +8,7 @@ use tokio::time::timeout;
 use crate::{
     hub::{Hub, Joined},
     relay::{self, Leg, Side, Summary},
-    router::{Claim, TunnelKey},
+    router::Claim,
     server::Conn,
 };
 
@@ -26,16 +26,12 @@ impl Admitted {
     pub fn new(hub: Arc<Hub>, claim: Claim) -> Self {
         Self { hub, claim, handed_over: false }
     }
-
-    fn tunnel(&self) -> TunnelKey {
-        self.claim.tunnel
-    }
 }
 
 impl Drop for Admitted {
     fn drop(&mut self) {
         if !self.handed_over {
-            self.hub.close_tunnel(self.tunnel());
+            self.hub.close_tunnel(&self.claim);
         }
     }
 }
@@ -43,7 +39,7 @@ impl Drop for Admitted {
 /// Serves one end. The end that comes second hands its socket to the first, which then serves both.
 pub async fn serve(mut admitted: Admitted, leg: Leg<Conn>) {
     let hub = Arc::clone(&admitted.hub);
-    let (mine, other) = match hub.join(admitted.tunnel(), leg) {
+    let (mine, other) = match hub.join(admitted.claim.serial, leg) {
         Joined::First(mine, other) => (mine, other),
         Joined::HandedOver => {
             admitted.handed_over = true;
@@ -69,6 +65,6 @@ pub async fn serve(mut admitted: Admitted, leg: Leg<Conn>) {
     };
     let Summary { from_reacher, from_exposer, ended } =
         relay::relay(reacher, exposer, admitted.claim.encoding, stop).await;
-    let tunnel = admitted.tunnel().1;
+    let (_, tunnel) = admitted.claim.tunnel;
     tracing::debug!(%tunnel, from_reacher, from_exposer, ?ended, "tunnel ended");
 }

@@ -33,6 +33,9 @@ pub const APP_ROLE: &str = "connect_app";
 const MAX_CONNECTIONS: u32 = 16;
 /// A caller that waits longer than this for the database is told that the hub is busy.
 const ACQUIRE_LIMIT: Duration = Duration::from_secs(5);
+/// No statement of ours takes long: one that does, or a transaction that nobody ends, must not hold locks.
+const SESSION_LIMITS: &str =
+    "SET statement_timeout = '10s'; SET idle_in_transaction_session_timeout = '30s'";
 
 /// Why the store did not do it.
 #[derive(Debug, thiserror::Error)]
@@ -115,6 +118,12 @@ impl Store {
         let pool = PgPoolOptions::new()
             .max_connections(MAX_CONNECTIONS)
             .acquire_timeout(ACQUIRE_LIMIT)
+            .after_connect(|connection, _| {
+                Box::pin(async move {
+                    sqlx::raw_sql(SESSION_LIMITS).execute(connection).await?;
+                    Ok(())
+                })
+            })
             .connect_with(options)
             .await?;
         let store = Self { pool };
@@ -241,6 +250,3 @@ fn fixed<const N: usize>(raw: &[u8], column: &'static str) -> Result<[u8; N], St
 fn unsigned<T: TryFrom<i64>>(value: i64, column: &'static str) -> Result<T, StoreError> {
     T::try_from(value).map_err(|_| StoreError::Corrupt(column))
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,0 +1,24 @@
+//! The program as its users meet it: real processes, real sockets, a real PostgreSQL, and a client that
+//! shares nothing with the agent but the wire types.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::wildcard_enum_match_arm,
+    reason = "a test stops at the first surprise"
+)]
+
+#[path = "it/client.rs"]
+mod client;
+#[path = "it/process.rs"]
+mod process;
+#[path = "it/template.rs"]
+mod template;
+
+#[path = "it/isolation.rs"]
+mod isolation;
+#[path = "it/operation.rs"]
+mod operation;
+#[path = "it/sessions.rs"]
+mod sessions;
+#[path = "it/tunnels.rs"]
+mod tunnels;

@@ -1,0 +1,414 @@
+//! What one workspace sees of another, and of the hub's own state: nothing.
+
+use std::{future::Future, panic::AssertUnwindSafe, time::Duration};
+
+use connect_hub::{
+    cluster::{Cluster, DataDir},
+    store::{
+        APP_ROLE, AgentLogin, Exposed, NewCredential, Store, StoreError, Upserted, WorkspaceTx,
+        create_token, migrate,
+    },
+};
+use connect_spec::{
+    control::{EpochWrap, PresentedBlobs, RegistrationToken, SealedRecord},
+    ids::{AgentId, CredentialId, LookupTag, ServiceId, WorkspaceId},
+    keys::{IdentityKey, StaticPublicKey},
+    objects::CredentialKind,
+};
+use futures_util::FutureExt as _;
+use sqlx::{
+    Connection as _,
+    postgres::{PgConnectOptions, PgConnection},
+};
+
+use crate::template::place;
+
+const A: WorkspaceId = WorkspaceId([0xaa; 32]);
+const B: WorkspaceId = WorkspaceId([0xbb; 32]);
+const AGENT: AgentId = AgentId([1; 16]);
+const OTHER_AGENT: AgentId = AgentId([2; 16]);
+const CREDENTIAL: CredentialId = CredentialId([3; 16]);
+const SERVICE: ServiceId = ServiceId([4; 16]);
+const TAG: LookupTag = LookupTag([5; 16]);
+
+/// Runs a test on a cluster of its own, which is gone afterwards whatever happened.
+async fn with_cluster<T: Future<Output = ()>>(
+    test: impl FnOnce(PgConnectOptions, PgConnectOptions) -> T,
+) {
+    let (_dir, data_dir) = place().await;
+    let cluster = Cluster::start(DataDir::lock(&data_dir).unwrap()).await.unwrap();
+    let owner = cluster.connect_options("postgres");
+    let mut connection = PgConnection::connect_with(&owner).await.unwrap();
+    migrate(&mut connection).await.unwrap();
+    let outcome =
+        AssertUnwindSafe(test(owner, cluster.connect_options(APP_ROLE))).catch_unwind().await;
+    cluster.stop().await;
+    if let Err(panic) = outcome {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+fn record(counter: u32) -> SealedRecord {
+    SealedRecord { epoch: 0, counter, sealed: vec![7; 40].into() }
+}
+
+async fn insert_agent(
+    tx: &mut WorkspaceTx,
+    agent_id: AgentId,
+    credential_id: Option<CredentialId>,
+) {
+    let presented =
+        PresentedBlobs { certificate: vec![1].into(), credential: None, noise_key: vec![2].into() };
+    let login = AgentLogin {
+        agent_id,
+        identity_key: IdentityKey([8; 32]),
+        presented: &presented,
+        credential_id,
+        noise_key_counter: 1,
+        static_key: StaticPublicKey([9; 32]),
+        wrap_key: &[3],
+        address: "192.0.2.0/24",
+    };
+    assert_eq!(tx.insert_agent(&login).await.unwrap(), Upserted::Done);
+}
+
+/// A row in every table.
+async fn populate(store: &Store, workspace: WorkspaceId) {
+    let mut tx = store.workspace(workspace).await.unwrap();
+    assert!(tx.insert_workspace(b"genesis").await.unwrap());
+    let wrap = EpochWrap { epoch: 0, sealed: vec![6].into() };
+    let credential = NewCredential {
+        id: CREDENTIAL,
+        credential: b"credential",
+        kind: CredentialKind::Invite,
+        uses: 1,
+        join_until: 10,
+        certs_end: 20,
+        wrap_key: &[3],
+        wrap: &wrap,
+    };
+    assert!(tx.insert_credential(&credential).await.unwrap());
+    insert_agent(&mut tx, AGENT, Some(CREDENTIAL)).await;
+    assert_eq!(tx.expose(AGENT, SERVICE, TAG, &record(1)).await.unwrap(), Exposed::Done);
+    tx.commit().await.unwrap();
+}
+
+/// All tables that hold rows of workspaces.
+async fn tables(connection: &mut PgConnection) -> Vec<String> {
+    let rows: Vec<(String,)> = sqlx::query_as(
+        "SELECT c.oid::regclass::text FROM pg_class c
+         JOIN pg_namespace n ON n.oid = c.relnamespace
+         JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = 'workspace_id' AND NOT a.attisdropped
+         WHERE n.nspname = 'connect' AND c.relkind IN ('r', 'p') ORDER BY 1",
+    )
+    .fetch_all(connection)
+    .await
+    .unwrap();
+    rows.into_iter().map(|(name,)| name).collect()
+}
+
+/// What [`Store::workspace`] does, for statements of our own.
+async fn enter(
+    session: &mut PgConnection,
+    workspace: WorkspaceId,
+) -> sqlx::Transaction<'_, sqlx::Postgres> {
+    let mut tx = session.begin().await.unwrap();
+    sqlx::query("SELECT set_config('connect.workspace_id', $1, true)")
+        .bind(workspace.to_string())
+        .execute(&mut *tx)
+        .await
+        .unwrap();
+    tx
+}
+
+async fn count(connection: &mut PgConnection, table: &str) -> i64 {
+    let sql = sqlx::AssertSqlSafe(format!("SELECT count(*) FROM {table}"));
+    sqlx::query_as::<_, (i64,)>(sql).fetch_one(connection).await.unwrap().0
+}
+
+#[tokio::test]
+async fn a_workspace_sees_its_own_rows_only() {
+    with_cluster(|owner, app| async move {
+        let store = Store::connect(app.clone()).await.unwrap();
+        populate(&store, A).await;
+        populate(&store, B).await;
+        let mut owner = PgConnection::connect_with(&owner).await.unwrap();
+        let tables = tables(&mut owner).await;
+        assert!(tables.len() >= 5, "{tables:?}");
+
+        // No WHERE here: row security alone must do it.
+        let mut session = PgConnection::connect_with(&app).await.unwrap();
+        let mut tx = enter(&mut session, A).await;
+        for table in &tables {
+            assert_eq!(count(&mut owner, table).await, 2, "{table} in all workspaces");
+            assert_eq!(count(&mut tx, table).await, 1, "{table}");
+        }
+        tx.commit().await.unwrap();
+
+        // A fresh session, and one back in the pool after a transaction: nothing is open.
+        let fresh = PgConnection::connect_with(&app).await.unwrap();
+        for mut session in [fresh, session] {
+            for table in &tables {
+                assert_eq!(count(&mut session, table).await, 0, "{table}");
+            }
+            let written = sqlx::query(
+                "INSERT INTO connect.workspaces (workspace_id, genesis, head_hash)
+                 VALUES (decode(repeat('cc', 32), 'hex'), '', decode(repeat('cc', 32), 'hex'))",
+            )
+            .execute(&mut session)
+            .await;
+            assert!(written.is_err());
+            let moved = sqlx::query("UPDATE connect.services SET record_counter = 9")
+                .execute(&mut session)
+                .await
+                .unwrap();
+            assert_eq!(moved.rows_affected(), 0);
+            let removed =
+                sqlx::query("DELETE FROM connect.services").execute(&mut session).await.unwrap();
+            assert_eq!(removed.rows_affected(), 0);
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_row_cannot_point_or_move_into_another_workspace() {
+    with_cluster(|_, app| async move {
+        let store = Store::connect(app.clone()).await.unwrap();
+        populate(&store, A).await;
+        populate(&store, B).await;
+        let mut tx = store.workspace(A).await.unwrap();
+        insert_agent(&mut tx, OTHER_AGENT, None).await;
+        tx.commit().await.unwrap();
+        // The agent exists in A only.
+        let mut tx = store.workspace(B).await.unwrap();
+        assert!(
+            tx.expose(OTHER_AGENT, ServiceId([9; 16]), LookupTag([9; 16]), &record(1))
+                .await
+                .is_err()
+        );
+        let mut session = PgConnection::connect_with(&app).await.unwrap();
+        let mut tx = enter(&mut session, B).await;
+        let moved = sqlx::query("UPDATE connect.services SET workspace_id = $1")
+            .bind(A.0.as_slice())
+            .execute(&mut *tx)
+            .await;
+        assert!(moved.is_err());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_catalog_has_no_hole() {
+    with_cluster(|owner, _| async move {
+        let mut owner = PgConnection::connect_with(&owner).await.unwrap();
+        for table in tables(&mut owner).await {
+            let (secured, forced, commands): (bool, bool, String) = sqlx::query_as(
+                "SELECT c.relrowsecurity, c.relforcerowsecurity,
+                        (SELECT string_agg(p.polcmd::text, '' ORDER BY p.polcmd) FROM pg_policy p
+                         WHERE p.polrelid = c.oid
+                           AND coalesce(pg_get_expr(p.polqual, p.polrelid), '') || coalesce(pg_get_expr(p.polwithcheck, p.polrelid), '')
+                               LIKE '%connect.workspace_id%')
+                 FROM pg_class c WHERE c.oid = $1::regclass",
+            )
+            .bind(&table)
+            .fetch_one(&mut owner)
+            .await
+            .unwrap();
+            assert!(secured && forced, "{table}");
+            assert_eq!(commands, "adrw", "{table}: one policy for each command");
+            let (foreign_keys_without,): (i64,) = sqlx::query_as(
+                "SELECT count(*) FROM pg_constraint k WHERE k.conrelid = $1::regclass AND k.contype = 'f'
+                 AND NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = k.conrelid
+                                 AND a.attnum = ANY (k.conkey) AND a.attname = 'workspace_id')",
+            )
+            .bind(&table)
+            .fetch_one(&mut owner)
+            .await
+            .unwrap();
+            assert_eq!(foreign_keys_without, 0, "{table}: references name the workspace");
+        }
+        // Tables without a workspace: the ones named here, and closed as well.
+        let others: Vec<(String, bool)> = sqlx::query_as(
+            "SELECT c.relname::text, c.relrowsecurity AND c.relforcerowsecurity FROM pg_class c
+             JOIN pg_namespace n ON n.oid = c.relnamespace
+             WHERE n.nspname = 'connect' AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
+               AND NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attname = 'workspace_id')
+             ORDER BY 1",
+        )
+        .fetch_all(&mut owner)
+        .await
+        .unwrap();
+        assert_eq!(others, [("registration_tokens".to_owned(), true), ("schema_history".to_owned(), false)]);
+        // Functions that see more than their caller: the ones named here, with a pinned search path.
+        let definers: Vec<(String, String, bool)> = sqlx::query_as(
+            "SELECT p.proname::text, p.proowner::regrole::text,
+                    coalesce(p.proconfig @> ARRAY['search_path=pg_catalog, pg_temp'], false)
+             FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+             WHERE n.nspname = 'connect' AND p.prosecdef ORDER BY 1",
+        )
+        .fetch_all(&mut owner)
+        .await
+        .unwrap();
+        assert_eq!(definers, [("spend_registration_token".to_owned(), "connect_lookup".to_owned(), true)]);
+        let (login, members): (bool, i64) = sqlx::query_as(
+            "SELECT r.rolcanlogin, (SELECT count(*) FROM pg_auth_members m WHERE m.roleid = r.oid)
+             FROM pg_roles r WHERE r.rolname = 'connect_lookup'",
+        )
+        .fetch_one(&mut owner)
+        .await
+        .unwrap();
+        assert!(!login);
+        assert_eq!(members, 0);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_role_that_could_see_more_is_refused() {
+    with_cluster(|owner_options, app| async move {
+        let refused = |options: PgConnectOptions| async move {
+            match Store::connect(options).await {
+                Err(StoreError::Privileged { why, .. }) => why,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert!(refused(owner_options.clone()).await.contains("superuser"));
+        let mut owner = PgConnection::connect_with(&owner_options).await.unwrap();
+        for (make, unmake, why) in [
+            ("ALTER ROLE connect_app BYPASSRLS", "ALTER ROLE connect_app NOBYPASSRLS", "bypasses"),
+            (
+                "ALTER ROLE connect_app CREATEROLE",
+                "ALTER ROLE connect_app NOCREATEROLE",
+                "create roles",
+            ),
+            (
+                "GRANT connect_lookup TO connect_app",
+                "REVOKE connect_lookup FROM connect_app",
+                "owns",
+            ),
+            (
+                "ALTER TABLE connect.agents OWNER TO connect_app",
+                "ALTER TABLE connect.agents OWNER TO postgres",
+                "owns",
+            ),
+        ] {
+            sqlx::query(make).execute(&mut owner).await.unwrap();
+            assert!(refused(app.clone()).await.contains(why), "{make}");
+            sqlx::query(unmake).execute(&mut owner).await.unwrap();
+        }
+        sqlx::query("GRANT ALL ON connect.agents TO connect_app")
+            .execute(&mut owner)
+            .await
+            .unwrap();
+        Store::connect(app.clone()).await.unwrap();
+
+        sqlx::query("DELETE FROM connect.schema_history WHERE version = 3")
+            .execute(&mut owner)
+            .await
+            .unwrap();
+        assert!(matches!(
+            Store::connect(app).await,
+            Err(StoreError::Version { found: 2, wanted: 3 })
+        ));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_registration_token_is_spent_once_and_in_time() {
+    with_cluster(|_, app| async move {
+        let store = Store::connect(app.clone()).await.unwrap();
+        let mut connection = PgConnection::connect_with(&app).await.unwrap();
+        let token = |text: &str| RegistrationToken(text.to_owned());
+        create_token(&mut connection, &token("good"), Duration::from_secs(60)).await.unwrap();
+        create_token(&mut connection, &token("late"), Duration::ZERO).await.unwrap();
+        for (text, commit, spent) in [
+            ("good", false, true),
+            ("good", true, true),
+            ("good", true, false),
+            ("late", true, false),
+            ("none", true, false),
+        ] {
+            let mut tx = store.workspace(A).await.unwrap();
+            assert_eq!(tx.spend_registration_token(&token(text)).await.unwrap(), spent, "{text}");
+            if commit {
+                tx.commit().await.unwrap();
+            }
+        }
+        let listed = sqlx::query("SELECT token_hash FROM connect.registration_tokens")
+            .fetch_all(&mut connection)
+            .await;
+        assert!(listed.is_err(), "the hub's role can list tokens");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_name_belongs_to_one_agent_and_counters_do_not_fall() {
+    with_cluster(|_, app| async move {
+        let store = Store::connect(app).await.unwrap();
+        populate(&store, A).await;
+        let mut tx = store.workspace(A).await.unwrap();
+        insert_agent(&mut tx, OTHER_AGENT, None).await;
+        tx.commit().await.unwrap();
+
+        let expose = async |agent, service, tag, counter| {
+            let mut tx = store.workspace(A).await.unwrap();
+            let exposed = tx.expose(agent, service, tag, &record(counter)).await.unwrap();
+            if exposed == Exposed::Done {
+                tx.commit().await.unwrap();
+            }
+            exposed
+        };
+        let new = ServiceId([40; 16]);
+        assert_eq!(expose(OTHER_AGENT, new, TAG, 1).await, Exposed::TakenBy(AGENT));
+        assert_eq!(
+            expose(OTHER_AGENT, SERVICE, LookupTag([50; 16]), 9).await,
+            Exposed::TakenBy(AGENT)
+        );
+        assert_eq!(expose(AGENT, SERVICE, TAG, 5).await, Exposed::Done);
+        assert_eq!(expose(AGENT, SERVICE, TAG, 5).await, Exposed::Done);
+        assert_eq!(expose(AGENT, SERVICE, TAG, 4).await, Exposed::Stale);
+        // The same name with a new id, as after a lost home directory's twin; the old row gives way.
+        assert_eq!(expose(AGENT, new, TAG, 1).await, Exposed::Done);
+        let mut tx = store.workspace(A).await.unwrap();
+        assert_eq!(tx.exposer_of(SERVICE).await.unwrap(), None);
+        assert_eq!(tx.find_by_tag(TAG).await.unwrap().unwrap().service_id, new);
+        assert!(!tx.unexpose(OTHER_AGENT, new).await.unwrap());
+        assert!(tx.unexpose(AGENT, new).await.unwrap());
+        tx.commit().await.unwrap();
+        assert_eq!(expose(OTHER_AGENT, new, TAG, 1).await, Exposed::Done);
+
+        let mut tx = store.workspace(A).await.unwrap();
+        assert!(tx.publish_agent(AGENT, &record(2)).await.unwrap());
+        assert!(!tx.publish_agent(AGENT, &record(1)).await.unwrap());
+        let agents = tx.agents(None, 10).await.unwrap();
+        assert_eq!(
+            agents.iter().map(|agent| agent.agent_id).collect::<Vec<_>>(),
+            [AGENT, OTHER_AGENT]
+        );
+        assert_eq!(agents[0].record, Some(record(2)));
+        assert_eq!(agents[0].presented.credential, Some(b"credential".to_vec().into()));
+        assert_eq!(tx.agents(Some(AGENT), 10).await.unwrap().len(), 1);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_last_use_of_an_invite_has_one_taker() {
+    with_cluster(|_, app| async move {
+        let store = Store::connect(app).await.unwrap();
+        populate(&store, A).await;
+        let mut first = store.workspace(A).await.unwrap();
+        assert!(first.spend_credential_use(CREDENTIAL).await.unwrap());
+        let second = async {
+            let mut tx = store.workspace(A).await.unwrap();
+            tx.spend_credential_use(CREDENTIAL).await.unwrap()
+        };
+        // The second waits for the first to decide.
+        let (second, ()) = tokio::join!(second, async { first.commit().await.unwrap() });
+        assert!(!second);
+    })
+    .await;
+}

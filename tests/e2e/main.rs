@@ -1,1 +1,5 @@
+//! End to end: real processes, real sockets, a real PostgreSQL. One module for each feature.
+//!
+//! `make test` builds the programs and runs this.
 
+mod carry;

@@ -3,3 +3,4 @@
 //! `make test` builds the programs and runs this.
 
 mod carry;
+mod hub_sees;

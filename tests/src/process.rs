@@ -32,11 +32,11 @@ while read -r change group; do
     alive=$rest
     if [ "$change" = + ]; then alive="$alive $group"; fi
 done
-for group in $alive; do kill -TERM -- "-$group"; done
+for group in $alive; do kill -TERM "-$group"; done
 tries=0
 for group in $alive; do
-    while kill -0 -- "-$group" && [ "$tries" -lt 100 ]; do sleep 0.1; tries=$((tries + 1)); done
-    kill -KILL -- "-$group"
+    while kill -0 "-$group" && [ "$tries" -lt 100 ]; do sleep 0.1; tries=$((tries + 1)); done
+    kill -KILL "-$group"
 done
 # A hub that was killed leaves its database running, for its successor.
 find "$root" -name postmaster.pid | while read -r file; do

@@ -73,8 +73,8 @@ pub struct AgentInfo {
     pub revoked: bool,
 }
 
-/// What is known of a name: one service, or why there is none.
-pub(crate) const NOT_FOUND_HINT: &str = "`connect services` lists what there is";
+/// A list that a hub never ends is cut here.
+const MAX_LISTED: usize = 100_000;
 
 impl<'i> Directory<'i> {
     /// Opens a short session of its own, beside that of a running agent.
@@ -141,7 +141,7 @@ impl<'i> Directory<'i> {
         }
         found.ok_or_else(|| {
             Error::new(ErrorKind::ServiceNotFound, format_args!("no service is called `{name}`"))
-                .hint(NOT_FOUND_HINT)
+                .hint("`connect services` lists what there is")
         })
     }
 
@@ -219,7 +219,7 @@ impl<'i> Directory<'i> {
                     Err(error) => tracing::warn!(%error, "a service was left out"),
                 }
             }
-            if !more || last.is_none() || last <= after {
+            if !more || last.is_none() || last <= after || all.len() > MAX_LISTED {
                 break;
             }
             after = last;
@@ -248,7 +248,7 @@ impl<'i> Directory<'i> {
                     Err(error) => tracing::warn!(%error, "an agent was left out"),
                 }
             }
-            if !more || last.is_none() || last <= after {
+            if !more || last.is_none() || last <= after || all.len() > MAX_LISTED {
                 break;
             }
             after = last;

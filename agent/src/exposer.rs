@@ -290,7 +290,7 @@ impl Exposer {
         let mut status = tunnel.status();
         let (sealer, opener) = transport.split();
         tokio::spawn({
-            let service = service.clone();
+            let (tunnel, service) = (tunnel.clone(), service.clone());
             // Lives exactly as long as the tunnel, which every way of stopping the agent closes.
             async move {
                 let running = tunnel.run(socket, request.encoding, sealer, opener);
@@ -301,10 +301,11 @@ impl Exposer {
         });
         // The initiator's first record proves that this is no replay; only then is it remembered.
         let confirmed = status.wait_for(|status| *status != Status::Greeting);
-        if let Ok(Ok(status)) = timeout(HANDSHAKE_TIMEOUT, confirmed).await
-            && matches!(*status, Status::Established { .. })
-        {
+        let settled = timeout(HANDSHAKE_TIMEOUT, confirmed).await;
+        if matches!(settled.as_ref().map(|s| s.as_deref()), Ok(Ok(Status::Established { .. }))) {
             core.remember(&peer, None);
+        } else {
+            tunnel.close(CloseCode::Protocol);
         }
         Ok(())
     }

@@ -16,7 +16,7 @@ use tokio::{
 use crate::{
     agent::AbortOnDrop,
     error::{Error, ErrorKind, Result},
-    io::splice::splice,
+    io::splice::{refuse, splice},
     reacher::Reached,
 };
 
@@ -70,8 +70,7 @@ async fn carry(tcp: TcpStream, reached: Reached) {
         Ok(stream) => splice(tcp, &stream).await,
         Err(error) => {
             tracing::warn!(%error, "a client was turned away");
-            // RST, since a clean end would look like an empty answer.
-            let _ = tcp.set_zero_linger();
+            refuse(tcp);
         }
     }
 }

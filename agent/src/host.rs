@@ -211,9 +211,10 @@ impl Host {
         keep: Keep,
     ) -> Result<ReachedStatus> {
         let found = self.agent.find(&name).await?;
-        self.listen_for(&name, port, found.record.port_hint).await?;
+        let is_new = self.listen_for(&name, port, found.record.port_hint).await?;
         let ready = self.reached(&name).await.ok_or_else(gone)?.ready().await;
         if let Err(error) = &ready
+            && is_new
             && matches!(
                 error.kind,
                 ErrorKind::TrustViolation | ErrorKind::Refused | ErrorKind::ServiceNotFound
@@ -238,19 +239,19 @@ impl Host {
         self.forwards.lock().await.get(name).map(|forward| forward.reached.clone())
     }
 
-    /// Binds the port of a service and begins to reach it; does nothing for one that is reached so.
+    /// Binds the port of a service and begins to reach it; false for one that is reached so already.
     async fn listen_for(
         &self,
         name: &ServiceName,
         port: Option<u16>,
         own: Option<u16>,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let home = &self.agent.core().home;
         let mut forwards = self.forwards.lock().await;
         if let Some(forward) = forwards.get(name)
             && port.is_none_or(|port| port == forward.address.port())
         {
-            return Ok(());
+            return Ok(false);
         }
         let mut ports = home.load_ports()?;
         let listener = forward::bind(name, port, own, &ports).await?;
@@ -260,7 +261,7 @@ impl Host {
         }
         let forward = Forward::start(listener, self.agent.reach(name))?;
         forwards.insert(name.clone(), forward);
-        Ok(())
+        Ok(true)
     }
 
     async fn unreach(&self, name: &ServiceName) -> Result<()> {

@@ -20,6 +20,10 @@ use super::stream::{RecvHalf, SendHalf};
 /// An ACK that nothing else makes urgent waits this long for more bytes to acknowledge.
 const ACK_DELAY: Duration = Duration::from_millis(20);
 
+/// Bytes that one channel keeps for its peer, all streams together: what a peer that reads nothing can
+/// make this agent hold.
+const MAX_KEPT: usize = 16 * 1024 * 1024;
+
 /// Which end of the channel this is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Side {
@@ -110,6 +114,10 @@ pub(crate) struct Channel {
     delayed: BTreeSet<StreamId>,
     delayed_until: Option<Instant>,
     credit: Credit,
+    /// Bytes that all streams keep until the peer has them.
+    kept: usize,
+    /// Streams whose writers wait for room.
+    blocked_writers: BTreeSet<StreamId>,
     liveness: Liveness,
     events: VecDeque<Event>,
 }
@@ -224,6 +232,8 @@ impl Channel {
                 received: 0,
                 consumed: 0,
             },
+            kept: 0,
+            blocked_writers: BTreeSet::new(),
             liveness: Liveness {
                 heard: now,
                 ping_at: None,
@@ -265,25 +275,28 @@ impl Channel {
     }
 
     /// How many bytes [`Channel::write`] would take; 0 asks for an [`Event::Writable`].
-    pub(crate) fn room(&mut self, stream: StreamId) -> Result<usize, StreamError> {
-        let stream = self.live(stream)?;
-        let room = stream.send.room();
-        stream.send.blocked = room == 0;
+    pub(crate) fn room(&mut self, id: StreamId) -> Result<usize, StreamError> {
+        let all = MAX_KEPT.saturating_sub(self.kept);
+        let room = self.live(id)?.send.room().min(all);
+        if room == 0 {
+            self.blocked_writers.insert(id);
+        }
         Ok(room)
     }
 
     /// Takes as many bytes as there is room for; 0 asks for an [`Event::Writable`].
     pub(crate) fn write(&mut self, id: StreamId, bytes: &[u8]) -> Result<usize, StreamError> {
+        let taken = bytes.len().min(self.room(id)?);
         let stream = self.live(id)?;
         if stream.send.is_finished() {
             return Err(StreamError::Closed);
         }
-        let written = stream.send.write(bytes);
-        stream.send.blocked = written == 0 && !bytes.is_empty();
-        if written > 0 {
+        stream.send.write(&bytes[..taken]);
+        self.kept += taken;
+        if taken > 0 {
             self.queue(id);
         }
-        Ok(written)
+        Ok(taken)
     }
 
     /// Ends this direction cleanly; the other goes on.
@@ -551,8 +564,11 @@ impl Channel {
 
     fn handle_ack(&mut self, id: StreamId, offset: u64) -> Result<(), ProtocolViolation> {
         if let Some(stream) = self.known(id)? {
+            let kept = stream.send.kept();
             stream.send.handle_ack(offset)?;
-            self.wake_writer(id);
+            let freed = kept - stream.send.kept();
+            self.kept -= freed;
+            self.wake_writers();
             self.remove_if_done(id);
         }
         Ok(())
@@ -562,7 +578,7 @@ impl Channel {
         if let Some(stream) = self.known(id)? {
             stream.send.handle_window(max_data);
             self.queue(id);
-            self.wake_writer(id);
+            self.wake_writers();
         }
         Ok(())
     }
@@ -731,14 +747,16 @@ impl Channel {
         }
     }
 
-    fn wake_writer(&mut self, id: StreamId) {
-        if let Some(stream) = self.streams.get_mut(&id)
-            && stream.send.blocked
-            && stream.send.room() > 0
-        {
-            stream.send.blocked = false;
-            self.events.push_back(Event::Writable(id));
+    /// Tells the writers that wait, if there is room for them.
+    fn wake_writers(&mut self) {
+        if self.kept >= MAX_KEPT {
+            return;
         }
+        let streams = &self.streams;
+        let woken = self.blocked_writers.extract_if(.., |id| {
+            streams.get(id).is_none_or(|stream| stream.reset.is_some() || stream.send.room() > 0)
+        });
+        self.events.extend(woken.map(Event::Writable));
     }
 
     fn received(&mut self, fresh: u64) -> Result<(), ProtocolViolation> {
@@ -767,6 +785,7 @@ impl Channel {
         }
         stream.reset_sent = true;
         let total = stream.send.sent();
+        self.kept -= stream.send.discard();
         let dropped = stream.recv.discard();
         self.outbox.push_back(Outgoing::Reset { stream: id, code, total });
         self.consumed(dropped);
@@ -789,6 +808,8 @@ impl Channel {
         self.sending.clear();
         self.feedback.clear();
         self.delayed.clear();
+        self.blocked_writers.clear();
+        self.kept = 0;
         for (id, _) in std::mem::take(&mut self.streams) {
             self.events.extend([Event::Readable(id), Event::Writable(id)]);
         }

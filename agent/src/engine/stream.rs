@@ -27,8 +27,6 @@ pub(super) struct SendHalf {
     finished: bool,
     fin_sent: bool,
     fin_acked: bool,
-    /// A write found no room: tell when there is some.
-    pub(super) blocked: bool,
 }
 
 impl SendHalf {
@@ -41,7 +39,6 @@ impl SendHalf {
             finished: false,
             fin_sent: false,
             fin_acked: false,
-            blocked: false,
         }
     }
 
@@ -49,17 +46,22 @@ impl SendHalf {
         self.acked + self.kept.len() as u64
     }
 
-    /// How many bytes a write would take.
+    /// How many bytes a write may take. However much credit a peer grants, no more is kept for it than
+    /// an honest one would ever need.
     pub(super) fn room(&self) -> usize {
-        let room = (self.max_data + WRITE_AHEAD).saturating_sub(self.written());
+        let credit = self.max_data.min(self.acked.saturating_add(MAX_STREAM_WINDOW));
+        let room = credit.saturating_add(WRITE_AHEAD).saturating_sub(self.written());
         usize::try_from(room).unwrap_or(usize::MAX)
     }
 
-    /// Takes as many of `bytes` as there is room for.
-    pub(super) fn write(&mut self, bytes: &[u8]) -> usize {
-        let taken = bytes.len().min(self.room());
-        self.kept.extend(&bytes[..taken]);
-        taken
+    /// Takes all of `bytes`, for which [`SendHalf::room`] was asked.
+    pub(super) fn write(&mut self, bytes: &[u8]) {
+        self.kept.extend(bytes);
+    }
+
+    /// Bytes that are kept until the peer has them.
+    pub(super) fn kept(&self) -> usize {
+        self.kept.len()
     }
 
     pub(super) fn finish(&mut self) {
@@ -83,7 +85,7 @@ impl SendHalf {
 
     /// Bytes that may be sent now, given what the channel's credit leaves.
     pub(super) fn sendable(&self, channel_credit: u64) -> usize {
-        let end = self.written().min(self.max_data);
+        let end = self.written().min(self.max_data).max(self.sent);
         usize::try_from((end - self.sent).min(channel_credit)).unwrap_or(usize::MAX)
     }
 
@@ -121,13 +123,20 @@ impl SendHalf {
         self.fin_acked |= self.fin_sent && offset == end;
         let acked = offset.min(self.sent);
         if let Some(freed) = acked.checked_sub(self.acked) {
-            self.kept.drain(..usize::try_from(freed).expect("kept bytes fit memory"));
+            // A reset stream keeps nothing, and what it sent before may still be acknowledged.
+            let freed = usize::try_from(freed).unwrap_or(usize::MAX).min(self.kept.len());
+            self.kept.drain(..freed);
             self.acked = acked;
             if self.kept.is_empty() && self.kept.capacity() > IDLE_BUFFER {
                 self.kept = VecDeque::new();
             }
         }
         Ok(())
+    }
+
+    /// Drops what is kept; returns how many bytes.
+    pub(super) fn discard(&mut self) -> usize {
+        std::mem::take(&mut self.kept).len()
     }
 
     /// A lower grant than before is an old one and changes nothing.

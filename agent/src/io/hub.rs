@@ -36,6 +36,8 @@ use crate::{
 /// A request that the hub does not answer within this time has failed. It is longer than the time
 /// that the hub gives an exposer to answer.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(15);
+/// A hub that asks its agents to stay away for longer is not heeded.
+const MAX_RESTART_PAUSE: Duration = Duration::from_secs(30);
 /// Messages waiting for a slow control socket.
 const QUEUE: usize = 256;
 
@@ -356,7 +358,8 @@ async fn drive(
                         }
                     }
                     Ok(FromHub::Restarting { reconnect_in_ms }) => {
-                        restarting = Some(Duration::from_millis(reconnect_in_ms.into()));
+                        let wait = Duration::from_millis(reconnect_in_ms.into());
+                        restarting = Some(wait.min(MAX_RESTART_PAUSE));
                     }
                     Ok(FromHub::Error(ErrorReport { code: ErrorCode::Displaced, .. })) => {
                         return Ended::Displaced;

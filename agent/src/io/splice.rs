@@ -21,17 +21,37 @@ const SPLICE_BYTES: usize = 64 * 1024;
 ///
 /// A connection that breaks resets the stream; a stream that was reset breaks the connection with
 /// RST, so that a client never takes a cut answer for a whole one.
-pub(crate) async fn splice(mut tcp: TcpStream, stream: &Stream) {
-    let joined = {
-        let (reader, writer) = tcp.split();
-        // Both directions in one task: an error of either ends the other.
-        tokio::try_join!(to_stream(reader, stream), to_tcp(stream, writer))
-    };
-    if let Err(error) = joined {
-        tracing::debug!(%error, "connection broken");
-        stream.reset(ResetCode::Aborted);
-        // Without it the kernel would say a clean end of file. A socket that refuses is gone already.
-        let _ = tcp.set_zero_linger();
+pub(crate) async fn splice(tcp: TcpStream, stream: &Stream) {
+    let mut connection = Connection { tcp, ended: false };
+    let (reader, writer) = connection.tcp.split();
+    // Both directions in one task: an error of either ends the other.
+    match tokio::try_join!(to_stream(reader, stream), to_tcp(stream, writer)) {
+        Ok(_) => connection.ended = true,
+        Err(error) => {
+            tracing::debug!(%error, "connection broken");
+            stream.reset(ResetCode::Aborted);
+        }
+    }
+}
+
+/// Turns a client away.
+pub(crate) fn refuse(tcp: TcpStream) {
+    drop(Connection { tcp, ended: false });
+}
+
+/// A TCP connection that is broken with RST when it is dropped before both directions ended: a task
+/// that is aborted must not look like a clean end either.
+struct Connection {
+    tcp: TcpStream,
+    ended: bool,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if !self.ended {
+            // A socket that refuses is gone already.
+            let _ = self.tcp.set_zero_linger();
+        }
     }
 }
 

@@ -232,6 +232,33 @@ fn reader_that_stops_holds_the_writer_and_nobody_else() {
 }
 
 #[test]
+fn greedy_grants_make_nobody_keep_without_end() {
+    let mut pair = Pair::greeted();
+    let streams: Vec<_> = (0..20).map(|_| pair.open()).collect();
+    let now = pair.now;
+    let mut record = Vec::new();
+    for stream in streams.iter().copied().map(Some).chain([None]) {
+        Record::Window { stream, max_data: u64::MAX }.encode(&mut record);
+        pair.reacher.handle_record(now, &record);
+    }
+    let mut kept = 0;
+    for stream in &streams {
+        while let Ok(taken @ 1..) = pair.reacher.write(*stream, &pattern(100_000)) {
+            kept += taken;
+        }
+        let of_one = pair.reacher.streams[stream].send.kept() as u64;
+        assert!(of_one <= MAX_STREAM_WINDOW + 64 * 1024);
+    }
+    assert_eq!(kept, MAX_KEPT);
+    // What the peer acknowledges makes room for those who wait.
+    while pair.reacher.poll_event().is_some() {}
+    while pair.reacher.poll_transmit(now, &mut record) {}
+    Record::Ack { stream: streams[0], offset: 1000 }.encode(&mut record);
+    pair.reacher.handle_record(now, &record);
+    assert_eq!(pair.reacher.poll_event(), Some(Event::Writable(streams[0])));
+}
+
+#[test]
 fn bytes_arrive_once_and_in_order_through_every_buffer_boundary() {
     let mut pair = Pair::greeted();
     let stream = pair.open();

@@ -74,8 +74,12 @@ fn hub_and_wire_hold_no_plain_text() {
     assert_ne!(control.bytes(&wire.recorded()), [""; 0], "wire");
 
     let (mut known, mut total) = (Vec::new(), 0);
+    let mut databases = 0;
     for id in family(hub.id()) {
-        match search.memory(id, true) {
+        let name = std::fs::read_to_string(format!("/proc/{id}/comm")).unwrap_or_default();
+        databases += usize::from(name.trim() == "postgres");
+        // The first of PostgreSQL's processes shares its memory with the others.
+        match search.memory(id, databases < 2) {
             Ok((hits, bytes)) => {
                 assert_eq!(hits, [""; 0], "memory");
                 total += bytes;
@@ -86,6 +90,7 @@ fn hub_and_wire_hold_no_plain_text() {
         }
     }
     assert_ne!(known, [""; 0], "{total} bytes of memory");
+    assert!(databases > 1, "PostgreSQL was looked into, too");
     let (hits, _) = search.memory(exposer_agent.id(), true).expect("our own child");
     assert!(
         hits.iter().any(|hit| hit.starts_with(&host)),

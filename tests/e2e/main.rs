@@ -3,4 +3,6 @@
 //! `make test` builds the programs and runs this.
 
 mod carry;
+mod enrol;
+mod hostile;
 mod hub_sees;

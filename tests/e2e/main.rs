@@ -4,5 +4,9 @@
 
 mod carry;
 mod enrol;
+mod garbage;
 mod hostile;
 mod hub_sees;
+mod isolation;
+mod reconnect;
+mod secrets;

@@ -11,10 +11,10 @@ use connect_spec::{
     bytes::Blob,
     control::{
         self, AGENT_PATH, FromAgent, FromHub, LOGIN_KIND, Login, Nonce, PresentedBlobs, Reply,
-        Request, SessionKind, TICKET_SCHEME, TUNNEL_PATH,
+        Request, SealedRecord, SessionKind, TICKET_SCHEME, TUNNEL_PATH, TunnelRequest,
     },
     encoding::Encoding,
-    ids::{AgentId, WorkspaceId},
+    ids::{AgentId, ChannelId, CredentialId, ServiceId, TunnelId, WorkspaceId},
     objects::Attributes,
     signed::Signed,
     trust::{Presented, TrustState},
@@ -29,7 +29,7 @@ use tokio_tungstenite::{
     tungstenite::{self, Message, client::IntoClientRequest},
 };
 
-use crate::{PATIENCE, home::Home};
+use crate::{PATIENCE, home::Home, random};
 
 /// The generator that `connect-crypto` draws from.
 #[must_use]
@@ -251,4 +251,51 @@ pub async fn data_socket(
         Err(tungstenite::Error::Http(response)) => Err(response.status().as_u16()),
         Err(error) => panic!("{error}"),
     }
+}
+
+/// A request for a tunnel whose handshake message is noise: enough for a hub, not for an exposer.
+#[must_use]
+pub fn tunnel_request(service_id: ServiceId, responder: AgentId) -> TunnelRequest {
+    TunnelRequest {
+        tunnel_id: TunnelId(random(16).try_into().expect("16 bytes")),
+        service_id,
+        responder,
+        share_id: CredentialId([0; 16]),
+        channel_id: ChannelId([1; 16]),
+        tunnel_no: 0,
+        encoding: Encoding::Base64,
+        message: Blob(vec![7; 2000]),
+    }
+}
+
+/// A record that nobody can open: enough for a hub.
+#[must_use]
+pub fn sealed(counter: u32) -> SealedRecord {
+    SealedRecord { epoch: 0, counter, sealed: Blob(vec![9; 512]) }
+}
+
+/// Gets a tunnel from one hand-made client to another; the tickets of the exposer and the reacher.
+pub async fn tickets(hub: SocketAddr, exposer: &Keys, reacher: &Keys) -> (String, String) {
+    let mut expose = Client::login(hub, exposer, SessionKind::Agent).await;
+    let mut reach = Client::login(hub, reacher, SessionKind::Agent).await;
+    let service_id = ServiceId([5; 16]);
+    let tag = exposer.names.tag(&"svc".parse().expect("a name"));
+    let reply = expose.request(Request::Expose { service_id, tag, record: sealed(1) }).await;
+    assert_eq!(reply, Reply::Done);
+    let request = Request::OpenTunnel(tunnel_request(service_id, exposer.agent_id));
+    reach.send(&FromAgent::Request { id: 1, request }).await;
+    let Some(FromHub::IncomingTunnel { initiator, request, ticket }) = expose.next().await else {
+        panic!("the exposer is asked");
+    };
+    assert_eq!(initiator, reacher.agent_id);
+    let exposers = ticket.reveal().to_owned();
+    let message = Blob(vec![7; 2000]);
+    expose.send(&FromAgent::AcceptTunnel { tunnel_id: request.tunnel_id, message }).await;
+    let Some(FromHub::Reply { reply: Reply::TunnelAccepted { ticket, .. }, .. }) =
+        reach.next().await
+    else {
+        panic!("the reacher is answered");
+    };
+    assert_ne!(exposers, ticket.reveal());
+    (exposers, ticket.reveal().to_owned())
 }

@@ -3,6 +3,7 @@
 //! `make test` builds the programs and runs this.
 
 mod carry;
+mod database;
 mod enrol;
 mod garbage;
 mod hostile;
@@ -10,3 +11,5 @@ mod hub_sees;
 mod isolation;
 mod reconnect;
 mod secrets;
+mod tidy;
+mod tls;

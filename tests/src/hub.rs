@@ -18,6 +18,7 @@ pub struct Hub {
     process: Option<Process>,
     data_dir: PathBuf,
     url: String,
+    listen: String,
     options: Vec<String>,
 }
 
@@ -32,14 +33,7 @@ impl Hub {
     /// Starts a hub of the test's own on a port that the kernel chooses.
     #[must_use]
     pub fn start(options: &[&str]) -> Self {
-        let mut hub = Self {
-            process: None,
-            data_dir: new_dir("hub"),
-            url: String::new(),
-            options: options.iter().map(|&option| option.to_owned()).collect(),
-        };
-        hub.run("127.0.0.1:0");
-        hub
+        Self::start_on("127.0.0.1:0", options)
     }
 
     /// Starts a hub that listens on `listen`.
@@ -49,16 +43,27 @@ impl Hub {
             process: None,
             data_dir: new_dir("hub"),
             url: String::new(),
+            listen: listen.to_owned(),
             options: options.iter().map(|&option| option.to_owned()).collect(),
         };
-        hub.run(listen);
+        hub.run();
+        if listen == "127.0.0.1:0" {
+            hub.listen = hub.address().to_string();
+        }
         hub
     }
 
-    fn run(&mut self, listen: &str) {
+    fn run(&mut self) {
         let mut command = Self::command();
         command
-            .args(["serve", "--listen", listen, "--admin-listen", "127.0.0.1:0", "--data-dir"])
+            .args([
+                "serve",
+                "--listen",
+                &self.listen,
+                "--admin-listen",
+                "127.0.0.1:0",
+                "--data-dir",
+            ])
             .arg(&self.data_dir)
             .args(&self.options);
         let process = Process::spawn("connect-hub", &mut command);
@@ -123,8 +128,7 @@ impl Hub {
 
     /// Starts it again, where it was.
     pub fn restart(&mut self) {
-        let address = self.address().to_string();
-        self.run(&address);
+        self.run();
     }
 
     /// Stops it as an operator does.

@@ -38,6 +38,10 @@ for group in $alive; do
     while kill -0 "-$group" && [ "$tries" -lt 100 ]; do sleep 0.1; tries=$((tries + 1)); done
     kill -KILL "-$group"
 done
+# Agents in the background have a group of their own.
+for process in /proc/[0-9]*; do
+    if grep -q "CONNECT_HOME=$root/" "$process/environ"; then kill -KILL "${process#/proc/}"; fi
+done
 # A hub that was killed leaves its database running, for its successor.
 find "$root" -name postmaster.pid | while read -r file; do
     read -r pid <"$file"

@@ -16,7 +16,7 @@ use connect_tests::{
     PATIENCE, eventually,
     home::{Home, Pair},
     hub::Hub,
-    raise_file_limit, random, random_word,
+    raise_file_limit, random, random_word, runtime,
     services::{Service, Silent, closed_port},
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -309,4 +309,54 @@ fn reaching_in_the_foreground_serves_until_it_is_stopped() {
     let outcome = process.outcome();
     assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
     assert!(TcpStream::connect(address).is_err(), "the port is free again");
+}
+
+#[test]
+fn library_hands_out_streams() {
+    let service = Service::greeting(b"hello ");
+    let name = name();
+    PAIR.exposer().ok(&["expose", &service.address().to_string(), "--name", &name]);
+    let dir = PAIR.workspace.join("program").dir().to_owned();
+    let read = runtime().block_on(async {
+        let home = connect_agent::Home::at(&dir);
+        let lock = home.try_lock().expect("ours").expect("nobody else holds it");
+        assert!(home.try_lock().expect("ours").is_none(), "one home is one agent");
+        let agent = connect_agent::Agent::start(home, lock, connect_agent::Options::default())
+            .expect("an enrolled home");
+        let reached = agent.reach(&name.parse().expect("a name"));
+        reached.ready().await.expect("the exposer is online");
+        let mut streams = Vec::new();
+        for _ in 0..3 {
+            streams.push(reached.open().await.expect("a tunnel is up"));
+        }
+        let mut all = Vec::new();
+        for (number, mut stream) in (b'0'..).zip(streams) {
+            stream.write_all(&[number]).await.expect("it takes it");
+            stream.shutdown().await.expect("one direction ends");
+            stream.read_to_end(&mut all).await.expect("a clean end");
+        }
+        agent.unreach(&name.parse().expect("a name"));
+        assert!(reached.open().await.is_err(), "let go of");
+        let missing = agent.reach(&"nothing-of-this-name".parse().expect("a name"));
+        let error = missing.ready().await.expect_err("there is none");
+        assert_eq!(error.kind, connect_agent::ErrorKind::ServiceNotFound);
+        agent.stop().await;
+        all
+    });
+    assert_eq!(read, b"hello 0hello 1hello 2");
+}
+
+#[test]
+fn client_that_vanishes_resets_the_target() {
+    let (service, inbox) = Service::answering_at_the_end(b"never");
+    let address = carry(service.address());
+    let mut client = connect(address);
+    client.write_all(b"half a request").expect("the tunnel takes it");
+    eventually("it arrives", || !inbox.received().is_empty());
+    // Unread bytes and a dropped socket would do it, too; this is a reset on purpose.
+    let tcp = tokio::net::TcpSocket::from_std_stream(client);
+    tcp.set_zero_linger().expect("our own socket");
+    drop(tcp);
+    eventually("the target's connection ends", || inbox.received()[0].clean.is_some());
+    assert_eq!(inbox.received()[0].clean, Some(false), "a reset is no clean end");
 }

@@ -4,19 +4,28 @@
 use std::{
     io::{ErrorKind, Read, Write},
     net::{SocketAddr, TcpStream},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
+use connect_crypto::handshake::{Local, initiate};
 use connect_spec::{
     bytes::Blob,
     control::{
         FromAgent, FromHub, ListedService, Reply, Request, SealedRecord, SessionKind, Ticket,
+        TunnelRequest,
     },
+    encoding::Encoding,
+    ids::{AgentId, WorkspaceId},
     objects::ServiceRecord,
+    prologue::{Prologue, Realm},
+    trust::Presented,
 };
 use connect_tests::{
     PATIENCE,
-    client::{Client, Keys, rng},
+    client::{Client, Keys, data_socket, rng, tunnel_request},
     eventually,
     home::{Home, Workspace},
     hostile_relay::{Data, HostileRelay, Passing, Verdict},
@@ -25,6 +34,7 @@ use connect_tests::{
     random, runtime,
     services::{Inbox, Service},
 };
+use futures_util::{SinkExt, StreamExt};
 use tokio_tungstenite::tungstenite::Message;
 
 type Rule = Box<dyn FnMut(Passing<'_>) -> Verdict + Send>;
@@ -333,7 +343,7 @@ fn ticket_of_another_tunnel_opens_nothing() {
 #[test]
 fn first_handshake_message_cannot_be_changed_anywhere() {
     let stage = Stage::set();
-    let damages: [fn(&mut connect_spec::control::TunnelRequest); 8] = [
+    let damages: [fn(&mut TunnelRequest); 8] = [
         |request| request.message.0[0] ^= 1,
         |request| request.message.0[40] ^= 1,
         |request| *request.message.0.last_mut().expect("a message") ^= 1,
@@ -518,4 +528,178 @@ fn altered_packet_to_the_reacher_is_never_delivered() {
     let error = client.read_to_end(&mut read).expect_err("a reset, no clean end");
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
     assert!(bytes.starts_with(&read) && read.len() < bytes.len());
+}
+
+/// What a stranger, or a member that does not finish, sends in place of the reacher's first message: the
+/// relay stands before the exposer, as a hub that colludes with the stranger would.
+struct Door {
+    workspace: Workspace,
+    reacher: Home,
+    service: Service,
+    probed: usize,
+    rule: Arc<Mutex<Rule>>,
+    _relay: HostileRelay,
+    exposer_agent: Process,
+}
+
+impl Door {
+    fn set() -> Self {
+        let rule: Arc<Mutex<Rule>> = Arc::new(Mutex::new(Box::new(|_| Verdict::Forward)));
+        let current = rule.clone();
+        let relay = HostileRelay::start(Hub::shared(), move |passing| {
+            (current.lock().unwrap_or_else(PoisonError::into_inner))(passing)
+        });
+        let workspace = Workspace::found_at(&relay.url());
+        let reacher = workspace.join("reacher");
+        let exposer_agent = workspace.founder.up();
+        let service = Service::echo();
+        workspace.founder.ok(&["expose", &service.address().to_string(), "--name", "prod-db"]);
+        let probed = service.probed();
+        Self { workspace, reacher, service, probed, rule, _relay: relay, exposer_agent }
+    }
+
+    /// Replaces what the exposer is asked: by whom, and with which first message.
+    fn forge(
+        &self,
+        forge: impl Fn(&mut AgentId, &mut TunnelRequest) + Send + 'static,
+    ) -> Arc<AtomicUsize> {
+        let answers = Arc::new(AtomicUsize::new(0));
+        let accepted = answers.clone();
+        *self.rule.lock().unwrap_or_else(PoisonError::into_inner) = Box::new(move |passing| {
+            match passing {
+                Passing::ToAgent(FromHub::IncomingTunnel { initiator, request, .. }) => {
+                    forge(initiator, request);
+                }
+                Passing::ToHub(FromAgent::AcceptTunnel { .. }) => {
+                    accepted.fetch_add(1, Ordering::SeqCst);
+                }
+                Passing::ToHub(_) | Passing::ToAgent(_) | Passing::Data(_) => {}
+            }
+            Verdict::Forward
+        });
+        answers
+    }
+}
+
+/// The prologue of a request, as a member would compute it.
+fn prologue(workspace_id: WorkspaceId, initiator: AgentId, request: &TunnelRequest) -> Prologue {
+    Prologue {
+        workspace_id,
+        tunnel_id: request.tunnel_id,
+        service_id: request.service_id,
+        initiator,
+        responder: request.responder,
+        share_id: request.share_id,
+        channel_id: request.channel_id,
+        tunnel_no: request.tunnel_no,
+        rekey: 0,
+        previous_hash: [0; 32],
+        realm: Realm::Member,
+        encoding: request.encoding,
+    }
+}
+
+/// A handshake's own side, made of the parts of different agents.
+fn local<'k>(keys: &'k Keys, presented: &'k Presented, realm: &'k Keys) -> Local<'k> {
+    Local {
+        static_keypair: &keys.static_keypair,
+        presented,
+        attrs: &keys.attrs,
+        head: realm.trust.head(),
+        realm_secret: &realm.epoch.realm,
+    }
+}
+
+#[test]
+fn stranger_gets_no_answer_even_with_the_hub_for_a_friend() {
+    let door = Door::set();
+    let stranger = Workspace::found(Hub::shared());
+    let exposer_static = Keys::of(&door.workspace.founder).static_keypair.public();
+    // Who the stranger says it is, whose objects it shows, whose realm secret it has.
+    type Guise = fn(&Keys, &Keys) -> (AgentId, Presented, bool);
+    let guises: [Guise; 5] = [
+        |stranger, _| (stranger.agent_id, stranger.presented.clone(), false),
+        // With the realm secret of the workspace, which once leaked.
+        |stranger, _| (stranger.agent_id, stranger.presented.clone(), true),
+        // As a member, by that member's objects, which are public to the hub.
+        |_, member| (member.agent_id, member.presented.clone(), true),
+        |stranger, member| {
+            let noise_key = stranger.presented.noise_key.clone();
+            (member.agent_id, Presented { noise_key, ..member.presented.clone() }, true)
+        },
+        |stranger, member| (member.agent_id, stranger.presented.clone(), true),
+    ];
+    for (number, guise) in guises.into_iter().enumerate() {
+        let member = Keys::of(&door.reacher);
+        let keys = Keys::of(&stranger.founder);
+        let accepted = door.forge(move |initiator, request| {
+            let (id, presented, leaked) = guise(&keys, &member);
+            let realm = if leaked { &member } else { &keys };
+            let prologue = prologue(member.workspace_id, id, request);
+            // A key that its NoiseKey does not name is refused by our own side, too: then the message
+            // of an honest one is sent under a wrong name.
+            let sent =
+                initiate(&local(&keys, &presented, realm), &prologue, &exposer_static, &mut rng())
+                    .or_else(|_| {
+                        let own = &keys.presented;
+                        initiate(&local(&keys, own, realm), &prologue, &exposer_static, &mut rng())
+                    });
+            let (_, message) = sent.expect("a message of the right form");
+            *initiator = id;
+            request.message = Blob(message);
+        });
+        door.reacher.fails(&["reach", "prod-db"], 6, "");
+        assert_eq!(accepted.load(Ordering::SeqCst), 0, "guise {number} was answered");
+        assert_eq!(door.service.accepted(), door.probed, "the target was dialled");
+    }
+    door.exposer_agent.stderr_line("tunnel refused");
+}
+
+#[test]
+fn nothing_is_dialled_before_the_first_authenticated_record() {
+    let door = Door::set();
+    let member = Keys::of(&door.reacher);
+    let exposer = Keys::of(&door.workspace.founder);
+    let hub = Hub::shared().address();
+    let listed = runtime().block_on(async {
+        let mut client = Client::login(hub, &member, SessionKind::Command).await;
+        let tag = member.names.tag(&"prod-db".parse().expect("a name"));
+        match client.request(Request::Lookup { tag }).await {
+            Reply::Services { services, .. } => services[0].service_id,
+            Reply::Done | Reply::Agents { .. } | Reply::TunnelAccepted { .. } | Reply::Error(_) => {
+                panic!("no services")
+            }
+        }
+    });
+    for garbage in [false, true] {
+        runtime().block_on(async {
+            let mut client = Client::login(hub, &member, SessionKind::Command).await;
+            let mut request = tunnel_request(listed, exposer.agent_id);
+            let prologue = prologue(member.workspace_id, member.agent_id, &request);
+            let side = local(&member, &member.presented, &member);
+            let (waiting, message) =
+                initiate(&side, &prologue, &exposer.static_keypair.public(), &mut rng())
+                    .expect("a sound handshake");
+            request.message = Blob(message);
+            let Reply::TunnelAccepted { message, ticket } =
+                client.request(Request::OpenTunnel(request)).await
+            else {
+                panic!("a member is answered");
+            };
+            waiting.read(&message.0).expect("the exposer's answer holds");
+            let mut socket = data_socket(hub, ticket.reveal(), Encoding::Base64)
+                .await
+                .expect("the ticket is ours");
+            if garbage {
+                let noise = base64_simd::STANDARD_NO_PAD.encode_to_string(random(200));
+                socket.send(Message::text(noise)).await.expect("the hub relays it");
+                // The exposer ends the tunnel, and nothing else.
+                while let Some(Ok(_)) = socket.next().await {}
+            }
+        });
+        assert_eq!(door.service.accepted(), door.probed, "the target was dialled");
+    }
+    // The exposer is as it was.
+    let _agent = door.reacher.up();
+    door.reacher.reach("prod-db");
 }

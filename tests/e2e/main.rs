@@ -11,5 +11,6 @@ mod hub_sees;
 mod isolation;
 mod reconnect;
 mod secrets;
+mod shape;
 mod tidy;
 mod tls;

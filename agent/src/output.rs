@@ -1,5 +1,4 @@
 //! Everything that this program prints: results on stdout, the rest on stderr.
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "the one file that prints")]
 
 use std::io::{IsTerminal, Write};
 
@@ -9,6 +8,14 @@ use connect_agent::{
 };
 use serde::Serialize;
 use serde_json::json;
+
+// In place of the standard library's, which panic when the reader is gone, as in `connect agents | head`.
+macro_rules! println {
+    ($($text:tt)*) => {{ let _ = writeln!(std::io::stdout(), $($text)*); }};
+}
+macro_rules! eprintln {
+    ($($text:tt)*) => {{ let _ = writeln!(std::io::stderr(), $($text)*); }};
+}
 
 /// How to print.
 #[derive(Debug, Clone, Copy)]

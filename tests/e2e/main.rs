@@ -1,1 +1,16 @@
+//! End to end: real processes, real sockets, a real PostgreSQL. One module for each feature.
+//!
+//! `make test` builds the programs and runs this.
 
+mod carry;
+mod database;
+mod enrol;
+mod garbage;
+mod hostile;
+mod hub_sees;
+mod isolation;
+mod reconnect;
+mod secrets;
+mod shape;
+mod tidy;
+mod tls;

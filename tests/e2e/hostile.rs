@@ -1,0 +1,705 @@
+//! A hub that lies, or someone on the way to it. Whatever it does to names, keys and handshakes ends
+//! in exit code 7 and a target that nobody dialled; whatever it does to packets ends in a reset.
+
+use std::{
+    io::{ErrorKind, Read, Write},
+    net::{SocketAddr, TcpStream},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use connect_crypto::handshake::{Local, initiate};
+use connect_spec::{
+    bytes::Blob,
+    control::{
+        FromAgent, FromHub, ListedService, Reply, Request, SealedRecord, SessionKind, Ticket,
+        TunnelRequest,
+    },
+    encoding::Encoding,
+    ids::{AgentId, WorkspaceId},
+    objects::ServiceRecord,
+    prologue::{Prologue, Realm},
+    trust::Presented,
+};
+use connect_tests::{
+    PATIENCE,
+    client::{Client, Keys, data_socket, rng, tunnel_request},
+    eventually,
+    home::{Home, Workspace},
+    hostile_relay::{Data, HostileRelay, Passing, Verdict},
+    hub::Hub,
+    process::Process,
+    random, runtime,
+    services::{Inbox, Service},
+};
+use futures_util::{SinkExt, StreamExt};
+use tokio_tungstenite::tungstenite::Message;
+
+type Rule = Box<dyn FnMut(Passing<'_>) -> Verdict + Send>;
+
+/// An exposer with an honest way to the hub, and a reacher with a relay that does what it is told.
+struct Stage {
+    workspace: Workspace,
+    reacher: Home,
+    service: Service,
+    inbox: Inbox,
+    probed: usize,
+    rule: Arc<Mutex<Rule>>,
+    _relay: HostileRelay,
+    _exposer_agent: Process,
+}
+
+impl Stage {
+    fn set() -> Self {
+        let rule: Arc<Mutex<Rule>> = Arc::new(Mutex::new(Box::new(|_| Verdict::Forward)));
+        let current = rule.clone();
+        let hub = Hub::shared();
+        let relay = HostileRelay::start(hub, move |passing| {
+            (current.lock().unwrap_or_else(PoisonError::into_inner))(passing)
+        });
+        let workspace = Workspace::found(hub);
+        // The invite is made for the honest hub; the reacher dials the relay.
+        let code = workspace.founder.ok(&["invite"]);
+        let reacher = Home::new();
+        reacher.ok(&["join", &code, "--label", "reacher"]);
+        let membership = reacher.dir().join("membership.json");
+        let text = std::fs::read_to_string(&membership).expect("enrolled");
+        assert!(text.contains(hub.url()));
+        std::fs::write(&membership, text.replace(hub.url(), &relay.url())).expect("our own file");
+
+        let exposer_agent = workspace.founder.up();
+        let (service, inbox) = Service::answering_at_the_end(b"the end");
+        workspace.founder.ok(&["expose", &service.address().to_string(), "--name", "prod-db"]);
+        let probed = service.probed();
+        Self {
+            workspace,
+            reacher,
+            service,
+            inbox,
+            probed,
+            rule,
+            _relay: relay,
+            _exposer_agent: exposer_agent,
+        }
+    }
+
+    fn rule(&self, rule: impl FnMut(Passing<'_>) -> Verdict + Send + 'static) {
+        *self.rule.lock().unwrap_or_else(PoisonError::into_inner) = Box::new(rule);
+    }
+
+    /// Changes what the hub answers to a look-up.
+    fn lookup(&self, mut change: impl FnMut(&mut Vec<ListedService>) + Send + 'static) {
+        self.rule(move |passing| {
+            if let Passing::ToAgent(FromHub::Reply {
+                reply: Reply::Services { services, .. },
+                ..
+            }) = passing
+            {
+                change(services);
+            }
+            Verdict::Forward
+        });
+    }
+
+    /// Changes the second handshake message.
+    fn reply(&self, mut change: impl FnMut(&mut Vec<u8>) + Send + 'static) {
+        self.rule(move |passing| {
+            if let Passing::ToAgent(FromHub::Reply {
+                reply: Reply::TunnelAccepted { message, .. },
+                ..
+            }) = passing
+            {
+                change(&mut message.0);
+            }
+            Verdict::Forward
+        });
+    }
+
+    #[track_caller]
+    fn reach_is_refused(&self, code: i32, part: &str) {
+        self.reacher.fails(&["reach", "prod-db"], code, part);
+        assert_eq!(self.service.accepted(), self.probed, "the target was dialled");
+    }
+
+    /// Another member, with a service of its own.
+    fn other_member(&self) -> (Home, Process, Service) {
+        let other = self.workspace.join("other");
+        let agent = other.up();
+        let service = Service::echo();
+        other.ok(&["expose", &service.address().to_string(), "--name", "other"]);
+        (other, agent, service)
+    }
+
+    /// What the hub has under a name, as any member sees it.
+    fn listed(&self, keys: &Keys, name: &str) -> ListedService {
+        let tag = keys.names.tag(&name.parse().expect("a name"));
+        let reply = runtime().block_on(async {
+            let hub = Hub::shared().address();
+            let mut client = Client::login(hub, keys, SessionKind::Command).await;
+            client.request(Request::Lookup { tag }).await
+        });
+        let Reply::Services { services, .. } = reply else {
+            panic!("{reply:?}");
+        };
+        services.into_iter().next().expect("it is exposed")
+    }
+
+    /// The reacher's agent, and where it reaches the service.
+    fn reached(&self) -> (Process, SocketAddr) {
+        let agent = self.reacher.up();
+        let address = self.reacher.reach("prod-db");
+        (agent, address)
+    }
+}
+
+#[test]
+fn relay_that_changes_nothing_is_not_noticed() {
+    let stage = Stage::set();
+    let (_agent, address) = stage.reached();
+    let mut client = TcpStream::connect(address).expect("the local port is bound");
+    client.write_all(b"hello").expect("the tunnel takes it");
+    client.shutdown(std::net::Shutdown::Write).expect("our own socket");
+    let mut end = String::new();
+    client.read_to_string(&mut end).expect("the answer");
+    assert_eq!(end, "the end");
+}
+
+#[test]
+fn lookup_answered_with_another_record_is_a_trust_violation() {
+    let stage = Stage::set();
+    let (other, _agent, other_service) = stage.other_member();
+    let keys = Keys::of(&other);
+    let theirs = stage.listed(&keys, "other");
+    let dialled = other_service.probed();
+
+    // The whole entry of another service, then its parts in the entry of the right one.
+    let whole = theirs.clone();
+    stage.lookup(move |services| *services = vec![whole.clone()]);
+    stage.reach_is_refused(7, "prod-db");
+    let parts: [fn(&mut ListedService, &ListedService); 3] = [
+        |listed, theirs| listed.record = theirs.record.clone(),
+        |listed, theirs| listed.agent_id = theirs.agent_id,
+        |listed, theirs| listed.service_id = theirs.service_id,
+    ];
+    for part in parts {
+        let theirs = theirs.clone();
+        stage.lookup(move |services| part(&mut services[0], &theirs));
+        stage.reach_is_refused(7, "does not hold");
+    }
+    let damages: [fn(&mut SealedRecord); 6] = [
+        |record| record.counter += 1,
+        |record| record.counter -= 1,
+        |record| record.epoch += 1,
+        |record| record.sealed.0[30] ^= 1,
+        |record| record.sealed.0.truncate(64),
+        |record| record.sealed.0.clear(),
+    ];
+    for damage in damages {
+        stage.lookup(move |services| damage(&mut services[0].record));
+        stage.reach_is_refused(7, "does not hold");
+    }
+    assert_eq!(other_service.accepted(), dialled);
+}
+
+#[test]
+fn swapped_certificate_or_static_key_is_a_trust_violation() {
+    // The strongest hub there is: one that has a member for a friend, and so the keys to the names.
+    let stage = Stage::set();
+    let (other, _agent, _service) = stage.other_member();
+    let friend = Keys::of(&other);
+    let honest = stage.listed(&friend, "prod-db");
+    let opened = friend
+        .names
+        .open_service(&friend.workspace_id, honest.service_id, honest.agent_id, &honest.record)
+        .expect("a member can read it");
+    let forge = |change: &dyn Fn(&mut ServiceRecord)| {
+        let mut record = opened.object().clone();
+        change(&mut record);
+        let record = friend.signing.sign(&record);
+        friend.names.seal_service(&record, &mut rng()).expect("it fits")
+    };
+    let forged = [
+        // The friend's certificate; its static key; both; and nothing but its signature.
+        forge(&|record| record.certificate = friend.presented.certificate.clone()),
+        forge(&|record| record.noise_key = friend.presented.noise_key.clone()),
+        forge(&|record| {
+            record.certificate = friend.presented.certificate.clone();
+            record.credential = friend.presented.credential.clone();
+            record.noise_key = friend.presented.noise_key.clone();
+        }),
+        forge(&|_| {}),
+    ];
+    for record in forged {
+        stage.lookup(move |services| services[0].record = record.clone());
+        stage.reach_is_refused(7, "does not hold");
+    }
+
+    // A record that the friend signs as its own, but with the exposer's key or certificate in it.
+    let own: [fn(&mut ServiceRecord, &Keys, &ServiceRecord); 2] = [
+        |record, friend, honest| {
+            record.certificate = friend.presented.certificate.clone();
+            record.credential = friend.presented.credential.clone();
+            record.noise_key = honest.noise_key.clone();
+        },
+        |record, friend, honest| {
+            record.certificate = honest.certificate.clone();
+            record.noise_key = friend.presented.noise_key.clone();
+        },
+    ];
+    for change in own {
+        let record = forge(&|record| {
+            change(record, &friend, opened.object());
+            record.agent_id = friend.agent_id;
+        });
+        let agent_id = friend.agent_id;
+        stage.lookup(move |services| {
+            services[0].record = record.clone();
+            services[0].agent_id = agent_id;
+        });
+        stage.reach_is_refused(7, "");
+    }
+}
+
+/// Each damage to the second handshake message is a trust violation. At most seven for one stage: an
+/// exposer lets a peer leave eight handshakes half open, and each of these is one.
+#[track_caller]
+fn check_damaged_reply(damages: [fn(&mut Vec<u8>); 7]) {
+    let stage = Stage::set();
+    for damage in damages {
+        stage.reply(damage);
+        stage.reach_is_refused(7, "could not be verified");
+    }
+}
+
+#[test]
+fn kem_ciphertext_cannot_be_changed_or_left_out() {
+    check_damaged_reply([
+        |message| message[0] ^= 1,
+        |message| message[500] ^= 0x10,
+        |message| message[1087] ^= 0x80,
+        |message| message[..1088].fill(0),
+        |message| drop(message.drain(..1088)),
+        |message| message.truncate(1088),
+        |message| message.clear(),
+    ]);
+}
+
+#[test]
+fn responders_handshake_message_cannot_be_changed() {
+    check_damaged_reply([
+        // The ephemeral key, the sealed payload, its tag; then the length.
+        |message| message[1088] ^= 1,
+        |message| message[1119] ^= 0x40,
+        |message| message[1120] ^= 1,
+        |message| message[1500] ^= 1,
+        |message| *message.last_mut().expect("a message") ^= 0x80,
+        |message| message.truncate(message.len() - 1),
+        |message| message.push(0),
+    ]);
+}
+
+#[test]
+fn reply_to_another_handshake_is_a_trust_violation() {
+    let stage = Stage::set();
+    let stolen = Arc::new(Mutex::new(Vec::new()));
+    let keep = stolen.clone();
+    stage.reply(move |message| {
+        *keep.lock().unwrap_or_else(PoisonError::into_inner) = std::mem::take(message);
+    });
+    stage.reach_is_refused(7, "could not be verified");
+    let stolen = stolen.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    assert!(stolen.len() > 1088);
+    let whole = stolen.clone();
+    stage.reply(move |message| message.clone_from(&whole));
+    stage.reach_is_refused(7, "could not be verified");
+    // The ciphertext alone, and the Noise message alone.
+    let part = stolen.clone();
+    stage.reply(move |message| message[..1088].copy_from_slice(&part[..1088]));
+    stage.reach_is_refused(7, "could not be verified");
+    stage.reply(move |message| message[1088..].copy_from_slice(&stolen[1088..]));
+    stage.reach_is_refused(7, "could not be verified");
+}
+
+#[test]
+fn ticket_of_another_tunnel_opens_nothing() {
+    let stage = Stage::set();
+    stage.rule(|passing| {
+        if let Passing::ToAgent(FromHub::Reply {
+            reply: Reply::TunnelAccepted { ticket, .. },
+            ..
+        }) = passing
+        {
+            *ticket = Ticket::new([7; 32]);
+        }
+        Verdict::Forward
+    });
+    // A running agent says so and goes on trying; without one the command itself would.
+    let _agent = stage.reacher.up();
+    stage.reach_is_refused(4, "401");
+}
+
+#[test]
+fn first_handshake_message_cannot_be_changed_anywhere() {
+    let stage = Stage::set();
+    let damages: [fn(&mut TunnelRequest); 8] = [
+        |request| request.message.0[0] ^= 1,
+        |request| request.message.0[40] ^= 1,
+        |request| *request.message.0.last_mut().expect("a message") ^= 1,
+        |request| request.message.0.truncate(32),
+        |request| request.message = Blob(Vec::new()),
+        |request| request.channel_id.0[0] ^= 1,
+        |request| request.tunnel_id.0[0] ^= 1,
+        |request| request.tunnel_no += 1,
+    ];
+    for damage in damages {
+        stage.rule(move |passing| {
+            if let Passing::ToHub(FromAgent::Request {
+                request: Request::OpenTunnel(request),
+                ..
+            }) = passing
+            {
+                damage(request);
+            }
+            Verdict::Forward
+        });
+        // The exposer says no, through a hub that the reacher does not believe: a refusal, no alarm.
+        stage.reach_is_refused(6, "");
+    }
+}
+
+#[test]
+fn replayed_first_message_reaches_nobody() {
+    let stage = Stage::set();
+    let seen = Arc::new(Mutex::new(None));
+    let keep = seen.clone();
+    stage.rule(move |passing| {
+        if let Passing::ToHub(FromAgent::Request {
+            request: Request::OpenTunnel(request), ..
+        }) = passing
+        {
+            *keep.lock().unwrap_or_else(PoisonError::into_inner) = Some(request.clone());
+        }
+        Verdict::Forward
+    });
+    let (agent, _) = stage.reached();
+    drop(agent);
+    let seen = seen.lock().unwrap_or_else(PoisonError::into_inner).clone().expect("one passed");
+    let keys = Keys::of(&stage.reacher);
+    let before = stage.service.accepted();
+    runtime().block_on(async {
+        let hub = Hub::shared().address();
+        let mut client = Client::login(hub, &keys, SessionKind::Command).await;
+        for _ in 0..3 {
+            let reply = client.request(Request::OpenTunnel(seen.clone())).await;
+            assert!(matches!(reply, Reply::Error(_)), "{reply:?}");
+        }
+        // Under another tunnel id it is another prologue.
+        let mut renamed = seen;
+        renamed.tunnel_id.0[0] ^= 1;
+        let reply = client.request(Request::OpenTunnel(renamed)).await;
+        assert!(matches!(reply, Reply::Error(_)), "{reply:?}");
+    });
+    assert_eq!(stage.service.accepted(), before);
+}
+
+/// Changes one character, or one byte, in the middle of a packet; it stays well-formed.
+fn flip(message: &mut Message) {
+    *message = match std::mem::replace(message, Message::Ping(Vec::new().into())) {
+        Message::Text(text) => {
+            let mut text = text.to_string().into_bytes();
+            let middle = text.len() / 2;
+            text[middle] = if text[middle] == b'A' { b'B' } else { b'A' };
+            Message::text(String::from_utf8(text).expect("base64"))
+        }
+        Message::Binary(bytes) => {
+            let mut bytes = bytes.to_vec();
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+            Message::Binary(bytes.into())
+        }
+        other @ (Message::Ping(_) | Message::Pong(_) | Message::Close(_) | Message::Frame(_)) => {
+            other
+        }
+    };
+}
+
+/// Sends a megabyte while `tamper` judges one packet that is on its way to the target.
+#[track_caller]
+fn check_tampering(tamper: fn(&mut Message) -> Verdict) {
+    let stage = Stage::set();
+    let (_agent, address) = stage.reached();
+    let mut client = TcpStream::connect(address).expect("the local port is bound");
+    client.set_read_timeout(Some(PATIENCE)).expect("our own socket");
+    client.set_write_timeout(Some(PATIENCE)).expect("our own socket");
+    let bytes = random(1 << 20);
+    client.write_all(&bytes[..1000]).expect("the tunnel takes it");
+    eventually("the first bytes arrive", || {
+        stage.inbox.received().first().is_some_and(|received| received.bytes.len() == 1000)
+    });
+    let mut done = false;
+    stage.rule(move |passing| match passing {
+        // A large one: it carries what the client sends.
+        Passing::Data(Data { from_agent: true, message, .. }) if !done && message.len() > 1000 => {
+            done = true;
+            tamper(message)
+        }
+        Passing::Data(_) | Passing::ToHub(_) | Passing::ToAgent(_) => Verdict::Forward,
+    });
+    // It may end while we write.
+    let _ = client.write_all(&bytes[1000..]);
+    let error = client.read(&mut [0; 16]).expect_err("a reset, no answer and no clean end");
+    assert!(matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe), "{error}");
+    eventually("the target's connection ends", || {
+        stage.inbox.received().first().is_some_and(|received| received.clean.is_some())
+    });
+    let received = stage.inbox.received().remove(0);
+    assert_eq!(received.clean, Some(false), "the target must not take this for the end");
+    assert!(received.bytes.len() < bytes.len(), "nothing was missing");
+    assert!(bytes.starts_with(&received.bytes), "an altered byte was delivered");
+
+    // The next tunnel is a sound one.
+    eventually("the service is reached again", || {
+        stage.reacher.json(&["status"])["reached"][0]["active"] == true
+    });
+    let mut client = TcpStream::connect(address).expect("the local port is bound");
+    client.write_all(b"again").expect("the tunnel takes it");
+    client.shutdown(std::net::Shutdown::Write).expect("our own socket");
+    let mut end = String::new();
+    client.read_to_string(&mut end).expect("the answer");
+    assert_eq!(end, "the end");
+}
+
+#[test]
+fn flipped_packet_is_never_delivered() {
+    check_tampering(|message| {
+        flip(message);
+        Verdict::Forward
+    });
+}
+
+#[test]
+fn replayed_packet_is_never_delivered_twice() {
+    check_tampering(|_| Verdict::Twice);
+}
+
+#[test]
+fn dropped_packet_is_never_passed_over() {
+    check_tampering(|_| Verdict::Drop);
+}
+
+#[test]
+fn swapped_packets_are_never_delivered() {
+    check_tampering(|_| Verdict::Swap);
+}
+
+#[test]
+fn packet_that_is_no_packet_ends_the_tunnel() {
+    check_tampering(|message| {
+        *message = Message::text("!not base64!");
+        Verdict::Forward
+    });
+}
+
+#[test]
+fn altered_packet_to_the_reacher_is_never_delivered() {
+    let stage = Stage::set();
+    let echo = Service::echo();
+    stage.workspace.founder.ok(&["expose", &echo.address().to_string(), "--name", "echo"]);
+    let _agent = stage.reacher.up();
+    let address = stage.reacher.reach("echo");
+    let mut client = TcpStream::connect(address).expect("the local port is bound");
+    client.set_read_timeout(Some(PATIENCE)).expect("our own socket");
+    let mut done = false;
+    stage.rule(move |passing| {
+        if let Passing::Data(Data { from_agent: false, message, .. }) = passing
+            && !done
+            && message.len() > 4000
+        {
+            done = true;
+            flip(message);
+        }
+        Verdict::Forward
+    });
+    let bytes = random(20_000);
+    client.write_all(&bytes).expect("the tunnel takes it");
+    let mut read = Vec::new();
+    let error = client.read_to_end(&mut read).expect_err("a reset, no clean end");
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    assert!(bytes.starts_with(&read) && read.len() < bytes.len());
+}
+
+/// What a stranger, or a member that does not finish, sends in place of the reacher's first message: the
+/// relay stands before the exposer, as a hub that colludes with the stranger would.
+struct Door {
+    workspace: Workspace,
+    reacher: Home,
+    service: Service,
+    probed: usize,
+    rule: Arc<Mutex<Rule>>,
+    _relay: HostileRelay,
+    exposer_agent: Process,
+}
+
+impl Door {
+    fn set() -> Self {
+        let rule: Arc<Mutex<Rule>> = Arc::new(Mutex::new(Box::new(|_| Verdict::Forward)));
+        let current = rule.clone();
+        let relay = HostileRelay::start(Hub::shared(), move |passing| {
+            (current.lock().unwrap_or_else(PoisonError::into_inner))(passing)
+        });
+        let workspace = Workspace::found_at(&relay.url());
+        let reacher = workspace.join("reacher");
+        let exposer_agent = workspace.founder.up();
+        let service = Service::echo();
+        workspace.founder.ok(&["expose", &service.address().to_string(), "--name", "prod-db"]);
+        let probed = service.probed();
+        Self { workspace, reacher, service, probed, rule, _relay: relay, exposer_agent }
+    }
+
+    /// Replaces what the exposer is asked: by whom, and with which first message.
+    fn forge(
+        &self,
+        forge: impl Fn(&mut AgentId, &mut TunnelRequest) + Send + 'static,
+    ) -> Arc<AtomicUsize> {
+        let answers = Arc::new(AtomicUsize::new(0));
+        let accepted = answers.clone();
+        *self.rule.lock().unwrap_or_else(PoisonError::into_inner) = Box::new(move |passing| {
+            match passing {
+                Passing::ToAgent(FromHub::IncomingTunnel { initiator, request, .. }) => {
+                    forge(initiator, request);
+                }
+                Passing::ToHub(FromAgent::AcceptTunnel { .. }) => {
+                    accepted.fetch_add(1, Ordering::SeqCst);
+                }
+                Passing::ToHub(_) | Passing::ToAgent(_) | Passing::Data(_) => {}
+            }
+            Verdict::Forward
+        });
+        answers
+    }
+}
+
+/// The prologue of a request, as a member would compute it.
+fn prologue(workspace_id: WorkspaceId, initiator: AgentId, request: &TunnelRequest) -> Prologue {
+    Prologue {
+        workspace_id,
+        tunnel_id: request.tunnel_id,
+        service_id: request.service_id,
+        initiator,
+        responder: request.responder,
+        share_id: request.share_id,
+        channel_id: request.channel_id,
+        tunnel_no: request.tunnel_no,
+        rekey: 0,
+        previous_hash: [0; 32],
+        realm: Realm::Member,
+        encoding: request.encoding,
+    }
+}
+
+/// A handshake's own side, made of the parts of different agents.
+fn local<'k>(keys: &'k Keys, presented: &'k Presented, realm: &'k Keys) -> Local<'k> {
+    Local {
+        static_keypair: &keys.static_keypair,
+        presented,
+        attrs: &keys.attrs,
+        head: realm.trust.head(),
+        realm_secret: &realm.epoch.realm,
+    }
+}
+
+#[test]
+fn stranger_gets_no_answer_even_with_the_hub_for_a_friend() {
+    let door = Door::set();
+    let stranger = Workspace::found(Hub::shared());
+    let exposer_static = Keys::of(&door.workspace.founder).static_keypair.public();
+    // Who the stranger says it is, whose objects it shows, whose realm secret it has.
+    type Guise = fn(&Keys, &Keys) -> (AgentId, Presented, bool);
+    let guises: [Guise; 5] = [
+        |stranger, _| (stranger.agent_id, stranger.presented.clone(), false),
+        // With the realm secret of the workspace, which once leaked.
+        |stranger, _| (stranger.agent_id, stranger.presented.clone(), true),
+        // As a member, by that member's objects, which are public to the hub.
+        |_, member| (member.agent_id, member.presented.clone(), true),
+        |stranger, member| {
+            let noise_key = stranger.presented.noise_key.clone();
+            (member.agent_id, Presented { noise_key, ..member.presented.clone() }, true)
+        },
+        |stranger, member| (member.agent_id, stranger.presented.clone(), true),
+    ];
+    for (number, guise) in guises.into_iter().enumerate() {
+        let member = Keys::of(&door.reacher);
+        let keys = Keys::of(&stranger.founder);
+        let accepted = door.forge(move |initiator, request| {
+            let (id, presented, leaked) = guise(&keys, &member);
+            let realm = if leaked { &member } else { &keys };
+            let prologue = prologue(member.workspace_id, id, request);
+            // A key that its NoiseKey does not name is refused by our own side, too: then the message
+            // of an honest one is sent under a wrong name.
+            let sent =
+                initiate(&local(&keys, &presented, realm), &prologue, &exposer_static, &mut rng())
+                    .or_else(|_| {
+                        let own = &keys.presented;
+                        initiate(&local(&keys, own, realm), &prologue, &exposer_static, &mut rng())
+                    });
+            let (_, message) = sent.expect("a message of the right form");
+            *initiator = id;
+            request.message = Blob(message);
+        });
+        door.reacher.fails(&["reach", "prod-db"], 6, "");
+        assert_eq!(accepted.load(Ordering::SeqCst), 0, "guise {number} was answered");
+        assert_eq!(door.service.accepted(), door.probed, "the target was dialled");
+    }
+    door.exposer_agent.stderr_line("tunnel refused");
+}
+
+#[test]
+fn nothing_is_dialled_before_the_first_authenticated_record() {
+    let door = Door::set();
+    let member = Keys::of(&door.reacher);
+    let exposer = Keys::of(&door.workspace.founder);
+    let hub = Hub::shared().address();
+    let listed = runtime().block_on(async {
+        let mut client = Client::login(hub, &member, SessionKind::Command).await;
+        let tag = member.names.tag(&"prod-db".parse().expect("a name"));
+        match client.request(Request::Lookup { tag }).await {
+            Reply::Services { services, .. } => services[0].service_id,
+            Reply::Done | Reply::Agents { .. } | Reply::TunnelAccepted { .. } | Reply::Error(_) => {
+                panic!("no services")
+            }
+        }
+    });
+    for garbage in [false, true] {
+        runtime().block_on(async {
+            let mut client = Client::login(hub, &member, SessionKind::Command).await;
+            let mut request = tunnel_request(listed, exposer.agent_id);
+            let prologue = prologue(member.workspace_id, member.agent_id, &request);
+            let side = local(&member, &member.presented, &member);
+            let (waiting, message) =
+                initiate(&side, &prologue, &exposer.static_keypair.public(), &mut rng())
+                    .expect("a sound handshake");
+            request.message = Blob(message);
+            let Reply::TunnelAccepted { message, ticket } =
+                client.request(Request::OpenTunnel(request)).await
+            else {
+                panic!("a member is answered");
+            };
+            waiting.read(&message.0).expect("the exposer's answer holds");
+            let mut socket = data_socket(hub, ticket.reveal(), Encoding::Base64)
+                .await
+                .expect("the ticket is ours");
+            if garbage {
+                let noise = base64_simd::STANDARD_NO_PAD.encode_to_string(random(200));
+                socket.send(Message::text(noise)).await.expect("the hub relays it");
+                // The exposer ends the tunnel, and nothing else.
+                while let Some(Ok(_)) = socket.next().await {}
+            }
+        });
+        assert_eq!(door.service.accepted(), door.probed, "the target was dialled");
+    }
+    // The exposer is as it was.
+    let _agent = door.reacher.up();
+    door.reacher.reach("prod-db");
+}

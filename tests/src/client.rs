@@ -1,0 +1,301 @@
+//! A hand-made client: speaks the control channel with an agent's keys, and says what it likes.
+
+use std::{fs, net::SocketAddr, path::Path};
+
+use connect_crypto::{
+    epoch::EpochSecrets,
+    keys::{SigningKey, StaticKeypair, WrapKeypair},
+    names::NameKeys,
+};
+use connect_spec::{
+    bytes::Blob,
+    control::{
+        self, AGENT_PATH, FromAgent, FromHub, LOGIN_KIND, Login, Nonce, PresentedBlobs, Reply,
+        Request, SealedRecord, SessionKind, TICKET_SCHEME, TUNNEL_PATH, TunnelRequest,
+    },
+    encoding::Encoding,
+    ids::{AgentId, ChannelId, CredentialId, ServiceId, TunnelId, WorkspaceId},
+    objects::Attributes,
+    signed::Signed,
+    trust::{Presented, TrustState},
+};
+use futures_util::{SinkExt, StreamExt};
+use http::{HeaderValue, header};
+use rand_core::UnwrapErr;
+use serde_json::Value;
+use tokio::{net::TcpStream, time::timeout};
+use tokio_tungstenite::{
+    WebSocketStream, client_async,
+    tungstenite::{self, Message, client::IntoClientRequest},
+};
+
+use crate::{PATIENCE, home::Home, random};
+
+/// The generator that `connect-crypto` draws from.
+#[must_use]
+pub fn rng() -> UnwrapErr<getrandom::SysRng> {
+    UnwrapErr(getrandom::SysRng)
+}
+
+/// An agent's identity, as its home holds it.
+#[derive(Debug)]
+pub struct Keys {
+    /// The workspace.
+    pub workspace_id: WorkspaceId,
+    /// The agent.
+    pub agent_id: AgentId,
+    /// Its identity key.
+    pub signing: SigningKey,
+    /// Its static key.
+    pub static_keypair: StaticKeypair,
+    /// Opens what is wrapped to it.
+    pub wrap: WrapKeypair,
+    /// The workspace's secrets.
+    pub epoch: EpochSecrets,
+    /// The keys that hide names.
+    pub names: NameKeys,
+    /// Certificate, credential and NoiseKey.
+    pub presented: Presented,
+    /// Its tags.
+    pub attrs: Attributes,
+    /// What it trusts.
+    pub trust: TrustState,
+    /// The signer key, in a founder's home.
+    pub signer: Option<SigningKey>,
+}
+
+fn secret<const N: usize>(file: &Path, name: &str) -> Option<[u8; N]> {
+    let text = fs::read_to_string(file).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?;
+    let mut bytes = [0; N];
+    hex::decode_to_slice(line, &mut bytes).ok()?;
+    Some(bytes)
+}
+
+impl Keys {
+    /// Reads them.
+    ///
+    /// # Panics
+    /// When the home is not enrolled.
+    #[must_use]
+    pub fn of(home: &Home) -> Self {
+        let keys = home.dir().join("agent.key");
+        let membership = fs::read(home.dir().join("membership.json")).expect("enrolled");
+        let membership: Value = serde_json::from_slice(&membership).expect("JSON");
+        let workspace_id =
+            membership["workspace_id"].as_str().and_then(|id| id.parse().ok()).expect("an id");
+        let blobs: PresentedBlobs =
+            serde_json::from_value(membership.clone()).expect("what the agent presents");
+        let salt: Blob = serde_json::from_value(membership["salt"].clone()).expect("a salt");
+        let tags: Vec<String> =
+            serde_json::from_value(membership["tags"].clone()).expect("a list of tags");
+        let genesis = fs::read(home.dir().join("trust/genesis")).expect("enrolled");
+        let genesis = Signed::decode(&genesis).expect("a genesis");
+        let signing: [u8; 32] = secret(&keys, "identity").expect("a key");
+        let signing = SigningKey::from_seed(signing.into());
+        let static_secret: [u8; 32] = secret(&keys, "static-1").expect("a key");
+        let wrap: [u8; 96] = secret(&keys, "wrap").expect("a key");
+        let epoch: [u8; 64] = secret(&keys, "epoch-0").expect("a key");
+        let epoch = EpochSecrets::from_bytes(epoch.into());
+        let signer: Option<[u8; 32]> = secret(&home.dir().join("signer.key"), "signer");
+        Self {
+            workspace_id,
+            agent_id: AgentId::of(&workspace_id, &signing.public()),
+            signing,
+            static_keypair: StaticKeypair::from_secret(static_secret.into()),
+            wrap: WrapKeypair::from_seed(wrap.into()),
+            names: NameKeys::derive(&epoch.names),
+            epoch,
+            presented: Presented::from_blobs(&blobs).expect("sound objects"),
+            attrs: Attributes::new(salt.0.try_into().expect("16 bytes"), tags).expect("tags"),
+            trust: TrustState::from_genesis(workspace_id, &genesis).expect("a sound genesis"),
+            signer: signer.map(|seed| SigningKey::from_seed(seed.into())),
+        }
+    }
+
+    /// The login that answers a challenge.
+    #[must_use]
+    pub fn login(&self, hub: SocketAddr, nonce: &Nonce, session: SessionKind) -> Login {
+        let (authority, agent_nonce) = (hub.to_string(), Nonce([7; 32]));
+        let text = control::proof_text(
+            &authority,
+            nonce,
+            &agent_nonce,
+            &self.agent_id.0,
+            &self.workspace_id,
+        );
+        Login {
+            authority,
+            agent_nonce,
+            session,
+            workspace_id: self.workspace_id,
+            presented: self.presented.to_blobs(),
+            wrap_key: Blob(self.wrap.public().encode()),
+            signature: self.signing.sign_text(LOGIN_KIND, &text),
+            create: None,
+        }
+    }
+}
+
+/// A control socket.
+#[derive(Debug)]
+pub struct Client {
+    socket: WebSocketStream<TcpStream>,
+    /// What the hub asked this connection to sign.
+    pub nonce: Nonce,
+    last_id: u64,
+}
+
+impl Client {
+    /// Opens a control socket and reads the challenge.
+    pub async fn dial(hub: SocketAddr) -> Self {
+        let tcp = TcpStream::connect(hub).await.expect("the hub listens");
+        let (socket, _) = client_async(format!("ws://{hub}{AGENT_PATH}"), tcp)
+            .await
+            .expect("it speaks WebSocket");
+        let mut client = Self { socket, nonce: Nonce([0; 32]), last_id: 0 };
+        let Some(FromHub::Challenge { nonce, .. }) = client.next().await else {
+            panic!("no challenge");
+        };
+        client.nonce = nonce;
+        client
+    }
+
+    /// Opens a control socket and logs in.
+    pub async fn login(hub: SocketAddr, keys: &Keys, session: SessionKind) -> Self {
+        let mut client = Self::dial(hub).await;
+        let login = keys.login(hub, &client.nonce, session);
+        client.send(&FromAgent::Login(Box::new(login))).await;
+        let welcome = client.next().await;
+        assert!(matches!(welcome, Some(FromHub::Welcome { .. })), "{welcome:?}");
+        client
+    }
+
+    /// Sends a message of the protocol.
+    pub async fn send(&mut self, message: &FromAgent) {
+        self.send_raw(Message::text(control::encode(message))).await;
+    }
+
+    /// Sends anything.
+    pub async fn send_raw(&mut self, message: Message) {
+        // The hub may have closed already, which the test sees when it reads.
+        let _ = self.socket.send(message).await;
+    }
+
+    /// The next message; `None` when the hub closed.
+    pub async fn next(&mut self) -> Option<FromHub> {
+        loop {
+            match timeout(PATIENCE, self.socket.next()).await.expect("the hub answers")? {
+                Ok(Message::Text(text)) => {
+                    return Some(control::decode(&text).expect("a message of the protocol"));
+                }
+                Ok(Message::Ping(_) | Message::Pong(_)) => {}
+                Ok(Message::Binary(_) | Message::Close(_) | Message::Frame(_)) | Err(_) => {
+                    return None;
+                }
+            }
+        }
+    }
+
+    /// Reads to the end; the code with which the hub closed, if it said one.
+    pub async fn close_code(mut self) -> Option<u16> {
+        loop {
+            match timeout(PATIENCE, self.socket.next()).await.expect("the hub closes")? {
+                Ok(Message::Close(frame)) => return frame.map(|frame| frame.code.into()),
+                Ok(_) => {}
+                Err(_) => return None,
+            }
+        }
+    }
+
+    /// The bare connection under the WebSocket.
+    #[must_use]
+    pub fn into_tcp(self) -> TcpStream {
+        self.socket.into_inner()
+    }
+
+    /// Asks and waits for the reply; what else comes meanwhile is not kept.
+    pub async fn request(&mut self, request: Request) -> Reply {
+        self.last_id += 1;
+        let asked = self.last_id;
+        self.send(&FromAgent::Request { id: asked, request }).await;
+        loop {
+            let message = self.next().await.expect("the session goes on");
+            if let FromHub::Reply { id, reply } = message
+                && id == asked
+            {
+                return reply;
+            }
+        }
+    }
+}
+
+/// Opens a data socket with this text after `Authorization: Ticket `; the HTTP status of a refusal.
+///
+/// # Errors
+/// The status.
+pub async fn data_socket(
+    hub: SocketAddr,
+    ticket: &str,
+    encoding: Encoding,
+) -> Result<WebSocketStream<TcpStream>, u16> {
+    let mut request = format!("ws://{hub}{TUNNEL_PATH}").into_client_request().expect("a URL");
+    let authorization =
+        HeaderValue::from_str(&format!("{TICKET_SCHEME} {ticket}")).expect("printable");
+    let protocol = HeaderValue::from_static(encoding.subprotocol());
+    request.headers_mut().insert(header::AUTHORIZATION, authorization);
+    request.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, protocol);
+    let tcp = TcpStream::connect(hub).await.expect("the hub listens");
+    match timeout(PATIENCE, client_async(request, tcp)).await.expect("the hub answers") {
+        Ok((socket, _)) => Ok(socket),
+        Err(tungstenite::Error::Http(response)) => Err(response.status().as_u16()),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// A request for a tunnel whose handshake message is noise: enough for a hub, not for an exposer.
+#[must_use]
+pub fn tunnel_request(service_id: ServiceId, responder: AgentId) -> TunnelRequest {
+    TunnelRequest {
+        tunnel_id: TunnelId(random(16).try_into().expect("16 bytes")),
+        service_id,
+        responder,
+        share_id: CredentialId([0; 16]),
+        channel_id: ChannelId([1; 16]),
+        tunnel_no: 0,
+        encoding: Encoding::Base64,
+        message: Blob(vec![7; 2000]),
+    }
+}
+
+/// A record that nobody can open: enough for a hub.
+#[must_use]
+pub fn sealed(counter: u32) -> SealedRecord {
+    SealedRecord { epoch: 0, counter, sealed: Blob(vec![9; 512]) }
+}
+
+/// Gets a tunnel from one hand-made client to another; the tickets of the exposer and the reacher.
+pub async fn tickets(hub: SocketAddr, exposer: &Keys, reacher: &Keys) -> (String, String) {
+    let mut expose = Client::login(hub, exposer, SessionKind::Agent).await;
+    let mut reach = Client::login(hub, reacher, SessionKind::Agent).await;
+    let service_id = ServiceId([5; 16]);
+    let tag = exposer.names.tag(&"svc".parse().expect("a name"));
+    let reply = expose.request(Request::Expose { service_id, tag, record: sealed(1) }).await;
+    assert_eq!(reply, Reply::Done);
+    let request = Request::OpenTunnel(tunnel_request(service_id, exposer.agent_id));
+    reach.send(&FromAgent::Request { id: 1, request }).await;
+    let Some(FromHub::IncomingTunnel { initiator, request, ticket }) = expose.next().await else {
+        panic!("the exposer is asked");
+    };
+    assert_eq!(initiator, reacher.agent_id);
+    let exposers = ticket.reveal().to_owned();
+    let message = Blob(vec![7; 2000]);
+    expose.send(&FromAgent::AcceptTunnel { tunnel_id: request.tunnel_id, message }).await;
+    let Some(FromHub::Reply { reply: Reply::TunnelAccepted { ticket, .. }, .. }) =
+        reach.next().await
+    else {
+        panic!("the reacher is answered");
+    };
+    assert_ne!(exposers, ticket.reveal());
+    (exposers, ticket.reveal().to_owned())
+}

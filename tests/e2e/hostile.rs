@@ -19,9 +19,9 @@ use connect_spec::{
     },
     encoding::Encoding,
     ids::{AgentId, WorkspaceId},
-    objects::ServiceRecord,
+    objects::{AgentRole, Certificate, Issuer, NoiseKey, SUITE_1, ServiceRecord},
     prologue::{Prologue, Realm},
-    trust::Presented,
+    trust::{Head, Presented},
 };
 use connect_tests::{
     PATIENCE,
@@ -539,7 +539,7 @@ struct Door {
     probed: usize,
     rule: Arc<Mutex<Rule>>,
     _relay: HostileRelay,
-    exposer_agent: Process,
+    _exposer_agent: Process,
 }
 
 impl Door {
@@ -551,11 +551,11 @@ impl Door {
         });
         let workspace = Workspace::found_at(&relay.url());
         let reacher = workspace.join("reacher");
-        let exposer_agent = workspace.founder.up();
+        let _exposer_agent = workspace.founder.up();
         let service = Service::echo();
         workspace.founder.ok(&["expose", &service.address().to_string(), "--name", "prod-db"]);
         let probed = service.probed();
-        Self { workspace, reacher, service, probed, rule, _relay: relay, exposer_agent }
+        Self { workspace, reacher, service, probed, rule, _relay: relay, _exposer_agent }
     }
 
     /// Replaces what the exposer is asked: by whom, and with which first message.
@@ -600,12 +600,12 @@ fn prologue(workspace_id: WorkspaceId, initiator: AgentId, request: &TunnelReque
 }
 
 /// A handshake's own side, made of the parts of different agents.
-fn local<'k>(keys: &'k Keys, presented: &'k Presented, realm: &'k Keys) -> Local<'k> {
+fn local<'k>(keys: &'k Keys, presented: &'k Presented, realm: &'k Keys, head: Head) -> Local<'k> {
     Local {
         static_keypair: &keys.static_keypair,
         presented,
         attrs: &keys.attrs,
-        head: realm.trust.head(),
+        head,
         realm_secret: &realm.epoch.realm,
     }
 }
@@ -613,46 +613,86 @@ fn local<'k>(keys: &'k Keys, presented: &'k Presented, realm: &'k Keys) -> Local
 #[test]
 fn stranger_gets_no_answer_even_with_the_hub_for_a_friend() {
     let door = Door::set();
-    let stranger = Workspace::found(Hub::shared());
-    let exposer_static = Keys::of(&door.workspace.founder).static_keypair.public();
-    // Who the stranger says it is, whose objects it shows, whose realm secret it has.
-    type Guise = fn(&Keys, &Keys) -> (AgentId, Presented, bool);
-    let guises: [Guise; 5] = [
-        |stranger, _| (stranger.agent_id, stranger.presented.clone(), false),
-        // With the realm secret of the workspace, which once leaked.
-        |stranger, _| (stranger.agent_id, stranger.presented.clone(), true),
-        // As a member, by that member's objects, which are public to the hub.
-        |_, member| (member.agent_id, member.presented.clone(), true),
-        |stranger, member| {
-            let noise_key = stranger.presented.noise_key.clone();
-            (member.agent_id, Presented { noise_key, ..member.presented.clone() }, true)
-        },
-        |stranger, member| (member.agent_id, stranger.presented.clone(), true),
+    let other = Workspace::found(Hub::shared());
+    let founder = Keys::of(&door.workspace.founder);
+    let founder_static = founder.static_keypair.public();
+    // A certificate and a NoiseKey in the right workspace, signed with what a stranger has.
+    let certificate = |stranger: &Keys, issuer: Issuer| {
+        let signer = stranger.signer.as_ref().expect("a founder's");
+        signer.sign(&Certificate {
+            workspace_id: founder.workspace_id,
+            identity_key: stranger.signing.public(),
+            role: AgentRole::Member,
+            attrs: stranger.attrs.hash(),
+            serial: 1,
+            not_after: None,
+            issuer,
+            services: None,
+        })
+    };
+    let noise_key = |stranger: &Keys, agent_id: AgentId| {
+        stranger.signing.sign(&NoiseKey {
+            workspace_id: founder.workspace_id,
+            agent_id,
+            suite: SUITE_1,
+            counter: 2,
+            static_key: stranger.static_keypair.public(),
+            wrap_key_hash: stranger.wrap.public().hash(),
+        })
+    };
+    let (stranger, member) = (Keys::of(&other.founder), Keys::of(&door.reacher));
+    let id = AgentId::of(&founder.workspace_id, &stranger.signing.public());
+    let own_signer = stranger.signer.as_ref().expect("a founder's").public();
+    let signer = founder.signer.as_ref().expect("a founder's").public();
+    let credential = member.presented.credential.clone();
+    let of_credential = credential
+        .as_ref()
+        .map(|credential| Issuer::Credential(credential.hash()))
+        .expect("joined");
+    let presented = |issuer: Issuer, credential: &Option<_>| Presented {
+        certificate: certificate(&stranger, issuer),
+        credential: Option::clone(credential),
+        noise_key: noise_key(&stranger, id),
+    };
+    let guises = [
+        ("of another workspace", stranger.agent_id, stranger.presented.clone()),
+        ("certified by itself", id, presented(Issuer::Signer(own_signer), &None)),
+        ("as if by the founder", id, presented(Issuer::Signer(signer), &None)),
+        ("as if by the member's invite", id, presented(of_credential, &credential)),
+        (
+            "a member with another static key",
+            member.agent_id,
+            Presented {
+                noise_key: noise_key(&stranger, member.agent_id),
+                ..member.presented.clone()
+            },
+        ),
+        ("under a member's id", member.agent_id, presented(Issuer::Signer(own_signer), &None)),
     ];
-    for (number, guise) in guises.into_iter().enumerate() {
-        let member = Keys::of(&door.reacher);
-        let keys = Keys::of(&stranger.founder);
-        let accepted = door.forge(move |initiator, request| {
-            let (id, presented, leaked) = guise(&keys, &member);
-            let realm = if leaked { &member } else { &keys };
-            let prologue = prologue(member.workspace_id, id, request);
-            // A key that its NoiseKey does not name is refused by our own side, too: then the message
-            // of an honest one is sent under a wrong name.
-            let sent =
-                initiate(&local(&keys, &presented, realm), &prologue, &exposer_static, &mut rng())
-                    .or_else(|_| {
-                        let own = &keys.presented;
-                        initiate(&local(&keys, own, realm), &prologue, &exposer_static, &mut rng())
-                    });
-            let (_, message) = sent.expect("a message of the right form");
-            *initiator = id;
-            request.message = Blob(message);
-        });
-        door.reacher.fails(&["reach", "prod-db"], 6, "");
-        assert_eq!(accepted.load(Ordering::SeqCst), 0, "guise {number} was answered");
-        assert_eq!(door.service.accepted(), door.probed, "the target was dialled");
+    for (guise, id, presented) in guises {
+        // Once without the realm secret of the workspace, once as if that had leaked.
+        for leaked in [false, true] {
+            let (stranger, member) = (Keys::of(&other.founder), Keys::of(&door.reacher));
+            let presented = presented.clone();
+            let accepted = door.forge(move |initiator, request| {
+                let prologue = prologue(member.workspace_id, id, request);
+                let realm = if leaked { &member } else { &stranger };
+                let side = local(&stranger, &presented, realm, member.trust.head());
+                let (_, message) = initiate(&side, &prologue, &founder_static, &mut rng())
+                    .expect("a message of the right form");
+                *initiator = id;
+                request.message = Blob(message);
+            });
+            door.reacher.fails(&["reach", "prod-db"], 6, "");
+            assert_eq!(accepted.load(Ordering::SeqCst), 0, "{guise}: answered");
+            assert_eq!(door.service.accepted(), door.probed, "{guise}: the target was dialled");
+        }
     }
-    door.exposer_agent.stderr_line("tunnel refused");
+    // The door is open to whom it should be.
+    let accepted = door.forge(|_, _| {});
+    let _agent = door.reacher.up();
+    door.reacher.reach("prod-db");
+    assert_eq!(accepted.load(Ordering::SeqCst), 1);
 }
 
 #[test]
@@ -676,7 +716,7 @@ fn nothing_is_dialled_before_the_first_authenticated_record() {
             let mut client = Client::login(hub, &member, SessionKind::Command).await;
             let mut request = tunnel_request(listed, exposer.agent_id);
             let prologue = prologue(member.workspace_id, member.agent_id, &request);
-            let side = local(&member, &member.presented, &member);
+            let side = local(&member, &member.presented, &member, member.trust.head());
             let (waiting, message) =
                 initiate(&side, &prologue, &exposer.static_keypair.public(), &mut rng())
                     .expect("a sound handshake");

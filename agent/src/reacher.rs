@@ -35,6 +35,8 @@ use crate::{
 const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between tries to reach an exposer that is offline: it may come back at any time.
 const OFFLINE_RETRY: Duration = Duration::from_secs(3);
+/// So often a peer that has too much to do is asked again before anybody is told.
+const BUSY_TRIES: u32 = 8;
 
 /// A service that is reached; clones share it.
 #[derive(Debug, Clone)]
@@ -179,6 +181,7 @@ fn stopped() -> Error {
 async fn keep(core: &Core, name: &ServiceName, state: &watch::Sender<State>) {
     let mut backoff = Backoff::default();
     let mut link = core.link();
+    let mut busy = 0;
     loop {
         let session = match &*link.borrow_and_update() {
             Link::Up(session) => Some(session.clone()),
@@ -201,8 +204,14 @@ async fn keep(core: &Core, name: &ServiceName, state: &watch::Sender<State>) {
                 let (error, confirmed) = established.run(core, name, state).await;
                 if confirmed {
                     backoff.reset();
+                    busy = 0;
                 }
                 error
+            }
+            Err(error) if error.busy && busy < BUSY_TRIES => {
+                busy += 1;
+                tokio::time::sleep(backoff.next(random::number())).await;
+                continue;
             }
             Err(error) => error,
         };

@@ -61,6 +61,9 @@ pub struct Error {
     /// What to do next.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
+    /// Whether the other side only had too much to do: the same try may succeed in a moment.
+    #[serde(skip)]
+    pub(crate) busy: bool,
 }
 
 /// The result of everything here that can fail.
@@ -69,7 +72,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     /// An error of `kind` that says `message`.
     pub fn new(kind: ErrorKind, message: impl fmt::Display) -> Self {
-        Self { kind, message: message.to_string(), hint: None }
+        Self { kind, message: message.to_string(), hint: None, busy: false }
     }
 
     /// Adds what to do next.
@@ -112,7 +115,9 @@ impl Error {
             | ErrorCode::Displaced
             | ErrorCode::Unknown => ErrorKind::Refused,
         };
-        let error = Self::new(kind, format_args!("the hub says: {}", one_line(&report.message)));
+        let mut error =
+            Self::new(kind, format_args!("the hub says: {}", one_line(&report.message)));
+        error.busy = matches!(report.code, ErrorCode::Busy | ErrorCode::RateLimited);
         match hint(report) {
             Some(hint) => error.hint(hint),
             None => error,

@@ -32,6 +32,8 @@ use crate::{
 const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between tries to reach an exposer that is offline: it may come back at any time.
 const OFFLINE_RETRY: Duration = Duration::from_secs(3);
+/// So often a peer that has too much to do is asked again before anybody is told.
+const BUSY_TRIES: u32 = 8;
 
 /// A service that is reached; clones share it.
 #[derive(Debug, Clone)]
@@ -209,6 +211,7 @@ async fn keep(core: &Core, name: &ServiceName, state: &watch::Sender<State>) {
     let mut backoff = Backoff::default();
     let mut link = core.link();
     let mut conversation: Option<Conversation> = None;
+    let mut busy = 0;
     while !state.borrow().stopped {
         let current = link.borrow_and_update().clone();
         let session = match current {
@@ -230,7 +233,10 @@ async fn keep(core: &Core, name: &ServiceName, state: &watch::Sender<State>) {
         };
         tracing::debug!(service = %name, %error, "no tunnel");
         let offline = error.kind == ErrorKind::ExposerOffline;
-        state.send_modify(|state| state.error = Some(error));
+        busy = if error.busy { busy + 1 } else { 0 };
+        if busy == 0 || busy > BUSY_TRIES {
+            state.send_modify(|state| state.error = Some(error));
+        }
         let wait = backoff.next(random::number());
         let wait = if offline { wait.min(OFFLINE_RETRY) } else { wait };
         tokio::select! {

@@ -250,3 +250,31 @@ fn early_clients_wait_for_a_hub_that_is_not_up_yet() {
     client.read_exact(&mut echoed).expect("the client waited");
     assert_eq!(&echoed, b"early");
 }
+
+#[test]
+fn many_services_of_one_exposer_are_reached_at_once_and_restored_at_once() {
+    const SERVICES: usize = 24;
+    let pair = Pair::start(Hub::shared());
+    let service = Service::greeting(b"hello");
+    let target = service.address().to_string();
+    let prefix = name();
+    let names: Vec<_> = (0..SERVICES).map(|number| format!("{prefix}-{number}")).collect();
+    for name in &names {
+        pair.exposer().ok(&["expose", &target, "--name", name]);
+    }
+    thread::scope(|scope| {
+        for name in &names {
+            let reacher = &pair.reacher;
+            scope.spawn(move || check_served(reacher.reach(name), b"hello"));
+        }
+    });
+    let Pair { workspace: _workspace, reacher, exposer_agent: _exposer_agent, mut reacher_agent } =
+        pair;
+    reacher_agent.kill();
+    let _agent = reacher.up();
+    eventually("all of them are back", || {
+        let status = reacher.json(&["status"]);
+        let reached = status["reached"].as_array().expect("a list");
+        reached.len() == SERVICES && reached.iter().all(|reached| reached["active"] == true)
+    });
+}

@@ -9,7 +9,7 @@ use std::{
 use connect_spec::{
     control::{Request, SessionKind},
     encoding::Encoding,
-    ids::{AgentId, ServiceName},
+    ids::{AgentId, ServiceId, ServiceName},
     trust::VerifiedPeer,
 };
 use tokio::{
@@ -154,11 +154,12 @@ impl Agent {
         matches!(*self.core.link.borrow(), Link::Up(_))
     }
 
-    /// Exposes a service and waits until the hub knows it.
+    /// Exposes a service and waits until the hub knows it. `take_over` takes the name from another agent
+    /// that is offline.
     ///
     /// # Errors
     /// [`ErrorKind::Refused`] when the name is taken; why the hub cannot be reached.
-    pub async fn expose(&self, service: Exposed) -> Result<()> {
+    pub async fn expose(&self, service: Exposed, take_over: bool) -> Result<()> {
         let session = self.core.session().await?;
         let directory = Directory::new(&self.core.identity, session);
         match directory.find(&service.name).await {
@@ -179,17 +180,17 @@ impl Agent {
         }
         let service = Arc::new(service);
         self.core.exposer.add(service.clone());
-        let published = self.core.publish(directory.session(), &service).await;
+        let published = self.core.publish(directory.session(), &service, take_over).await;
         if published.is_err() {
             self.core.exposer.remove(&service.name);
         }
         published
     }
 
-    /// Withdraws a service; tunnels to it are closed.
+    /// Withdraws a service; channels to it are closed. A hub that is away hears of it later.
     ///
     /// # Errors
-    /// [`ErrorKind::ServiceNotFound`] when this agent does not expose it.
+    /// [`ErrorKind::ServiceNotFound`] when this agent does not expose it; why the hub does not know yet.
     pub async fn unexpose(&self, name: &ServiceName) -> Result<()> {
         let service = self.core.exposer.remove(name).ok_or_else(|| {
             Error::new(
@@ -198,8 +199,9 @@ impl Agent {
             )
             .hint("`connect status` lists what it exposes")
         })?;
+        self.core.note_withdrawn(service.service_id)?;
         let session = self.core.session().await?;
-        session.request(Request::Unexpose { service_id: service.service_id }).await.map(|_| ())
+        self.core.withdraw(&session).await
     }
 
     /// Reaches a service: keeps a tunnel to it, whatever happens to hub and peer.
@@ -292,7 +294,34 @@ impl Core {
         Ok(state.record_counter)
     }
 
-    async fn publish(&self, session: &Session, service: &Exposed) -> Result<()> {
+    /// Remembers that the hub must be told, whatever happens to this process before.
+    pub(crate) fn note_withdrawn(&self, service: ServiceId) -> Result<()> {
+        let mut state = self.state();
+        if !state.withdrawn.contains(&service) {
+            state.withdrawn.push(service);
+            self.home.save_state(&state)?;
+        }
+        Ok(())
+    }
+
+    /// Tells the hub of every service that is withdrawn and not exposed again.
+    async fn withdraw(&self, session: &Session) -> Result<()> {
+        let exposed: Vec<_> = self.exposer.all().iter().map(|service| service.service_id).collect();
+        let withdrawn = self.state().withdrawn.clone();
+        for service_id in withdrawn.into_iter().filter(|service| !exposed.contains(service)) {
+            match session.request(Request::Unexpose { service_id }).await {
+                // The hub never knew of it, or does not any more.
+                Err(error) if error.kind != ErrorKind::ServiceNotFound => return Err(error),
+                Ok(_) | Err(_) => {}
+            }
+            let mut state = self.state();
+            state.withdrawn.retain(|told| *told != service_id);
+            self.home.save_state(&state)?;
+        }
+        Ok(())
+    }
+
+    async fn publish(&self, session: &Session, service: &Exposed, take_over: bool) -> Result<()> {
         let target_ok = service.probe().await;
         let counter = self.next_counter()?;
         let record = service
@@ -300,7 +329,8 @@ impl Core {
             .map_err(|error| Error::new(ErrorKind::Other, error))?;
         let tag = self.identity.names.tag(&service.name);
         let service_id = service.service_id;
-        session.request(Request::Expose { service_id, tag, record }).await.map(|_| ())
+        let expose = Request::Expose { service_id, tag, record, take_over };
+        session.request(expose).await.map(|_| ())
     }
 
     /// Compares a peer's static key with what was seen of it before (step 3 of "Verifying a peer").
@@ -402,8 +432,9 @@ async fn connect(core: &Arc<Core>) -> Result<(Arc<Session>, mpsc::Receiver<Incom
     let session = Arc::new(session);
     let counter = core.next_counter()?;
     Directory::new(&core.identity, session.clone()).publish_agent(counter).await?;
+    core.withdraw(&session).await?;
     for service in core.exposer.all() {
-        match core.publish(&session, &service).await {
+        match core.publish(&session, &service, false).await {
             // One service that is refused must not keep the others away.
             Err(error) if error.kind != ErrorKind::HubUnreachable => {
                 tracing::error!(service = %service.name, %error, "not exposed");

@@ -138,6 +138,9 @@ pub(crate) struct Expose {
     /// Tag or agent id that may reach it; repeatable [default: every member].
     #[arg(long = "allow")]
     pub(crate) allow: Vec<String>,
+    /// Take the name from another agent that has it but is offline.
+    #[arg(long)]
+    pub(crate) take_over: bool,
     #[command(flatten)]
     pub(crate) run: Run,
 }

@@ -212,8 +212,12 @@ async fn run_expose(home: Home, expose: cli::Expose, output: Output) -> Result<(
         .hint("choose another `--name`"));
     }
     let target = target.to_string();
-    let command =
-        Ask::Expose { name: name.clone(), target: target.clone(), allow: expose.allow.clone() };
+    let command = Ask::Expose {
+        name: name.clone(),
+        target: target.clone(),
+        allow: expose.allow.clone(),
+        take_over: expose.take_over,
+    };
     let lock = match attach_or_lock(&home, &command).await? {
         Attached::Lock(lock) => lock,
         Attached::Answer(answer) => {
@@ -229,7 +233,9 @@ async fn run_expose(home: Home, expose: cli::Expose, output: Output) -> Result<(
     let mut said = false;
     let exposed = loop {
         let allow = expose.allow.clone();
-        match host.expose(name.clone(), &target, allow, Keep::ThisRun).await {
+        let exposed =
+            host.expose(name.clone(), &target, allow, expose.take_over, Keep::ThisRun).await;
+        match exposed {
             Err(error) if error.kind == ErrorKind::HubUnreachable => {
                 say_once(&mut said, &error, output);
                 wait_or_stop(&host).await?;
@@ -238,7 +244,14 @@ async fn run_expose(home: Home, expose: cli::Expose, output: Output) -> Result<(
         }
     };
     output.exposed(&exposed);
-    foreground(&host, output).await
+    output.note("Press Ctrl-C to stop.");
+    let served = serve(&host, output).await;
+    // Its own item ends with it. A hub that is away hears of it at the next start.
+    if let Ok(Err(error)) = tokio::time::timeout(RETRY, host.unexpose(&name)).await {
+        tracing::warn!(%error, "the hub was not told that the service is withdrawn");
+    }
+    host.stop().await;
+    served
 }
 
 fn default_name(target: &connect_agent::Target) -> ServiceName {
@@ -276,7 +289,8 @@ async fn run_reach(home: Home, reach: cli::Reach, output: Output) -> Result<()> 
         }
     };
     output.reached(&reached);
-    foreground(&host, output).await
+    output.note("Press Ctrl-C to stop.");
+    until_stopped(&host, output).await
 }
 
 fn say_once(said: &mut bool, error: &Error, output: Output) {
@@ -363,13 +377,15 @@ fn raise_file_limit() {
     }
 }
 
-/// Serves until Ctrl-C, for a command that became the agent.
-async fn foreground(host: &Arc<Host>, output: Output) -> Result<()> {
-    output.note("Press Ctrl-C to stop.");
-    until_stopped(host, output).await
+/// Serves until the agent is told to stop, then stops it.
+async fn until_stopped(host: &Arc<Host>, output: Output) -> Result<()> {
+    let served = serve(host, output).await;
+    host.stop().await;
+    served
 }
 
-async fn until_stopped(host: &Arc<Host>, output: Output) -> Result<()> {
+/// Serves until a signal or `connect down`, and says what stops.
+async fn serve(host: &Arc<Host>, output: Output) -> Result<()> {
     output::flush();
     let served = tokio::select! {
         served = host.serve() => served,
@@ -383,7 +399,6 @@ async fn until_stopped(host: &Arc<Host>, output: Output) -> Result<()> {
         status.exposed.len(),
         status.reached.len()
     ));
-    host.stop().await;
     served
 }
 

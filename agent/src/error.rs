@@ -140,7 +140,10 @@ fn hint(report: &ErrorReport) -> Option<String> {
         "dial the hub by a name that it was started with, or add this one with `--public-url`"
     } else if code == ErrorCode::NameTaken {
         let agent = report.agent_id.map_or_else(|| "its agent".into(), |id| id.short());
-        return Some(format!("choose another `--name`, or run `connect unexpose` on {agent}"));
+        return Some(format!(
+            "choose another `--name`, or run `connect unexpose` on {agent}; if that one is gone for \
+             good, `--take-over` takes the name"
+        ));
     } else {
         return None;
     };

@@ -128,6 +128,9 @@ pub(crate) struct State {
     pub(crate) exposes: Vec<SavedExpose>,
     #[serde(default)]
     pub(crate) reaches: Vec<SavedReach>,
+    /// Services that the hub still lists, unless it was told by now that they are withdrawn.
+    #[serde(default)]
+    pub(crate) withdrawn: Vec<ServiceId>,
     /// Counter of the last sealed record of any kind that this agent published.
     #[serde(default)]
     pub(crate) record_counter: u32,

@@ -134,8 +134,8 @@ impl Host {
     pub async fn handle(&self, command: Command) -> Answer {
         let done = match command {
             Command::Status => return Answer::Status(self.status().await),
-            Command::Expose { name, target, allow } => {
-                self.expose(name, &target, allow, Keep::Saved).await.map(Answer::Exposed)
+            Command::Expose { name, target, allow, take_over } => {
+                self.expose(name, &target, allow, take_over, Keep::Saved).await.map(Answer::Exposed)
             }
             Command::Reach { name, port } => {
                 self.reach(name, port, Keep::Saved).await.map(Answer::Reached)
@@ -159,6 +159,7 @@ impl Host {
         name: ServiceName,
         target: &str,
         allow: Vec<String>,
+        take_over: bool,
         keep: Keep,
     ) -> Result<ExposedStatus> {
         let target: Target = target.parse()?;
@@ -169,9 +170,16 @@ impl Host {
             running.map_or_else(|| ServiceId(random::bytes()), |service| service.service_id);
         let service =
             Exposed::new(name.clone(), service_id, target.clone(), allow.iter().cloned().collect());
-        self.agent.expose(service).await?;
+        if keep == Keep::ThisRun {
+            // Should this process be killed, the next one tells the hub. Not before the login, which
+            // tells of everything that is noted and not exposed.
+            self.agent.connected().await?;
+            core.note_withdrawn(service_id)?;
+        }
+        self.agent.expose(service, take_over).await?;
         if keep == Keep::Saved {
             let mut state = core.state();
+            state.withdrawn.retain(|withdrawn| *withdrawn != service_id);
             state.exposes.retain(|saved| saved.name != name);
             let target = target.to_string();
             state.exposes.push(SavedExpose { name: name.clone(), target, service_id, allow });
@@ -183,7 +191,11 @@ impl Host {
             .ok_or_else(|| Error::new(ErrorKind::Other, "the service was withdrawn meanwhile"))
     }
 
-    async fn unexpose(&self, name: &ServiceName) -> Result<()> {
+    /// Withdraws a service, now and for the next start.
+    ///
+    /// # Errors
+    /// As [`Agent::unexpose`].
+    pub async fn unexpose(&self, name: &ServiceName) -> Result<()> {
         let core = self.agent.core();
         let mut withdrawn = self.agent.unexpose(name).await;
         let mut state = core.state();

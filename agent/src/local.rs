@@ -36,6 +36,8 @@ pub enum Command {
         target: String,
         /// To these tags and agents; to all members when empty.
         allow: Vec<String>,
+        /// Even if another agent, which is offline, has the name.
+        take_over: bool,
     },
     /// Offer it no longer.
     Unexpose {

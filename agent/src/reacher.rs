@@ -234,7 +234,7 @@ async fn keep(core: &Core, name: &ServiceName, state: &watch::Sender<State>) {
         tracing::debug!(service = %name, %error, "no tunnel");
         let offline = error.kind == ErrorKind::ExposerOffline;
         busy = if error.busy { busy + 1 } else { 0 };
-        if !(1..=BUSY_TRIES).contains(&busy) {
+        if busy == 0 || busy > BUSY_TRIES {
             state.send_modify(|state| state.error = Some(error));
         }
         let wait = backoff.next(random::number());

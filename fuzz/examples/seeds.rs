@@ -173,6 +173,7 @@ fn control_frames() -> Vec<(&'static str, String)> {
                     service_id: SERVICE,
                     tag: LookupTag([0x0d; 16]),
                     record,
+                    take_over: false,
                 },
             },
         ),

@@ -104,16 +104,16 @@ fn announce(listening: &Listening, registration: Registration) {
     let _ = writeln!(io::stdout(), "connect init --hub {init_url}{token}");
 }
 
-/// Returns on SIGTERM, or on SIGINT.
+/// Returns on SIGTERM, SIGINT, or SIGHUP: a terminal that goes away must not leave PostgreSQL behind.
 async fn asked_to_stop() {
-    match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
-        (Ok(mut terminate), Ok(mut interrupt)) => {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
+    let signals = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()];
+    let signals: io::Result<Vec<_>> = signals.into_iter().map(signal).collect();
+    match signals {
+        Ok(mut signals) => {
+            let received = signals.iter_mut().map(|signal| Box::pin(signal.recv()));
+            futures_util::future::select_all(received).await;
         }
-        (Err(error), _) | (_, Err(error)) => {
+        Err(error) => {
             tracing::error!(%error, "signals cannot be received; stop me with SIGKILL");
             std::future::pending().await
         }

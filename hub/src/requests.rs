@@ -109,7 +109,7 @@ async fn try_answer(hub: &Hub, member: &Member, request: Request) -> Result<Repl
             tx.commit().await?;
             Ok(Reply::Done)
         }
-        Request::Expose { service_id, tag, record } => {
+        Request::Expose { service_id, tag, record, take_over } => {
             if !member.role.may_expose() {
                 return no(
                     ErrorCode::Forbidden,
@@ -118,7 +118,15 @@ async fn try_answer(hub: &Hub, member: &Member, request: Request) -> Result<Repl
             }
             check_sealed(&record)?;
             let mut tx = hub.store().workspace(workspace).await?;
-            match tx.expose(agent, service_id, tag, &record).await? {
+            let mut exposed = tx.expose(agent, service_id, tag, &record).await?;
+            if let Exposed::TakenBy(holder) = exposed
+                && take_over
+                && !hub.route(|router, _| router.is_online(&(workspace, holder)))
+            {
+                tx.withdraw_name(holder, tag).await?;
+                exposed = tx.expose(agent, service_id, tag, &record).await?;
+            }
+            match exposed {
                 Exposed::Done => {}
                 Exposed::Stale => {
                     return no(ErrorCode::Stale, "the hub holds a newer record of this service");

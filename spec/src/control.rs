@@ -262,6 +262,9 @@ pub enum Request {
         tag: LookupTag,
         /// The sealed ServiceRecord.
         record: SealedRecord,
+        /// Whether to take the name from another agent that is offline.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        take_over: bool,
     },
     /// Withdraws a service of this agent.
     Unexpose {

@@ -131,8 +131,12 @@ fn other_workspace_changes_nothing() {
     let stage = Stage::set();
     let tag = stage.a_keys.names.tag(&"prod-db".parse().expect("a name"));
     // The same ids in another workspace are other things, and not A's.
-    let reply =
-        stage.ask(Request::Expose { service_id: stage.a_service, tag, record: sealed(u32::MAX) });
+    let reply = stage.ask(Request::Expose {
+        service_id: stage.a_service,
+        tag,
+        record: sealed(u32::MAX),
+        take_over: true,
+    });
     assert!(matches!(reply, Reply::Done | Reply::Error(_)), "{reply:?}");
     stage.check_unharmed();
     stage.ask(Request::Unexpose { service_id: stage.a_service });
@@ -268,7 +272,12 @@ fn member_acts_for_no_other_member() {
         let reply = client.request(Request::Unexpose { service_id: id }).await;
         assert!(refused_with(&reply, ErrorCode::NotFound), "{reply:?}");
         let tag = keys.names.tag(&"svc".parse().expect("a name"));
-        let expose = |service_id| Request::Expose { service_id, tag, record: sealed(u32::MAX) };
+        let expose = |service_id| Request::Expose {
+            service_id,
+            tag,
+            record: sealed(u32::MAX),
+            take_over: true,
+        };
         for service_id in [id, ServiceId([3; 16])] {
             let reply = client.request(expose(service_id)).await;
             assert!(matches!(reply, Reply::Error(_)), "{reply:?}");

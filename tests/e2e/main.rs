@@ -10,6 +10,7 @@ mod hostile;
 mod hub_sees;
 mod isolation;
 mod reconnect;
+mod resume;
 mod secrets;
 mod shape;
 mod tidy;

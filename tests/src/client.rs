@@ -280,7 +280,9 @@ pub async fn tickets(hub: SocketAddr, exposer: &Keys, reacher: &Keys) -> (String
     let mut reach = Client::login(hub, reacher, SessionKind::Agent).await;
     let service_id = ServiceId([5; 16]);
     let tag = exposer.names.tag(&"svc".parse().expect("a name"));
-    let reply = expose.request(Request::Expose { service_id, tag, record: sealed(1) }).await;
+    let reply = expose
+        .request(Request::Expose { service_id, tag, record: sealed(1), take_over: false })
+        .await;
     assert_eq!(reply, Reply::Done);
     let request = Request::OpenTunnel(tunnel_request(service_id, exposer.agent_id));
     reach.send(&FromAgent::Request { id: 1, request }).await;

@@ -131,6 +131,27 @@ impl WorkspaceTx {
         Ok(done.rows_affected() == 1)
     }
 
+    /// Takes a name from the agent that has it.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`].
+    pub async fn withdraw_name(
+        &mut self,
+        holder: AgentId,
+        tag: LookupTag,
+    ) -> Result<(), StoreError> {
+        let workspace = self.id();
+        sqlx::query(
+            "DELETE FROM connect.services WHERE workspace_id = $1 AND tag = $2 AND agent_id = $3",
+        )
+        .bind(workspace)
+        .bind(tag.0.as_slice())
+        .bind(holder.0.as_slice())
+        .execute(self.connection())
+        .await?;
+        Ok(())
+    }
+
     /// The service under a tag; as if offline.
     ///
     /// # Errors

@@ -413,7 +413,7 @@ pub(crate) fn error_code(message: FromHub) -> ErrorCode {
 }
 
 pub(crate) fn expose(service: ServiceId, tag: LookupTag, counter: u32) -> Request {
-    Request::Expose { service_id: service, tag, record: record(counter) }
+    Request::Expose { service_id: service, tag, record: record(counter), take_over: false }
 }
 
 pub(crate) fn blob(length: usize) -> Blob {

@@ -220,6 +220,7 @@ fn records() -> Vec<(&'static str, Vec<u8>)> {
     let progress = Progress {
         next_stream: STREAM.next().expect("the second"),
         max_data: 1 << 24,
+        received: 7,
         streams: vec![state],
         more: false,
     };

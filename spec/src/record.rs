@@ -130,6 +130,9 @@ pub struct Progress {
     pub next_stream: StreamId,
     /// Credit of the channel: the peer may send this many stream bytes in all.
     pub max_data: u64,
+    /// Stream bytes that the peer has sent in all, as far as they arrived or a RESET told of them:
+    /// what it was charged for beyond these, and does not send again, it gets back.
+    pub received: u64,
     /// Open streams by ascending id.
     pub streams: Vec<StreamState>,
     /// Whether another record of the same type continues the list.
@@ -277,6 +280,7 @@ impl Progress {
         record.push(flags | if self.more { FLAG_MORE } else { 0 });
         record.extend_from_slice(&self.next_stream.0.to_be_bytes());
         record.extend_from_slice(&self.max_data.to_be_bytes());
+        record.extend_from_slice(&self.received.to_be_bytes());
         let count = u16::try_from(self.streams.len()).expect("callers split longer lists");
         record.extend_from_slice(&count.to_be_bytes());
         for state in &self.streams {
@@ -299,7 +303,7 @@ impl Progress {
             return Err(fields.bad_value());
         }
         let next_stream = fields.stream()?;
-        let max_data = fields.u64()?;
+        let (max_data, received) = (fields.u64()?, fields.u64()?);
         let count = usize::from(fields.u16()?);
         if count > STREAMS_PER_PROGRESS {
             return Err(fields.bad_value());
@@ -320,7 +324,7 @@ impl Progress {
             streams.push(StreamState { stream, received, max_data, end });
         }
         let more = flags & FLAG_MORE != 0;
-        Ok((flags & FLAG_NEW != 0, Self { next_stream, max_data, streams, more }))
+        Ok((flags & FLAG_NEW != 0, Self { next_stream, max_data, received, streams, more }))
     }
 }
 
@@ -510,6 +514,7 @@ mod tests {
         let progress = Progress {
             next_stream: stream(6),
             max_data: 0x0100_0000,
+            received: 0x33,
             streams: vec![
                 StreamState { stream: stream(2), received: 5, max_data: 9, end: Some(End::Fin(7)) },
                 StreamState { stream: stream(4), received: 1, max_data: 2, end: None },
@@ -518,13 +523,13 @@ mod tests {
         };
         check(
             Record::Hello { new: true, progress: progress.clone() },
-            "01 03 00000006 0000000001000000 0002 \
+            "01 03 00000006 0000000001000000 0000000000000033 0002 \
              00000002 0000000000000005 0000000000000009 01 0000000000000007 \
              00000004 0000000000000001 0000000000000002 00 0000000000000000",
         );
         check(
             Record::Welcome(Progress { streams: vec![], more: false, ..progress }),
-            "02 00 00000006 0000000001000000 0000",
+            "02 00 00000006 0000000001000000 0000000000000033 0000",
         );
         check(Record::Ready, "03");
         check(Record::Open(stream(2)), "10 00000002");
@@ -573,11 +578,12 @@ mod tests {
         check("12 01 00000002 0000000000000000 6101", RecordError::Value(0x12));
         check("12 00 00000002 ffffffffffffffff 61", RecordError::Value(0x12));
         // HELLO: unknown flag, stream at next_stream, streams not ascending, unknown end, end without total.
-        check("01 04 00000002 0000000000000000 0000", RecordError::Value(0x01));
+        check("01 04 00000002 0000000000000000 0000000000000000 0000", RecordError::Value(0x01));
         let state = |id: &str, end: &str| format!("{id} 0000000000000000 0000000000000000 {end}");
         let none = "00 0000000000000000";
-        let hello =
-            |count: &str, states: &str| format!("01 01 00000004 0000000000000000 {count} {states}");
+        let hello = |count: &str, states: &str| {
+            format!("01 01 00000004 0000000000000000 0000000000000000 {count} {states}")
+        };
         check(&hello("0001", &state("00000004", none)), RecordError::Value(0x01));
         check(
             &hello("0002", &[state("00000002", none), state("00000002", none)].concat()),
@@ -585,7 +591,7 @@ mod tests {
         );
         check(&hello("0001", &state("00000002", "03 0000000000000000")), RecordError::Value(0x01));
         check(&hello("0001", &state("00000002", "00 0000000000000001")), RecordError::Value(0x01));
-        check("02 01 00000002 0000000000000000 0000", RecordError::Value(0x02));
+        check("02 01 00000002 0000000000000000 0000000000000000 0000", RecordError::Value(0x02));
     }
 
     #[test]

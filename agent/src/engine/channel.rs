@@ -115,6 +115,9 @@ pub(crate) struct Channel {
     is_known: bool,
     /// A tunnel was tried before.
     was_attached: bool,
+    /// A stream was opened on a tunnel that never answered: the peer may know it, and may have passed
+    /// on what it got.
+    opened_early: bool,
     streams: BTreeMap<StreamId, Stream>,
     next_stream: StreamId,
     /// The part of the peer's list that has arrived.
@@ -233,6 +236,7 @@ impl Channel {
             phase: Phase::Detached,
             is_known: false,
             was_attached: false,
+            opened_early: false,
             streams: BTreeMap::new(),
             next_stream: StreamId::FIRST,
             listed: Vec::new(),
@@ -276,11 +280,12 @@ impl Channel {
         if self.side == Side::Exposer {
             return;
         }
-        let new = !self.is_known;
+        let new = !self.is_known && !self.opened_early;
         if early {
             let progress = Progress {
                 next_stream: StreamId::FIRST,
                 max_data: self.credit.max,
+                received: 0,
                 streams: Vec::new(),
                 more: false,
             };
@@ -603,7 +608,7 @@ impl Channel {
         self.credit.peer_max = self.credit.peer_max.max(progress.max_data);
         // What was said early goes on as it is; otherwise both sides say again what is missing.
         if !early {
-            self.resume(progress.next_stream, &listed)?;
+            self.resume(progress.next_stream, progress.received, &listed)?;
         }
         if self.side == Side::Exposer {
             let parts = self.progress(now);
@@ -625,8 +630,10 @@ impl Channel {
     fn resume(
         &mut self,
         peer_next: StreamId,
+        received: u64,
         listed: &[StreamState],
     ) -> Result<(), ProtocolViolation> {
+        let mut to_send_again = 0;
         let listed: BTreeMap<_, _> = listed.iter().map(|state| (state.stream, state)).collect();
         if self.side == Side::Reacher && peer_next > self.next_stream {
             return Err(ProtocolViolation("streams that were never opened"));
@@ -649,26 +656,35 @@ impl Channel {
                 continue;
             }
             stream.send.resume(0)?;
+            to_send_again += stream.send.charged();
             self.outbox.push_back(Outgoing::Open(*id));
         }
         self.outbox.extend(said);
         for id in known {
             match listed.get(id) {
-                Some(state) => self.resume_stream(*id, state)?,
+                Some(state) => to_send_again += self.resume_stream(*id, state)?,
                 None => self.settle(*id),
             }
         }
+        // Bytes of streams that are over were charged, and may never have arrived.
+        let sent = received.saturating_add(to_send_again);
+        if sent > self.credit.sent {
+            return Err(ProtocolViolation("received more than was sent"));
+        }
+        self.credit.sent = sent;
         Ok(())
     }
 
+    /// Returns how many bytes the peer was not told of yet, and will be: by DATA, or by a RESET.
     fn resume_stream(
         &mut self,
         id: StreamId,
         state: &StreamState,
-    ) -> Result<(), ProtocolViolation> {
+    ) -> Result<u64, ProtocolViolation> {
         let Some(stream) = self.streams.get_mut(&id) else {
-            return Ok(());
+            return Ok(0);
         };
+        let to_tell = stream.send.charged().saturating_sub(state.received);
         if stream.reset.is_none() {
             let kept = stream.send.kept();
             stream.send.resume(state.received)?;
@@ -681,7 +697,7 @@ impl Channel {
             // The peer may not have heard of it.
             self.repeat_reset(id, code);
         }
-        Ok(())
+        Ok(to_tell)
     }
 
     /// The peer is done with a stream: it has everything, or it gave up.
@@ -724,6 +740,7 @@ impl Channel {
         let part = |streams: &[StreamState], more| Progress {
             next_stream: self.next_stream,
             max_data: self.credit.max,
+            received: self.credit.received,
             streams: streams.to_vec(),
             more,
         };
@@ -831,14 +848,15 @@ impl Channel {
         let Some(stream) = self.known(id)? else {
             return Ok(());
         };
-        let missing = stream.recv.handle_end(total)?;
+        let dropped = stream.recv.waiting() as u64;
+        let missing = stream.recv.handle_reset(total)?;
         stream.reset_received = true;
         if stream.reset.is_none() {
             stream.reset = Some(code);
             self.events.extend([Event::Readable(id), Event::Writable(id)]);
         }
         self.received(missing)?;
-        self.consumed(missing);
+        self.consumed(missing + dropped);
         // Both sides learn the other's final size, which counts in the credit of the channel.
         self.send_reset(id, code);
         self.remove_if_done(id);
@@ -862,7 +880,10 @@ impl Channel {
     fn encode(&mut self, now: Instant, outgoing: Outgoing) -> Record<'static> {
         match outgoing {
             Outgoing::Greeting(record) => record,
-            Outgoing::Open(stream) => Record::Open(stream),
+            Outgoing::Open(stream) => {
+                self.opened_early |= !self.is_known;
+                Record::Open(stream)
+            }
             Outgoing::Opened(stream) => Record::Opened(stream),
             Outgoing::Reset { stream, code, total } => Record::Reset { stream, code, total },
             Outgoing::Ping(value) => {

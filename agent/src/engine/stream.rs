@@ -265,6 +265,15 @@ impl RecvHalf {
         Ok(missing)
     }
 
+    /// Takes the final size of a RESET: what did not come by then never will. Returns how many bytes
+    /// that is.
+    pub(super) fn handle_reset(&mut self, total: u64) -> Result<u64, ProtocolViolation> {
+        let missing = self.handle_end(total)?;
+        self.received = total;
+        self.discard();
+        Ok(missing)
+    }
+
     /// Bytes received so far.
     #[cfg(test)]
     pub(super) fn received(&self) -> u64 {

@@ -1311,11 +1311,17 @@ fn records() -> File {
     let progress = Progress {
         next_stream: stream(10),
         max_data: 16 << 20,
+        received: 7,
         streams: vec![state(2, None), state(4, Some(End::Fin(77))), state(8, Some(End::Reset(9)))],
         more: true,
     };
-    let fresh =
-        Progress { next_stream: StreamId::FIRST, max_data: 16 << 20, streams: vec![], more: false };
+    let fresh = Progress {
+        next_stream: StreamId::FIRST,
+        max_data: 16 << 20,
+        received: 7,
+        streams: vec![],
+        more: false,
+    };
     let codes = [CloseCode::Normal, CloseCode::Protocol, CloseCode::Other(999)];
     let mut sound = vec![
         ("HELLO of a new channel".to_owned(), Record::Hello { new: true, progress: fresh.clone() }),

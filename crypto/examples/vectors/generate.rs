@@ -1318,7 +1318,7 @@ fn records() -> File {
     let fresh = Progress {
         next_stream: StreamId::FIRST,
         max_data: 16 << 20,
-        received: 7,
+        received: 0,
         streams: vec![],
         more: false,
     };
@@ -1386,9 +1386,9 @@ fn records() -> File {
     refuse("HELLO with an odd next stream", &patched(hello, 5, 11));
     refuse("HELLO with next stream 0", &patched(hello, 5, 0));
     refuse("HELLO that lists a stream not yet opened", &patched(hello, 5, 8));
-    refuse("HELLO with the same stream twice", &patched(hello, 16 + 29 + 3, 2));
-    refuse("HELLO with an unknown kind of end", &patched(hello, 16 + 20, 3));
-    refuse("HELLO with a total for no end", &patched(hello, 16 + 28, 1));
+    refuse("HELLO with the same stream twice", &patched(hello, 24 + 29 + 3, 2));
+    refuse("HELLO with an unknown kind of end", &patched(hello, 24 + 20, 3));
+    refuse("HELLO with a total for no end", &patched(hello, 24 + 28, 1));
     refuse("OPEN of stream 0", &[0x10, 0, 0, 0, 0]);
     refuse("OPEN of an odd stream", &[0x10, 0, 0, 0, 3]);
     refuse("WINDOW of an odd stream", &[&[0x14, 0, 0, 0, 1][..], &[0; 8]].concat());

@@ -120,7 +120,9 @@ async fn run_up(home: Home, up: cli::Up, output: Output) -> Result<()> {
     }
     output::log_to_stderr("info");
     let host = start(home, lock, up.run.encoding).await?;
-    until_stopped(&host, output).await
+    let served = serve(&host, output).await;
+    host.stop().await;
+    served
 }
 
 /// Starts the agent in a process of its own and waits until it answers.
@@ -230,24 +232,15 @@ async fn run_expose(home: Home, expose: cli::Expose, output: Output) -> Result<(
     };
     output::log_to_stderr("warn");
     let host = start(home, lock, expose.run.encoding).await?;
-    let mut said = false;
-    let exposed = loop {
+    let expose_it = async || {
         let allow = expose.allow.clone();
-        let exposed =
-            host.expose(name.clone(), &target, allow, expose.take_over, Keep::ThisRun).await;
-        match exposed {
-            Err(error) if error.kind == ErrorKind::HubUnreachable => {
-                say_once(&mut said, &error, output);
-                wait_or_stop(&host).await?;
-            }
-            other => break other?,
-        }
+        host.expose(name.clone(), &target, allow, expose.take_over, Keep::ThisRun).await
     };
-    output.exposed(&exposed);
-    output.note("Press Ctrl-C to stop.");
-    let served = serve(&host, output).await;
+    let served = foreground(&host, output, expose_it, |exposed| output.exposed(exposed)).await;
     // Its own item ends with it. A hub that is away hears of it at the next start.
-    if let Ok(Err(error)) = tokio::time::timeout(RETRY, host.unexpose(&name)).await {
+    if let Ok(Err(error)) = tokio::time::timeout(RETRY, host.unexpose(&name)).await
+        && error.kind != ErrorKind::ServiceNotFound
+    {
         tracing::warn!(%error, "the hub was not told that the service is withdrawn");
     }
     host.stop().await;
@@ -276,27 +269,48 @@ async fn run_reach(home: Home, reach: cli::Reach, output: Output) -> Result<()> 
     };
     output::log_to_stderr("warn");
     let host = start(home, lock, reach.run.encoding).await?;
-    let mut said = false;
-    let reached = loop {
-        match host.reach(reach.name.clone(), reach.port, Keep::ThisRun).await {
-            Err(error)
-                if matches!(error.kind, ErrorKind::HubUnreachable | ErrorKind::ExposerOffline) =>
-            {
-                say_once(&mut said, &error, output);
-                wait_or_stop(&host).await?;
-            }
-            other => break other?,
-        }
-    };
-    output.reached(&reached);
-    output.note("Press Ctrl-C to stop.");
-    until_stopped(&host, output).await
+    let reach_it = async || host.reach(reach.name.clone(), reach.port, Keep::ThisRun).await;
+    let served = foreground(&host, output, reach_it, |reached| output.reached(reached)).await;
+    host.stop().await;
+    served
 }
 
-fn say_once(said: &mut bool, error: &Error, output: Output) {
-    if !std::mem::replace(said, true) {
-        output.note(format_args!("{error}; trying again until Ctrl-C"));
-    }
+/// Runs the agent for a command that became it: does what the command is for, trying again while the hub
+/// or the exposer is away, prints the outcome, and serves until Ctrl-C.
+async fn foreground<T>(
+    host: &Arc<Host>,
+    output: Output,
+    command: impl AsyncFn() -> Result<T>,
+    print: impl FnOnce(&T),
+) -> Result<()> {
+    let mut serving = std::pin::pin!(serve(host, output));
+    let trying = async {
+        let mut said = false;
+        loop {
+            match command().await {
+                Err(error)
+                    if matches!(
+                        error.kind,
+                        ErrorKind::HubUnreachable | ErrorKind::ExposerOffline
+                    ) =>
+                {
+                    if !std::mem::replace(&mut said, true) {
+                        output.note(format_args!("{error}; trying again until Ctrl-C"));
+                    }
+                    tokio::time::sleep(RETRY).await;
+                }
+                settled => return settled,
+            }
+        }
+    };
+    let done = tokio::select! {
+        done = trying => done?,
+        served = &mut serving => return served,
+    };
+    print(&done);
+    output.note("Press Ctrl-C to stop.");
+    output::flush();
+    serving.await
 }
 
 /// What became of a command: an answer of the running agent, or the right to become it.
@@ -377,13 +391,6 @@ fn raise_file_limit() {
     }
 }
 
-/// Serves until the agent is told to stop, then stops it.
-async fn until_stopped(host: &Arc<Host>, output: Output) -> Result<()> {
-    let served = serve(host, output).await;
-    host.stop().await;
-    served
-}
-
 /// Serves until a signal or `connect down`, and says what stops.
 async fn serve(host: &Arc<Host>, output: Output) -> Result<()> {
     output::flush();
@@ -400,22 +407,6 @@ async fn serve(host: &Arc<Host>, output: Output) -> Result<()> {
         status.reached.len()
     ));
     served
-}
-
-/// Serves commands for a while, between two tries; fails when the process is to stop.
-async fn wait_or_stop(host: &Arc<Host>) -> Result<()> {
-    let stopped = || Error::new(ErrorKind::Other, "stopped");
-    tokio::select! {
-        () = tokio::time::sleep(RETRY) => Ok(()),
-        served = host.serve() => {
-            host.stop().await;
-            Err(served.err().unwrap_or_else(stopped))
-        }
-        () = stop_signal()? => {
-            host.stop().await;
-            Err(stopped())
-        }
-    }
 }
 
 /// Waits for SIGINT, SIGTERM or SIGHUP.

@@ -16,7 +16,8 @@ use connect_spec::{
     ids::{AgentId, Label, WorkspaceId},
     limits::MAX_CERTS,
     objects::{
-        AgentRole, Attributes, Certificate, Credential, CredentialKind, Issuer, NoiseKey, SUITE_1,
+        AgentRole, Attributes, Certificate, Credential, CredentialKind, Genesis, Issuer, NoiseKey,
+        SUITE_1,
     },
     signed::Signed,
     trust::{Presented, TrustState},
@@ -88,21 +89,8 @@ pub async fn init(
     };
     let presented =
         Presented { certificate, credential: None, noise_key: keys.noise_key(workspace_id) };
-    let identity = Identity {
-        hub: hub.clone(),
-        label: label.clone(),
-        agent_id: AgentId::of(&workspace_id, &keys.signing.public()),
-        signing: keys.signing,
-        static_keypair: keys.static_keypair,
-        wrap: keys.wrap,
-        names: NameKeys::derive(&epoch.names),
-        epoch,
-        presented,
-        attrs,
-        genesis,
-        trust,
-        signer: Some(signer),
-    };
+    let joined = Joined { hub: hub.clone(), epoch, presented, attrs, genesis, trust };
+    let identity = Identity { signer: Some(signer), ..keys.into_identity(joined, label) };
     let directory = register(home, &identity, greeted, Some(create)).await?;
     let invite = invite(&identity, &directory, FIRST_INVITE, 1, Vec::new()).await?;
     Ok(Founded {
@@ -186,21 +174,8 @@ pub async fn join(home: &Home, code: &str, label: &Label) -> Result<Identity> {
         credential: Some(credential),
         noise_key: keys.noise_key(invite.workspace_id),
     };
-    let identity = Identity {
-        hub: invite.hub,
-        label: label.clone(),
-        agent_id: AgentId::of(&invite.workspace_id, &keys.signing.public()),
-        signing: keys.signing,
-        static_keypair: keys.static_keypair,
-        wrap: keys.wrap,
-        names: NameKeys::derive(&epoch.names),
-        epoch,
-        presented,
-        attrs,
-        genesis,
-        trust,
-        signer: None,
-    };
+    let joined = Joined { hub: invite.hub, epoch, presented, attrs, genesis, trust };
+    let identity = keys.into_identity(joined, label);
     register(home, &identity, greeted, None).await?;
     Ok(identity)
 }
@@ -262,6 +237,16 @@ pub async fn invite(
     Ok(invite.reveal())
 }
 
+/// What makes an agent a member, beside its own keys.
+struct Joined {
+    hub: HubAddress,
+    epoch: EpochSecrets,
+    presented: Presented,
+    attrs: Attributes,
+    genesis: Signed<Genesis>,
+    trust: TrustState,
+}
+
 /// The keys of a new agent.
 struct AgentKeys {
     signing: SigningKey,
@@ -276,6 +261,26 @@ impl AgentKeys {
             signing: SigningKey::generate(&mut rng),
             static_keypair: StaticKeypair::generate(&mut rng),
             wrap: WrapKeypair::generate(&mut rng),
+        }
+    }
+
+    /// The member with these keys; it holds no signer key.
+    fn into_identity(self, joined: Joined, label: &Label) -> Identity {
+        let Joined { hub, epoch, presented, attrs, genesis, trust } = joined;
+        Identity {
+            hub,
+            label: label.clone(),
+            agent_id: AgentId::of(&trust.workspace_id(), &self.signing.public()),
+            signing: self.signing,
+            static_keypair: self.static_keypair,
+            wrap: self.wrap,
+            names: NameKeys::derive(&epoch.names),
+            epoch,
+            presented,
+            attrs,
+            genesis,
+            trust,
+            signer: None,
         }
     }
 

@@ -223,7 +223,11 @@ impl Host {
         keep: Keep,
     ) -> Result<ReachedStatus> {
         let found = self.agent.find(&name).await?;
-        let is_new = self.listen_for(&name, port, found.record.port_hint).await?;
+        // The port of a target that is down may be free because the exposer is on this very machine: taken
+        // here, the exposer would dial this agent, and so on without end.
+        let down = found.record.target_ok == Some(false);
+        let own = found.record.port_hint.filter(|_| !down);
+        let is_new = self.listen_for(&name, port, own).await?;
         let ready = self.reached(&name).await.ok_or_else(gone)?.ready().await;
         if let Err(error) = &ready
             && is_new

@@ -305,6 +305,14 @@ impl Channel {
             return;
         }
         self.phase = Phase::Detached;
+        self.forget_tunnel();
+        for stream in self.streams.values_mut() {
+            stream.queued = false;
+        }
+    }
+
+    /// Drops everything that was to be said over the tunnel.
+    fn forget_tunnel(&mut self) {
         self.listed.clear();
         self.outbox.clear();
         self.sending.clear();
@@ -312,9 +320,6 @@ impl Channel {
         self.delayed.clear();
         self.delayed_until = None;
         self.liveness.ping_at = None;
-        for stream in self.streams.values_mut() {
-            stream.queued = false;
-        }
     }
 
     /// No tunnel came back in time.
@@ -1053,10 +1058,7 @@ impl Channel {
             return;
         }
         self.phase = Phase::Closed;
-        self.outbox.clear();
-        self.sending.clear();
-        self.feedback.clear();
-        self.delayed.clear();
+        self.forget_tunnel();
         self.blocked_writers.clear();
         self.kept = 0;
         for (id, _) in std::mem::take(&mut self.streams) {

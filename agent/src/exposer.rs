@@ -180,8 +180,8 @@ impl Exposer {
         self.door.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Offers a service. One of the same name is replaced; its channels end unless it is the same service
-    /// with the same target.
+    /// Offers a service. One of the same name is replaced, and the channels to it end: what they would
+    /// carry on with may be another target, or not be allowed any more.
     pub(crate) fn add(&self, service: Arc<Exposed>) {
         let old = self.services().insert(service.name.clone(), service.clone());
         if let Some(old) = old {

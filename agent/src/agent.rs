@@ -23,7 +23,8 @@ use crate::{
     engine::backoff::Backoff,
     error::{Error, ErrorKind, Result},
     exposer::{Exposed, Exposer},
-    home::{Home, HomeLock, Identity, Peers, SeenNoiseKey, State},
+    home::{Home, HomeLock, Peers, SeenNoiseKey, State},
+    identity::Identity,
     io::{
         dial::HubUrl,
         hub::{Credentials, Ended, Greeted, Incoming, Session},
@@ -77,7 +78,7 @@ impl Drop for AbortOnDrop {
 #[derive(Debug)]
 pub(crate) struct Core {
     pub(crate) home: Home,
-    pub(crate) identity: Identity,
+    identity: watch::Sender<Arc<Identity>>,
     pub(crate) hub: HubUrl,
     pub(crate) options: Options,
     pub(crate) exposer: Exposer,
@@ -114,7 +115,7 @@ impl Agent {
             link: watch::Sender::new(Link::Down(None)),
             state: Mutex::new(home.load_state()?),
             peers: Mutex::new(home.load_peers()?),
-            identity,
+            identity: watch::Sender::new(Arc::new(identity)),
             home,
             _lock: lock,
         });
@@ -130,7 +131,7 @@ impl Agent {
     /// The agent's id.
     #[must_use]
     pub fn agent_id(&self) -> AgentId {
-        self.core.identity.agent_id
+        self.core.identity().agent_id
     }
 
     /// Waits until the agent is connected to its hub.
@@ -161,7 +162,7 @@ impl Agent {
     /// [`ErrorKind::Refused`] when the name is taken; why the hub cannot be reached.
     pub async fn expose(&self, service: Exposed, take_over: bool) -> Result<()> {
         let session = self.core.session().await?;
-        let directory = Directory::new(&self.core.identity, session);
+        let directory = Directory::new(self.core.identity(), session);
         match directory.find(&service.name).await {
             Ok(other) if other.record.agent_id != self.agent_id() && other.online => {
                 return Err(Error::new(
@@ -230,7 +231,7 @@ impl Agent {
     /// # Errors
     /// [`ErrorKind::ServiceNotFound`], [`ErrorKind::TrustViolation`], or why there is no hub.
     pub(crate) async fn find(&self, name: &ServiceName) -> Result<FoundService> {
-        Directory::new(&self.core.identity, self.core.session().await?).find(name).await
+        Directory::new(self.core.identity(), self.core.session().await?).find(name).await
     }
 
     /// Stops the agent: every tunnel is closed with a word to its peer, for up to two seconds.
@@ -250,6 +251,17 @@ impl Core {
             reached.into_values().filter_map(|reached| reached.stop()).collect();
         closing.extend(self.exposer.stop());
         closing
+    }
+
+    /// What the agent knows of itself at this moment. An operation takes it once.
+    pub(crate) fn identity(&self) -> Arc<Identity> {
+        self.identity.borrow().clone()
+    }
+
+    /// What the agent knows of itself, as it changes.
+    #[expect(dead_code, reason = "nothing changes it yet")]
+    pub(crate) fn identity_changes(&self) -> watch::Receiver<Arc<Identity>> {
+        self.identity.subscribe()
     }
 
     /// The session, once there is one.
@@ -324,10 +336,11 @@ impl Core {
     async fn publish(&self, session: &Session, service: &Exposed, take_over: bool) -> Result<()> {
         let target_ok = service.probe().await;
         let counter = self.next_counter()?;
+        let identity = self.identity();
         let record = service
-            .record(&self.identity, counter, target_ok)
+            .record(&identity, counter, target_ok)
             .map_err(|error| Error::new(ErrorKind::Other, error))?;
-        let tag = self.identity.names.tag(&service.name);
+        let tag = identity.epochs.current().names.tag(&service.name);
         let service_id = service.service_id;
         let expose = Request::Expose { service_id, tag, record, take_over };
         session.request(expose).await.map(|_| ())
@@ -427,11 +440,12 @@ async fn supervise(core: Arc<Core>) {
 /// Logs in and publishes what this agent exposes.
 async fn connect(core: &Arc<Core>) -> Result<(Arc<Session>, mpsc::Receiver<Incoming>)> {
     let greeted = Greeted::dial(&core.hub).await?;
-    let credentials = Credentials::of(&core.identity);
+    let identity = core.identity();
+    let credentials = Credentials::of(&identity);
     let (session, incoming) = greeted.login(&credentials, SessionKind::Agent, None).await?;
     let session = Arc::new(session);
     let counter = core.next_counter()?;
-    Directory::new(&core.identity, session.clone()).publish_agent(counter).await?;
+    Directory::new(identity, session.clone()).publish_agent(counter).await?;
     core.withdraw(&session).await?;
     for service in core.exposer.all() {
         match core.publish(&session, &service, false).await {

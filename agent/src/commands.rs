@@ -46,13 +46,13 @@ pub(crate) async fn run(command: Command, output: Output) -> Result<()> {
         Command::Reach(reach) => run_reach(home, reach, output).await,
         Command::Unreach { name } => tell(&home, &Ask::Unreach { name }).await,
         Command::Services => {
-            let identity = home.load()?;
-            output.services(&Directory::connect(&identity).await?.services().await?);
+            let identity = Arc::new(home.load()?);
+            output.services(&Directory::connect(identity).await?.services().await?);
             Ok(())
         }
         Command::Agents => {
-            let identity = home.load()?;
-            output.agents(&Directory::connect(&identity).await?.agents().await?);
+            let identity = Arc::new(home.load()?);
+            output.agents(&Directory::connect(identity).await?.agents().await?);
             Ok(())
         }
         Command::Status => run_status(&home, output).await,
@@ -73,8 +73,8 @@ async fn run_init(home: &Home, init: cli::Init, output: Output) -> Result<()> {
 
 async fn run_invite(home: &Home, invite: cli::Invite, output: Output) -> Result<()> {
     output::log_to_stderr("warn");
-    let identity = home.load()?;
-    let directory = Directory::connect(&identity).await?;
+    let identity = Arc::new(home.load()?);
+    let directory = Directory::connect(identity.clone()).await?;
     let code =
         connect_agent::invite(&identity, &directory, invite.expires, invite.uses, invite.tags)
             .await?;

@@ -14,7 +14,7 @@ use serde::Serialize;
 use crate::{
     clock,
     error::{Error, ErrorKind, Result},
-    home::Identity,
+    identity::{Epoch, Identity},
     io::{
         dial::HubUrl,
         hub::{Credentials, Greeted, Session},
@@ -24,8 +24,8 @@ use crate::{
 
 /// A session through which one agent asks the hub for names, services and agents.
 #[derive(Debug)]
-pub struct Directory<'i> {
-    identity: &'i Identity,
+pub struct Directory {
+    identity: Arc<Identity>,
     session: Arc<Session>,
 }
 
@@ -76,19 +76,19 @@ pub struct AgentInfo {
 /// A list that a hub never ends is cut here.
 const MAX_LISTED: usize = 100_000;
 
-impl<'i> Directory<'i> {
+impl Directory {
     /// Opens a short session of its own, beside that of a running agent.
     ///
     /// # Errors
     /// [`ErrorKind::HubUnreachable`], or what the hub has against this agent.
-    pub async fn connect(identity: &'i Identity) -> Result<Self> {
+    pub async fn connect(identity: Arc<Identity>) -> Result<Self> {
         let greeted = Greeted::dial(&HubUrl::parse(&identity.hub)?).await?;
-        let credentials = Credentials::of(identity);
+        let credentials = Credentials::of(&identity);
         let (session, _) = greeted.login(&credentials, SessionKind::Command, None).await?;
         Ok(Self::new(identity, Arc::new(session)))
     }
 
-    pub(crate) fn new(identity: &'i Identity, session: Arc<Session>) -> Self {
+    pub(crate) fn new(identity: Arc<Identity>, session: Arc<Session>) -> Self {
         Self { identity, session }
     }
 
@@ -98,16 +98,17 @@ impl<'i> Directory<'i> {
 
     /// Publishes this agent's label and tags, sealed.
     pub(crate) async fn publish_agent(&self, counter: u32) -> Result<()> {
-        let identity = self.identity;
+        let identity = &self.identity;
+        let epoch = identity.epochs.current();
         let record = identity.signing.sign(&AgentRecord {
             workspace_id: identity.workspace_id(),
             agent_id: identity.agent_id,
             counter,
-            epoch: 0,
+            epoch: epoch.number,
             label: identity.label.clone(),
-            attrs: identity.attrs.clone(),
+            attrs: Attributes::clone(&identity.attrs),
         });
-        let record = identity
+        let record = epoch
             .names
             .seal_agent(&record, &mut random::rng())
             .map_err(|error| Error::new(ErrorKind::Other, error))?;
@@ -120,12 +121,12 @@ impl<'i> Directory<'i> {
     /// [`ErrorKind::ServiceNotFound`]; [`ErrorKind::TrustViolation`] when the hub shows a record under
     /// the name that does not hold.
     pub(crate) async fn find(&self, name: &ServiceName) -> Result<FoundService> {
-        let tag = self.identity.names.tag(name);
-        let Reply::Services { services, .. } =
-            self.session().request(Request::Lookup { tag }).await?
-        else {
-            return Err(unexpected_reply());
-        };
+        let epochs = &self.identity.epochs;
+        let mut services = self.lookup(epochs.current(), name).await?;
+        // An exposer that was away since the epoch changed is still listed under the one before.
+        if let Some(previous) = epochs.previous().filter(|_| services.is_empty()) {
+            services = self.lookup(previous, name).await?;
+        }
         let mut found = None;
         for listed in services {
             let service = self.open_service(&listed)?;
@@ -145,10 +146,38 @@ impl<'i> Directory<'i> {
         })
     }
 
+    async fn lookup(&self, epoch: &Epoch, name: &ServiceName) -> Result<Vec<ListedService>> {
+        let tag = epoch.names.tag(name);
+        let Reply::Services { services, .. } =
+            self.session().request(Request::Lookup { tag }).await?
+        else {
+            return Err(unexpected_reply());
+        };
+        Ok(services)
+    }
+
+    /// The epoch that a record names. The hub may name any.
+    fn epoch_of(&self, record: &SealedRecord) -> Result<&Epoch> {
+        self.identity.epochs.get(record.epoch).ok_or_else(|| {
+            Error::trust(format_args!(
+                "it belongs to epoch {}, which is unknown here",
+                record.epoch
+            ))
+        })
+    }
+
     /// Opens and verifies a listed service.
     fn open_service(&self, listed: &ListedService) -> Result<FoundService> {
-        let identity = self.identity;
-        let record = identity
+        let identity = &self.identity;
+        let does_not_hold = |error: &dyn std::fmt::Display| {
+            Error::trust(format_args!(
+                "the record of service {} does not hold: {error}",
+                listed.service_id
+            ))
+        };
+        let record = self
+            .epoch_of(&listed.record)
+            .map_err(|error| does_not_hold(&error))?
             .names
             .open_service(
                 &identity.workspace_id(),
@@ -156,12 +185,7 @@ impl<'i> Directory<'i> {
                 listed.agent_id,
                 &listed.record,
             )
-            .map_err(|error| {
-                Error::trust(format_args!(
-                    "the record of service {} does not hold: {error}",
-                    listed.service_id
-                ))
-            })?;
+            .map_err(|error| does_not_hold(&error))?;
         let record = record.object().clone();
         let presented = Presented {
             certificate: record.certificate.clone(),
@@ -258,7 +282,7 @@ impl<'i> Directory<'i> {
     }
 
     fn open_agent(&self, listed: &ListedAgent) -> Result<AgentInfo> {
-        let identity = self.identity;
+        let identity = &self.identity;
         let does_not_hold = |what: &dyn std::fmt::Display| {
             Error::trust(format_args!("agent {}: {what}", listed.agent_id.short()))
         };
@@ -295,8 +319,9 @@ impl<'i> Directory<'i> {
         peer: &VerifiedPeer,
         record: &SealedRecord,
     ) -> Result<(Label, Attributes)> {
-        let identity = self.identity;
-        let record = identity
+        let identity = &self.identity;
+        let record = self
+            .epoch_of(record)?
             .names
             .open_agent(&identity.workspace_id(), peer.agent_id(), &peer.identity_key(), record)
             .map_err(Error::trust)?;

@@ -8,7 +8,6 @@ use connect_crypto::{
     founding::Founding,
     invite::{HubAddress, Invite, InviteKeys, InviteSeed},
     keys::{SigningKey, StaticKeypair, WrapKeypair},
-    names::NameKeys,
 };
 use connect_spec::{
     bytes::Blob,
@@ -28,7 +27,8 @@ use crate::{
     clock,
     directory::Directory,
     error::{Error, ErrorKind, Result},
-    home::{Home, HomeLock, Identity},
+    home::{Home, HomeLock},
+    identity::{Epochs, Identity, NoiseIdentity},
     io::{
         dial::HubUrl,
         hub::{Credentials, Greeted},
@@ -89,8 +89,10 @@ pub async fn init(
     };
     let presented =
         Presented { certificate, credential: None, noise_key: keys.noise_key(workspace_id) };
-    let joined = Joined { hub: hub.clone(), epoch, presented, attrs, genesis, trust };
-    let identity = Identity { signer: Some(signer), ..keys.into_identity(joined, label) };
+    let epochs = Epochs::only(0, epoch);
+    let joined = Joined { hub: hub.clone(), epochs, presented, attrs, genesis, trust };
+    let signer = Some(Arc::new(signer));
+    let identity = Arc::new(Identity { signer, ..keys.into_identity(joined, label) });
     let directory = register(home, &identity, greeted, Some(create)).await?;
     let invite = invite(&identity, &directory, FIRST_INVITE, 1, Vec::new()).await?;
     Ok(Founded {
@@ -107,7 +109,7 @@ pub async fn init(
 /// [`ErrorKind::Usage`] for a damaged code or an enrolled home (it is left unchanged);
 /// [`ErrorKind::TrustViolation`] when the hub shows another workspace than the invite names;
 /// [`ErrorKind::Refused`] when the invite is used up or expired.
-pub async fn join(home: &Home, code: &str, label: &Label) -> Result<Identity> {
+pub async fn join(home: &Home, code: &str, label: &Label) -> Result<Arc<Identity>> {
     let invite: Invite = code.parse().map_err(|error| {
         Error::new(ErrorKind::Usage, error).hint("paste the whole code, from `pc1` to its end")
     })?;
@@ -174,8 +176,10 @@ pub async fn join(home: &Home, code: &str, label: &Label) -> Result<Identity> {
         credential: Some(credential),
         noise_key: keys.noise_key(invite.workspace_id),
     };
-    let joined = Joined { hub: invite.hub, epoch, presented, attrs, genesis, trust };
-    let identity = keys.into_identity(joined, label);
+    // The wrap opens for its own epoch alone.
+    let epochs = Epochs::only(invitation.wrap.epoch, epoch);
+    let joined = Joined { hub: invite.hub, epochs, presented, attrs, genesis, trust };
+    let identity = Arc::new(keys.into_identity(joined, label));
     register(home, &identity, greeted, None).await?;
     Ok(identity)
 }
@@ -186,7 +190,7 @@ pub async fn join(home: &Home, code: &str, label: &Label) -> Result<Identity> {
 /// [`ErrorKind::Refused`] when this agent holds no signer key; [`ErrorKind::Usage`] for a bad tag.
 pub async fn invite(
     identity: &Identity,
-    directory: &Directory<'_>,
+    directory: &Directory,
     expires: Duration,
     uses: u32,
     tags: Vec<String>,
@@ -222,9 +226,10 @@ pub async fn invite(
         issuer: signer.public(),
         wrap_key_hash: wrap_key.hash(),
     });
-    let wrap = identity
-        .epoch
-        .wrap(&invite.workspace_id, 0, &wrap_key, &mut random::rng())
+    let epoch = identity.epochs.current();
+    let wrap = epoch
+        .secrets
+        .wrap(&invite.workspace_id, epoch.number, &wrap_key, &mut random::rng())
         .map_err(|error| Error::new(ErrorKind::Other, error))?;
     directory
         .session()
@@ -240,7 +245,7 @@ pub async fn invite(
 /// What makes an agent a member, beside its own keys.
 struct Joined {
     hub: HubAddress,
-    epoch: EpochSecrets,
+    epochs: Epochs,
     presented: Presented,
     attrs: Attributes,
     genesis: Signed<Genesis>,
@@ -266,20 +271,18 @@ impl AgentKeys {
 
     /// The member with these keys; it holds no signer key.
     fn into_identity(self, joined: Joined, label: &Label) -> Identity {
-        let Joined { hub, epoch, presented, attrs, genesis, trust } = joined;
+        let Joined { hub, epochs, presented, attrs, genesis, trust } = joined;
         Identity {
             hub,
             label: label.clone(),
             agent_id: AgentId::of(&trust.workspace_id(), &self.signing.public()),
-            signing: self.signing,
-            static_keypair: self.static_keypair,
-            wrap: self.wrap,
-            names: NameKeys::derive(&epoch.names),
-            epoch,
-            presented,
-            attrs,
-            genesis,
-            trust,
+            signing: Arc::new(self.signing),
+            wrap: Arc::new(self.wrap),
+            noise: Arc::new(NoiseIdentity { static_keypair: self.static_keypair, presented }),
+            epochs: Arc::new(epochs),
+            attrs: Arc::new(attrs),
+            genesis: Arc::new(genesis),
+            trust: Arc::new(trust),
             signer: None,
         }
     }
@@ -326,17 +329,17 @@ fn claim(home: &Home) -> Result<HomeLock> {
 ///
 /// In this order a crash in between leaves an agent that the hub gets to know at its next login,
 /// and not a spent invite with nothing to show for it.
-async fn register<'i>(
+async fn register(
     home: &Home,
-    identity: &'i Identity,
+    identity: &Arc<Identity>,
     greeted: Greeted,
     create: Option<CreateWorkspace>,
-) -> Result<Directory<'i>> {
+) -> Result<Directory> {
     home.save(identity)?;
     let credentials = Credentials::of(identity);
     let registered = async {
         let (session, _) = greeted.login(&credentials, SessionKind::Command, create).await?;
-        let directory = Directory::new(identity, Arc::new(session));
+        let directory = Directory::new(identity.clone(), Arc::new(session));
         directory.publish_agent(1).await?;
         Ok(directory)
     };

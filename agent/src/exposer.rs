@@ -29,7 +29,7 @@ use tokio::{net::TcpStream, sync::mpsc, task::JoinSet, time::timeout};
 use crate::{
     agent::Core,
     clock,
-    home::Identity,
+    identity::Identity,
     io::{
         hub::Session,
         splice::splice,
@@ -90,21 +90,23 @@ impl Exposed {
         counter: u32,
         target_ok: bool,
     ) -> Result<SealedRecord, CryptoError> {
+        let epoch = identity.epochs.current();
+        let presented = &identity.noise.presented;
         let record = identity.signing.sign(&ServiceRecord {
             workspace_id: identity.workspace_id(),
             service_id: self.service_id,
             agent_id: identity.agent_id,
             counter,
-            epoch: 0,
+            epoch: epoch.number,
             name: self.name.clone(),
             protocol: self.target.protocol().to_owned(),
-            certificate: identity.presented.certificate.clone(),
-            credential: identity.presented.credential.clone(),
-            noise_key: identity.presented.noise_key.clone(),
+            certificate: presented.certificate.clone(),
+            credential: presented.credential.clone(),
+            noise_key: presented.noise_key.clone(),
             port_hint: Some(self.target.port()),
             target_ok: Some(target_ok),
         });
-        identity.names.seal_service(&record, &mut random::rng())
+        epoch.names.seal_service(&record, &mut random::rng())
     }
 
     fn allows(&self, peer: AgentId, tags: &[String]) -> bool {
@@ -273,7 +275,7 @@ impl Exposer {
         request: TunnelRequest,
         ticket: Ticket,
     ) -> Result<(), Refusal> {
-        let identity = &core.identity;
+        let identity = core.identity();
         let service = self
             .find(request.service_id)
             .ok_or_else(|| Refusal::new(ErrorCode::NotFound, "no such service here"))?;
@@ -283,8 +285,9 @@ impl Exposer {
         if request.share_id != CredentialId([0; 16]) {
             return Err(Refusal::new(ErrorCode::Refused, "shares are not served here"));
         }
-        let prologue = prologue(identity, initiator, &request);
-        let received = handshake::receive(&identity.static_keypair, &prologue, &request.message.0)
+        let prologue = prologue(&identity, initiator, &request);
+        let noise = &identity.noise;
+        let received = handshake::receive(&noise.static_keypair, &prologue, &request.message.0)
             .map_err(|error| Refusal::new(ErrorCode::Refused, error))?;
         let payload = received.payload();
         let peer = identity
@@ -298,7 +301,7 @@ impl Exposer {
         authorise(&service, &peer, &payload.attrs.tags)?;
 
         let (transport, message) = received
-            .answer(&peer, &local(identity), &mut random::rng())
+            .answer(&peer, &local(&identity), &mut random::rng())
             .map_err(|error| Refusal::new(ErrorCode::Refused, error))?;
         let accept =
             FromAgent::AcceptTunnel { tunnel_id: request.tunnel_id, message: Blob(message) };
@@ -475,11 +478,11 @@ pub(crate) fn prologue(
 /// This agent's own side of a handshake.
 pub(crate) fn local(identity: &Identity) -> handshake::Local<'_> {
     handshake::Local {
-        static_keypair: &identity.static_keypair,
-        presented: &identity.presented,
+        static_keypair: &identity.noise.static_keypair,
+        presented: &identity.noise.presented,
         attrs: &identity.attrs,
         head: identity.trust.head(),
-        realm_secret: &identity.epoch.realm,
+        realm_secret: &identity.epochs.current().secrets.realm,
     }
 }
 

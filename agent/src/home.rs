@@ -5,19 +5,18 @@
 
 use std::{
     collections::BTreeMap,
-    fmt,
     fs::{self, File, TryLockError},
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     str::FromStr,
+    sync::Arc,
 };
 
 use connect_crypto::{
     epoch::EpochSecrets,
     invite::HubAddress,
     keys::{SigningKey, StaticKeypair, WrapKeypair},
-    names::NameKeys,
 };
 use connect_spec::{
     bytes::Blob,
@@ -31,7 +30,10 @@ use connect_spec::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use zeroize::Zeroizing;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::{
+    error::{Error, ErrorKind, Result},
+    identity::{Epochs, Identity, NoiseIdentity},
+};
 
 /// Longest path of a Unix socket that every system takes.
 const MAX_SOCKET_PATH: usize = 100;
@@ -46,48 +48,6 @@ pub struct Home {
 #[derive(Debug)]
 pub struct HomeLock {
     _file: File,
-}
-
-/// Everything that an enrolled agent knows of itself.
-///
-/// Holds every secret of the agent; its Debug text shows none.
-pub struct Identity {
-    pub(crate) hub: HubAddress,
-    pub(crate) label: Label,
-    pub(crate) agent_id: AgentId,
-    pub(crate) signing: SigningKey,
-    pub(crate) static_keypair: StaticKeypair,
-    pub(crate) wrap: WrapKeypair,
-    pub(crate) epoch: EpochSecrets,
-    pub(crate) names: NameKeys,
-    pub(crate) presented: Presented,
-    pub(crate) attrs: Attributes,
-    pub(crate) genesis: Signed<Genesis>,
-    pub(crate) trust: TrustState,
-    pub(crate) signer: Option<SigningKey>,
-}
-
-impl fmt::Debug for Identity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Identity")
-            .field("agent_id", &self.agent_id)
-            .field("label", &self.label)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Identity {
-    /// The agent's id.
-    #[must_use]
-    pub fn agent_id(&self) -> AgentId {
-        self.agent_id
-    }
-
-    /// The workspace that the agent belongs to.
-    #[must_use]
-    pub fn workspace_id(&self) -> WorkspaceId {
-        self.trust.workspace_id()
-    }
 }
 
 /// The public half of an enrolment, as `membership.json` holds it.
@@ -309,11 +269,16 @@ impl Home {
         if presented.certificate.object().agent_id() != agent_id {
             return Err(damaged("agent.key"));
         }
-        let epoch = EpochSecrets::from_bytes(keys.fixed("epoch-0")?);
+        let epochs = Epochs::new(
+            keys.numbered("epoch-")?
+                .into_iter()
+                .map(|(number, bytes)| (number, EpochSecrets::from_bytes(bytes))),
+        )
+        .ok_or_else(|| missing("epoch-0"))?;
+        let static_keypair = StaticKeypair::from_secret(keys.fixed("static-1")?);
         let signer = if self.path("signer.key").exists() {
-            Some(SigningKey::from_seed(
-                SecretFile::read(&self.path("signer.key"))?.fixed("signer")?,
-            ))
+            let keys = SecretFile::read(&self.path("signer.key"))?;
+            Some(Arc::new(SigningKey::from_seed(keys.fixed("signer")?)))
         } else {
             None
         };
@@ -321,15 +286,13 @@ impl Home {
             hub: HubAddress::from_str(&membership.hub).map_err(|_| damaged("membership.json"))?,
             label: membership.label,
             agent_id,
-            static_keypair: StaticKeypair::from_secret(keys.fixed("static-1")?),
-            wrap: WrapKeypair::from_seed(keys.fixed("wrap")?),
-            names: NameKeys::derive(&epoch.names),
-            epoch,
-            signing,
-            presented,
-            attrs,
-            genesis,
-            trust,
+            signing: Arc::new(signing),
+            wrap: Arc::new(WrapKeypair::from_seed(keys.fixed("wrap")?)),
+            noise: Arc::new(NoiseIdentity { static_keypair, presented }),
+            epochs: Arc::new(epochs),
+            attrs: Arc::new(attrs),
+            genesis: Arc::new(genesis),
+            trust: Arc::new(trust),
             signer,
         })
     }
@@ -347,9 +310,12 @@ impl Home {
         self.create()?;
         let mut keys = SecretFile::default();
         keys.put("identity", identity.signing.seed().as_slice());
-        keys.put("static-1", identity.static_keypair.secret().as_slice());
+        keys.put("static-1", identity.noise.static_keypair.secret().as_slice());
         keys.put("wrap", identity.wrap.seed().as_slice());
-        keys.put("epoch-0", identity.epoch.to_bytes().as_slice());
+        for epoch in identity.epochs.all() {
+            let name = format!("epoch-{}", epoch.number);
+            keys.put(&name, epoch.secrets.to_bytes().as_slice());
+        }
         self.write("agent.key", keys.0.as_bytes())?;
         if let Some(signer) = &identity.signer {
             let mut keys = SecretFile::default();
@@ -367,7 +333,7 @@ impl Home {
                 workspace_id: identity.workspace_id(),
                 salt: Blob(identity.attrs.salt.to_vec()),
                 tags: identity.attrs.tags.clone(),
-                presented: identity.presented.to_blobs(),
+                presented: identity.noise.presented.to_blobs(),
             },
         )
     }
@@ -463,8 +429,9 @@ impl Home {
 #[derive(Default)]
 struct SecretFile(Zeroizing<String>);
 
-/// Longest content of a secret file; its buffer is reserved at once, so that growing leaves no copy.
-const SECRET_FILE_BYTES: usize = 2048;
+/// Longest content of a secret file: some hundred epochs. Its buffer is reserved at once, so that
+/// growing leaves no copy.
+const SECRET_FILE_BYTES: usize = 64 * 1024;
 
 impl SecretFile {
     fn put(&mut self, name: &str, secret: &[u8]) {
@@ -502,20 +469,36 @@ impl SecretFile {
         Ok(Self(text))
     }
 
-    fn fixed<const N: usize>(&self, name: &str) -> Result<Zeroizing<[u8; N]>> {
-        let mut secret = Zeroizing::new([0; N]);
-        self.0
-            .lines()
-            .filter_map(|line| line.split_once(' '))
-            .find(|(key, _)| *key == name)
-            .and_then(|(_, value)| hex::decode_to_slice(value, secret.as_mut_slice()).ok())
-            .ok_or_else(|| {
-                Error::new(
-                    ErrorKind::TrustViolation,
-                    format_args!("the key file has no valid secret `{name}`"),
-                )
-                .hint("restore the directory from a backup, or join again from an empty one")
-            })?;
-        Ok(secret)
+    fn lines(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.lines().filter_map(|line| line.split_once(' '))
     }
+
+    /// The secret of a name.
+    fn fixed<const N: usize>(&self, name: &str) -> Result<Zeroizing<[u8; N]>> {
+        let (_, digits) =
+            self.lines().find(|(key, _)| *key == name).ok_or_else(|| missing(name))?;
+        digits_of(name, digits)
+    }
+
+    /// The secrets whose names are `prefix` and a number.
+    fn numbered<const N: usize>(&self, prefix: &str) -> Result<Vec<(u32, Zeroizing<[u8; N]>)>> {
+        self.lines()
+            .filter_map(|(name, digits)| Some((name, name.strip_prefix(prefix)?, digits)))
+            .map(|(name, number, digits)| {
+                let number = number.parse().map_err(|_| missing(name))?;
+                Ok((number, digits_of(name, digits)?))
+            })
+            .collect()
+    }
+}
+
+fn digits_of<const N: usize>(name: &str, digits: &str) -> Result<Zeroizing<[u8; N]>> {
+    let mut secret = Zeroizing::new([0; N]);
+    hex::decode_to_slice(digits, secret.as_mut_slice()).map_err(|_| missing(name))?;
+    Ok(secret)
+}
+
+fn missing(name: &str) -> Error {
+    Error::new(ErrorKind::TrustViolation, format_args!("the key file has no valid secret `{name}`"))
+        .hint("restore the directory from a backup, or join again from an empty one")
 }

@@ -330,7 +330,7 @@ impl Host {
 
     /// How the agent is doing.
     pub async fn status(&self) -> AgentStatus {
-        let identity = &self.agent.core().identity;
+        let identity = self.agent.core().identity();
         let head = identity.trust.head();
         AgentStatus {
             agent_id: identity.agent_id,

@@ -288,7 +288,7 @@ async fn connect(
 
 /// Finds the service and holds its exposer against what is known of it.
 async fn find(core: &Core, session: &Arc<Session>, name: &ServiceName) -> Result<FoundService> {
-    let service = Directory::new(&core.identity, session.clone()).find(name).await?;
+    let service = Directory::new(core.identity(), session.clone()).find(name).await?;
     core.check_noise_key(&service.exposer)?;
     let exposer = service.exposer.agent_id();
     if let Some(pinned) = core.pinned(name).filter(|pinned| *pinned != exposer) {
@@ -310,7 +310,7 @@ async fn establish(
     service: &FoundService,
     conversation: &mut Conversation,
 ) -> Result<TunnelEnd> {
-    let identity = &core.identity;
+    let identity = core.identity();
     let encoding = core.options.encoding;
     if !session.encodings().contains(&encoding) {
         return Err(Error::new(ErrorKind::Refused, "the hub does not allow this encoding")
@@ -328,9 +328,9 @@ async fn establish(
     };
     // Counted when it is tried: a number is never used twice.
     conversation.next_tunnel = conversation.next_tunnel.saturating_add(1);
-    let prologue = prologue(identity, identity.agent_id, &request);
+    let prologue = prologue(&identity, identity.agent_id, &request);
     let (waiting, message) = handshake::initiate(
-        &local(identity),
+        &local(&identity),
         &prologue,
         &service.exposer.static_key(),
         &mut random::rng(),

@@ -29,7 +29,7 @@ use tokio_tungstenite::tungstenite::{Message, protocol::WebSocketConfig};
 use super::dial::{HubSocket, HubUrl};
 use crate::{
     error::{Error, ErrorKind, Result},
-    home::Identity,
+    identity::Identity,
     random,
 };
 
@@ -106,7 +106,7 @@ impl<'a> Credentials<'a> {
             workspace_id: identity.workspace_id(),
             agent_id: identity.agent_id,
             signing: &identity.signing,
-            presented: &identity.presented,
+            presented: &identity.noise.presented,
             wrap_key: identity.wrap.public().encode(),
         }
     }

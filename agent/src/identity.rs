@@ -1,0 +1,143 @@
+//! What an enrolled agent knows of itself: one version at a time, shared by whoever works with it.
+
+use std::{collections::BTreeMap, fmt, sync::Arc};
+
+use connect_crypto::{
+    epoch::EpochSecrets,
+    invite::HubAddress,
+    keys::{SigningKey, StaticKeypair, WrapKeypair},
+    names::NameKeys,
+};
+use connect_spec::{
+    ids::{AgentId, Label, WorkspaceId},
+    objects::{Attributes, Genesis},
+    signed::Signed,
+    trust::{Presented, TrustState},
+};
+
+/// Everything that an enrolled agent knows of itself, at one moment.
+///
+/// It changes while the agent runs: whoever begins an operation takes a snapshot and ends with the same
+/// one. Clones share their secrets, which are wiped when the last one is dropped. Holds every secret of
+/// the agent; its Debug text shows none.
+#[derive(Clone)]
+pub struct Identity {
+    pub(crate) hub: HubAddress,
+    pub(crate) label: Label,
+    pub(crate) agent_id: AgentId,
+    pub(crate) signing: Arc<SigningKey>,
+    pub(crate) wrap: Arc<WrapKeypair>,
+    pub(crate) noise: Arc<NoiseIdentity>,
+    pub(crate) epochs: Arc<Epochs>,
+    pub(crate) attrs: Arc<Attributes>,
+    pub(crate) genesis: Arc<Signed<Genesis>>,
+    pub(crate) trust: Arc<TrustState>,
+    pub(crate) signer: Option<Arc<SigningKey>>,
+}
+
+impl fmt::Debug for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Identity")
+            .field("agent_id", &self.agent_id)
+            .field("label", &self.label)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Identity {
+    /// The agent's id.
+    #[must_use]
+    pub fn agent_id(&self) -> AgentId {
+        self.agent_id
+    }
+
+    /// The workspace that the agent belongs to.
+    #[must_use]
+    pub fn workspace_id(&self) -> WorkspaceId {
+        self.trust.workspace_id()
+    }
+}
+
+/// A Noise static key, and what shows that it is this agent's.
+#[derive(Debug)]
+pub(crate) struct NoiseIdentity {
+    pub(crate) static_keypair: StaticKeypair,
+    /// Its NoiseKey is that of `static_keypair`.
+    pub(crate) presented: Presented,
+}
+
+/// The secrets of one epoch, and the keys that hide names in it.
+#[derive(Debug)]
+pub(crate) struct Epoch {
+    pub(crate) number: u32,
+    pub(crate) secrets: EpochSecrets,
+    pub(crate) names: NameKeys,
+}
+
+/// The epochs whose secrets the agent holds: always one, the newest of which is current.
+#[derive(Debug, Clone)]
+pub(crate) struct Epochs {
+    current: Arc<Epoch>,
+    older: BTreeMap<u32, Arc<Epoch>>,
+}
+
+impl Epochs {
+    /// The epochs of these numbers; `None` without any.
+    pub(crate) fn new(secrets: impl IntoIterator<Item = (u32, EpochSecrets)>) -> Option<Self> {
+        let mut older: BTreeMap<_, _> = secrets
+            .into_iter()
+            .map(|(number, secrets)| {
+                let names = NameKeys::derive(&secrets.names);
+                (number, Arc::new(Epoch { number, secrets, names }))
+            })
+            .collect();
+        let (_, current) = older.pop_last()?;
+        Some(Self { current, older })
+    }
+
+    /// A single epoch: what a new member holds.
+    pub(crate) fn only(number: u32, secrets: EpochSecrets) -> Self {
+        Self::new([(number, secrets)]).expect("one epoch is not none")
+    }
+
+    /// The epoch under which this agent seals.
+    pub(crate) fn current(&self) -> &Epoch {
+        &self.current
+    }
+
+    /// The newest epoch before the current one, if it is held.
+    pub(crate) fn previous(&self) -> Option<&Epoch> {
+        self.older.values().next_back().map(Arc::as_ref)
+    }
+
+    /// The epoch of this number, if it is held.
+    pub(crate) fn get(&self, number: u32) -> Option<&Epoch> {
+        self.all().find(|epoch| epoch.number == number)
+    }
+
+    /// Every epoch that is held, by number.
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Epoch> {
+        self.older.values().chain([&self.current]).map(Arc::as_ref)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random;
+
+    #[test]
+    fn newest_epoch_is_current_and_each_is_found_by_its_number() {
+        let secrets = || EpochSecrets::generate(&mut random::rng());
+        assert!(Epochs::new([]).is_none());
+        let one = Epochs::only(3, secrets());
+        assert_eq!(one.current().number, 3);
+        assert!(one.previous().is_none() && one.get(0).is_none());
+
+        let three = Epochs::new([(2, secrets()), (0, secrets()), (1, secrets())]).expect("three");
+        assert_eq!(three.current().number, 2);
+        assert_eq!(three.previous().map(|epoch| epoch.number), Some(1));
+        assert!((0..3).all(|number| three.get(number).is_some_and(|epoch| epoch.number == number)));
+        assert!(three.get(3).is_none());
+    }
+}

@@ -152,7 +152,7 @@ pub async fn join(home: &Home, code: &str, label: &Label) -> Result<Arc<Identity
         &invitation.wrap,
         &invite.workspace_id,
         &invite_keys.wrap,
-        trust.epoch_commit(),
+        trust.epoch_commit(0).expect("every log has the first epoch"),
     )
     .map_err(|_: CryptoError| Error::trust("the workspace's secrets in the invite do not open"))?;
     let attrs =

@@ -113,6 +113,9 @@ impl Error {
             | ErrorCode::IssuerUnknown
             | ErrorCode::Refused
             | ErrorCode::Displaced
+            | ErrorCode::Conflict
+            | ErrorCode::Revoked
+            | ErrorCode::UpgradeNeeded
             | ErrorCode::Unknown => ErrorKind::Refused,
         };
         let mut error =

@@ -23,9 +23,10 @@ use connect_spec::{
     control::PresentedBlobs,
     hash::hash16,
     ids::{AgentId, Label, ServiceId, ServiceName, WorkspaceId},
+    log::Head,
     objects::{Attributes, Genesis},
     signed::Signed,
-    trust::{Head, Presented, TrustState},
+    trust::{Presented, TrustState},
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use zeroize::Zeroizing;

@@ -337,15 +337,12 @@ async fn establish(
     )
     .map_err(|error| untrusted(name, &error))?;
     let request = TunnelRequest { message: Blob(message), ..request };
-    let (message, ticket) = match session.try_request(Request::OpenTunnel(request)).await? {
-        Reply::TunnelAccepted { message, ticket } => (message, ticket),
-        Reply::Error(report) => return Err(refused(name, &report)),
-        Reply::Done | Reply::Services { .. } | Reply::Agents { .. } => {
-            return Err(Error::new(
-                ErrorKind::HubUnreachable,
-                "the hub gives no answer to a tunnel",
-            ));
-        }
+    let answer = session.try_request(Request::OpenTunnel(request)).await?;
+    if let Reply::Error(report) = &answer {
+        return Err(refused(name, report));
+    }
+    let Reply::TunnelAccepted { message, ticket } = answer else {
+        return Err(Error::new(ErrorKind::HubUnreachable, "the hub gives no answer to a tunnel"));
     };
     let reply = waiting.read(&message.0).map_err(|error| untrusted(name, &error))?;
     let payload = reply.payload();

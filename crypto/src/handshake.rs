@@ -15,9 +15,10 @@ use connect_spec::{
     ids::AgentId,
     keys::{ML_KEM_768_CT_BYTES, ML_KEM_768_EK_BYTES, StaticPublicKey},
     limits::MAX_HANDSHAKE_BYTES,
+    log::Head,
     objects::{Attributes, SUITE_1},
     prologue::{Prologue, Realm},
-    trust::{Head, Presented, VerifiedPeer},
+    trust::{Presented, VerifiedPeer},
 };
 use rand_core::CryptoRng;
 use snow::{Builder, HandshakeState};

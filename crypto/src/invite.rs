@@ -10,8 +10,8 @@ use connect_spec::{
     cbor::{CborError, Fields, FieldsWriter},
     ids::WorkspaceId,
     limits::{MAX_HUB_URL_BYTES, MAX_INVITE_CHARS, MAX_TAGS},
+    log::{EntryHash, Head},
     objects::Attributes,
-    trust::{EntryHash, Head},
 };
 use zeroize::Zeroizing;
 

@@ -14,13 +14,13 @@ use connect_spec::{
     encoding::{Encoding, encode_base64},
     ids::{AgentId, ChannelId, CredentialId, LookupTag, ServiceId, TunnelId, WorkspaceId},
     keys::{IdentityKey, Signature, StaticPublicKey},
+    log::Head,
     objects::{
         AgentRecord, AgentRole, Attributes, Certificate, Credential, CredentialKind, Founder,
         Genesis, Issuer, NoiseKey, SUITE_1, ServiceRecord, SignerRole,
     },
     record::{CloseCode, End, Progress, Record, ResetCode, StreamId, StreamState},
     signed::{Body, Signed},
-    trust::Head,
 };
 
 const WORKSPACE: WorkspaceId = WorkspaceId([0x11; 32]);

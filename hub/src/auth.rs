@@ -18,9 +18,10 @@ use connect_spec::{
     },
     ids::{CredentialId, ServiceId, WorkspaceId},
     keys::WrapPublicKey,
+    log::Head,
     objects::{Credential, Genesis, UnixTime},
     signed::{Body, Signed},
-    trust::{Head, Presented, TrustState, VerifiedPeer},
+    trust::{Presented, TrustState, VerifiedPeer},
 };
 
 use crate::{

@@ -82,7 +82,10 @@ fn close_code(code: ErrorCode) -> u16 {
         | ErrorCode::Offline
         | ErrorCode::Forbidden
         | ErrorCode::IssuerUnknown
+        | ErrorCode::Conflict
+        | ErrorCode::UpgradeNeeded
         | ErrorCode::Refused => close::UNAUTHORIZED,
+        ErrorCode::Revoked => close::REVOKED,
         ErrorCode::Busy | ErrorCode::RateLimited | ErrorCode::Internal => close::BUSY,
         ErrorCode::Timeout => close::TIMEOUT,
         ErrorCode::Displaced => close::DISPLACED,

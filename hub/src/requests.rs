@@ -213,6 +213,14 @@ async fn try_answer(hub: &Hub, member: &Member, request: Request) -> Result<Repl
             }
         }
         // A session opens tunnels itself: that needs no store and must not wait for it.
+        Request::Log { .. }
+        | Request::Append { .. }
+        | Request::Beats { .. }
+        | Request::MissingWraps { .. }
+        | Request::StoreWraps { .. }
+        | Request::OwnWrap { .. }
+        | Request::Credentials { .. }
+        | Request::Certify { .. } => no(ErrorCode::BadRequest, "not supported yet"),
         Request::OpenTunnel(_) => no(ErrorCode::BadRequest, "tunnels are opened in the session"),
     }
 }

@@ -12,7 +12,8 @@ use crate::{
     ids::{AgentId, ChannelId, CredentialId, LookupTag, ServiceId, TunnelId, WorkspaceId},
     keys::{IdentityKey, Signature},
     limits::MAX_CONTROL_BYTES,
-    trust::Head,
+    log::Head,
+    objects::UnixTime,
 };
 
 /// Version of the control channel.
@@ -290,6 +291,69 @@ pub enum Request {
     },
     /// Asks an exposer for a tunnel.
     OpenTunnel(TunnelRequest),
+    /// Asks for the entries of the trust log after the newest place that the hub has too. Also before
+    /// the login, once an invite was redeemed.
+    Log {
+        /// Places of the own log, newest first: those of [`crate::log::locator`], or none.
+        have: Vec<Head>,
+    },
+    /// Appends entries to the hub's log. The first one must follow the hub's head, or be a recovery
+    /// that follows an entry of it: compare and swap.
+    Append {
+        /// `LogEntry`s, in order.
+        entries: Vec<Blob>,
+    },
+    /// Leaves a beat, if the agent is a witness, and asks for those of others.
+    Beats {
+        /// `Signed<Beat>`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        mine: Option<Blob>,
+    },
+    /// Asks which agents and open credentials have no wrap of an epoch yet.
+    MissingWraps {
+        /// The epoch.
+        epoch: u32,
+    },
+    /// Stores wraps of an epoch; one that is there is replaced.
+    StoreWraps {
+        /// The wraps.
+        wraps: Vec<AddressedWrap>,
+    },
+    /// Asks for this agent's own wrap of an epoch.
+    OwnWrap {
+        /// The epoch.
+        epoch: u32,
+    },
+    /// Lists the credentials that are not closed, in ascending order of id. Members only.
+    Credentials {
+        /// The last id of the page before, absent for the first page.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<CredentialId>,
+    },
+    /// Leaves a new certificate for an agent, which finds it at its next login. Signers only.
+    Certify {
+        /// `Signed<Certificate>` of a higher serial.
+        certificate: Blob,
+    },
+}
+
+/// Whom a wrap is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Recipient {
+    /// An agent.
+    Agent(AgentId),
+    /// Whoever holds an invite or a share.
+    Credential(CredentialId),
+}
+
+/// A wrap and whom it is for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AddressedWrap {
+    /// Whom it is for.
+    pub recipient: Recipient,
+    /// The wrap.
+    pub wrap: EpochWrap,
 }
 
 /// Hub to agent.
@@ -337,6 +401,22 @@ pub enum FromHub {
         /// For the exposer's data socket, once it has accepted.
         ticket: Ticket,
     },
+    /// The trust log has grown: a hint to ask for it.
+    LogGrew {
+        /// The hub's head.
+        head: Head,
+    },
+    /// A wrap for this agent was stored: a hint to ask for it.
+    WrapStored {
+        /// Its epoch.
+        epoch: u32,
+    },
+    /// In place of `welcome`: a signer gave the agent a new certificate, with which it logs in again on
+    /// the same socket.
+    Renewed {
+        /// `Signed<Certificate>`.
+        certificate: Blob,
+    },
     /// The connection is refused, or ends: the socket closes next.
     Error(ErrorReport),
     /// The hub is about to restart: connect again after the given time.
@@ -373,8 +453,72 @@ pub enum Reply {
         /// For the reacher's data socket.
         ticket: Ticket,
     },
+    /// A part of the trust log.
+    Log {
+        /// The newest of the places asked about that the hub has, or the genesis.
+        after: Head,
+        /// `LogEntry`s that follow it, at most as many as fit a message.
+        entries: Vec<Blob>,
+        /// Whether more follow after the last.
+        more: bool,
+    },
+    /// Beats of other agents, the newest first.
+    Beats {
+        /// `Signed<Beat>`s, at most [`crate::limits::MAX_BEATS`].
+        beats: Vec<Blob>,
+    },
+    /// Who has no wrap of an epoch.
+    MissingWraps {
+        /// Agents, at most as many as fit a message; once they have their wraps, ask again.
+        agents: Vec<UnwrappedAgent>,
+        /// Open credentials, likewise.
+        credentials: Vec<UnwrappedCredential>,
+    },
+    /// The wrap that was asked for.
+    Wrap {
+        /// `None`: nobody made it yet.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        wrap: Option<EpochWrap>,
+    },
+    /// A page of credentials.
+    Credentials {
+        /// At most as many as fit a message.
+        credentials: Vec<ListedCredential>,
+        /// Whether more follow after the last.
+        more: bool,
+    },
     /// Not done.
     Error(ErrorReport),
+}
+
+/// An agent without a wrap, with what must be verified before one is made for it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnwrappedAgent {
+    /// The agent.
+    pub agent_id: AgentId,
+    /// Its objects.
+    #[serde(flatten)]
+    pub presented: PresentedBlobs,
+    /// `WrapPublicKey`, whose hash the NoiseKey binds.
+    pub wrap_key: Blob,
+}
+
+/// A credential without a wrap.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnwrappedCredential {
+    /// `Signed<Credential>`.
+    pub credential: Blob,
+    /// `WrapPublicKey`, whose hash the credential binds.
+    pub wrap_key: Blob,
+}
+
+/// A credential as the hub knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListedCredential {
+    /// `Signed<Credential>`.
+    pub credential: Blob,
+    /// How many agents joined by it.
+    pub used: u32,
 }
 
 /// A service as the hub knows it.
@@ -403,6 +547,9 @@ pub struct ListedAgent {
     pub record: Option<SealedRecord>,
     /// Whether it has an agent session now.
     pub online: bool,
+    /// When it first logged in, as the hub says.
+    #[serde(default)]
+    pub joined_at: UnixTime,
 }
 
 /// Why the hub, or an exposer through it, said no. Shown to people; never believed for trust.
@@ -456,6 +603,12 @@ pub enum ErrorCode {
     Clone,
     /// A counter went down: the hub knows a newer version.
     Stale,
+    /// Other entries were appended to the log meanwhile: fetch them, and try again.
+    Conflict,
+    /// The agent is revoked.
+    Revoked,
+    /// The exposer cannot read the newest entries of the trust log.
+    UpgradeNeeded,
     /// Another agent exposes a service under this name.
     NameTaken,
     /// No such service, agent or tunnel.
@@ -503,6 +656,8 @@ pub mod close {
     pub const UNAUTHORIZED: u16 = 4401;
     /// Not authenticated, or silent, for too long.
     pub const TIMEOUT: u16 = 4408;
+    /// The agent, or an end of the tunnel, was revoked.
+    pub const REVOKED: u16 = 4403;
     /// A newer session of the same agent took over.
     pub const DISPLACED: u16 = 4409;
     /// The other end of the tunnel is gone.

@@ -6,9 +6,10 @@ use crate::{
     control::PresentedBlobs,
     keys::ML_KEM_768_EK_BYTES,
     limits::{HANDSHAKE_PADDING, MAX_HANDSHAKE_BYTES},
+    log::{EntryHash, Head},
     objects::Attributes,
     signed::{ObjectError, Signed},
-    trust::{EntryHash, Head, Presented},
+    trust::Presented,
 };
 
 /// What each side says of itself inside the handshake.

@@ -16,6 +16,7 @@ pub mod hash;
 pub mod ids;
 pub mod keys;
 pub mod limits;
+pub mod log;
 pub mod objects;
 pub mod prologue;
 pub mod record;

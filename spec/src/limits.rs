@@ -22,6 +22,38 @@ pub const MAX_GENESIS_BYTES: usize = 16 * 1024;
 pub const MAX_OBJECT_BYTES: usize = 2048;
 /// Signatures on one object: a genesis has one for each founding signer.
 pub const MAX_SIGNATURES: usize = 16;
+/// Body of an entry of the trust log: as a wire object, in base64, it fits one control message, and
+/// one record of a tunnel.
+pub const MAX_ENTRY_BYTES: usize = 40 * 1024;
+/// Changes in one entry: what belongs together, such as a revocation and the next epoch.
+pub const MAX_CHANGES: usize = 16;
+/// Hashes in one `keep`: with 1,000 of 34 bytes each, the entry has room for its other changes. An
+/// invite has at most as many uses.
+pub const MAX_KEPT: usize = 1000;
+/// Branches that one entry can end.
+pub const MAX_ABANDONED: usize = 16;
+/// Signers at one time.
+pub const MAX_SIGNERS: usize = 64;
+/// Branches of a forked log whose revocations are kept; more of them change nothing.
+pub const MAX_BRANCHES: usize = 8;
+/// Entries of a trust log: three a day for a lifetime.
+pub const MAX_LOG_ENTRIES: u64 = 100_000;
+/// All entries of a trust log together, as they travel: what a new agent must fetch.
+pub const MAX_LOG_BYTES: u64 = 64 * 1024 * 1024;
+/// Places that a locator names: enough for [`MAX_LOG_ENTRIES`].
+pub const MAX_LOCATOR: usize = 20;
+/// Entries in one TRUST record.
+pub const MAX_TRUST_BYTES: usize = 60_000;
+/// A peer delivers the entries that it claimed within this time, or the tunnel is closed.
+pub const CATCH_UP_TIMEOUT: Duration = Duration::from_secs(10);
+/// Witnesses publish a beat so often.
+pub const BEAT_INTERVAL: Duration = Duration::from_secs(600);
+/// Without a beat for this long, nobody knows whether the hub shows the whole log.
+pub const BEAT_STALE: Duration = Duration::from_secs(3600);
+/// Beats in one answer of the hub: a few witnesses are enough.
+pub const MAX_BEATS: usize = 16;
+/// Names of the epoch before are looked up for this long after a new one was learned of.
+pub const OLD_EPOCH: Duration = Duration::from_secs(24 * 3600);
 /// Plaintext of a sealed record: certificate, credential, NoiseKey and signature with room.
 pub const MAX_RECORD_PLAINTEXT_BYTES: usize = 8 * 1024;
 

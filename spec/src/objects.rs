@@ -2,6 +2,8 @@
 //!
 //! PROTOCOL.md, "Identity" and "Names", has the field tables.
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
     cbor::{Fields, FieldsWriter},
     hash::hash,
@@ -15,18 +17,18 @@ use crate::{
 };
 
 /// Version of every body of this protocol version.
-const BODY_VERSION: u64 = 1;
+pub(crate) const BODY_VERSION: u64 = 1;
 
 /// The one cipher suite: `Noise_IKpsk2_25519_ChaChaPoly_BLAKE2s` with ML-KEM-768 in the psk.
 pub const SUITE_1: u16 = 1;
 
-/// Most founding signers of a genesis.
+/// Most founding signers of a genesis: all of them sign it.
 const MAX_FOUNDERS: usize = 16;
 
 /// Seconds since 1970-01-01T00:00:00Z, as a wall clock tells it. Informational: never proof of age.
 pub type UnixTime = u64;
 
-fn check_version(fields: &mut Fields<'_>) -> Result<(), ObjectError> {
+pub(crate) fn check_version(fields: &mut Fields<'_>) -> Result<(), ObjectError> {
     match fields.uint(0)? {
         BODY_VERSION => Ok(()),
         other => Err(ObjectError::Version(other)),
@@ -34,7 +36,8 @@ fn check_version(fields: &mut Fields<'_>) -> Result<(), ObjectError> {
 }
 
 /// What a signer may do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum SignerRole {
     /// Everything, naming other signers included.
     Owner,
@@ -73,11 +76,11 @@ impl AgentRole {
 macro_rules! wire_numbers {
     ($type:ident { $($number:literal = $variant:ident),* $(,)? }) => {
         impl $type {
-            fn number(self) -> u64 {
+            pub(crate) fn number(self) -> u64 {
                 match self { $(Self::$variant => $number),* }
             }
 
-            fn from_number(number: u64) -> Option<Self> {
+            pub(crate) fn from_number(number: u64) -> Option<Self> {
                 match number { $($number => Some(Self::$variant),)* _ => None }
             }
         }
@@ -86,13 +89,39 @@ macro_rules! wire_numbers {
 wire_numbers!(SignerRole { 1 = Owner, 2 = Admin });
 wire_numbers!(AgentRole { 1 = Member, 2 = Reacher, 3 = Exposer, 4 = Guest });
 
-/// One signer as a genesis names it.
+/// One signer as a genesis or a recovery names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Founder {
     /// The signer's key.
     pub key: IdentityKey,
     /// What it may do.
     pub role: SignerRole,
+}
+
+impl Founder {
+    /// Reads a list of signers: by ascending key, at least one owner.
+    pub(crate) fn read_all(
+        fields: &mut Fields<'_>,
+        key: u64,
+        max: usize,
+    ) -> Result<Vec<Self>, ObjectError> {
+        let mut all = Vec::new();
+        for mut founder in fields.maps(key, max)? {
+            let signer = founder.fixed(0)?;
+            let role = SignerRole::from_number(founder.uint(1)?).ok_or(ObjectError::Value(key))?;
+            founder.finish()?;
+            all.push(Self { key: signer, role });
+        }
+        let ascending = all.is_sorted_by(|left: &Self, right| left.key < right.key);
+        if !ascending || !all.iter().any(|founder| founder.role == SignerRole::Owner) {
+            return Err(ObjectError::Value(key));
+        }
+        Ok(all)
+    }
+
+    pub(crate) fn write(&self) -> FieldsWriter {
+        FieldsWriter::new().bytes(0, &self.key.0).uint(1, self.role.number())
+    }
 }
 
 /// The first object of a workspace; its hash is the workspace's id and trust anchor.
@@ -122,17 +151,7 @@ impl Body for Genesis {
             return Err(ObjectError::Value(1));
         }
         let salt = fields.fixed(2)?;
-        let mut founders = Vec::new();
-        for mut founder in fields.maps(3, MAX_FOUNDERS)? {
-            let key = founder.fixed(0)?;
-            let role = SignerRole::from_number(founder.uint(1)?).ok_or(ObjectError::Value(3))?;
-            founder.finish()?;
-            founders.push(Founder { key, role });
-        }
-        let ascending = founders.is_sorted_by(|left: &Founder, right| left.key < right.key);
-        if !ascending || !founders.iter().any(|founder| founder.role == SignerRole::Owner) {
-            return Err(ObjectError::Value(3));
-        }
+        let founders = Founder::read_all(&mut fields, 3, MAX_FOUNDERS)?;
         let genesis = Self {
             suite,
             salt,
@@ -145,14 +164,11 @@ impl Body for Genesis {
     }
 
     fn encode(&self) -> Vec<u8> {
-        let founders = self.founders.iter().map(|founder| {
-            FieldsWriter::new().bytes(0, &founder.key.0).uint(1, founder.role.number())
-        });
         FieldsWriter::new()
             .uint(0, BODY_VERSION)
             .uint(1, self.suite)
             .bytes(2, &self.salt)
-            .maps(3, founders)
+            .maps(3, self.founders.iter().map(Founder::write))
             .bytes(4, &self.recovery_key.0)
             .bytes(5, &self.epoch_commit)
             .finish()

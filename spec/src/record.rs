@@ -3,9 +3,12 @@
 //! `type u8 || fields`, integers big-endian. The streams inside a channel follow QUIC (RFC 9000
 //! sections 2 to 4): absolute offsets, credit per stream and per channel, final sizes.
 //!
-//! Numbers 0x04, 0x05 and 0x30 to 0x33 are reserved for trust entries and rekeying.
+//! Numbers 0x30 to 0x33 are reserved for rekeying.
 
-use crate::limits::{DATA_PADDING, MAX_DATA_BYTES, MAX_RECORD_BYTES};
+use crate::{
+    limits::{DATA_PADDING, MAX_DATA_BYTES, MAX_LOCATOR, MAX_RECORD_BYTES, MAX_TRUST_BYTES},
+    log::{EntryHash, Head},
+};
 
 /// A stream of a channel. Even, from 2, by the reacher; odd ones are reserved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -151,8 +154,17 @@ pub enum Record<'b> {
     },
     /// Answer of the exposer.
     Welcome(Progress),
-    /// The sender has reached the trust head that the other claimed.
+    /// The sender has reached the trust head that the other claimed, and judged it by it.
     Ready,
+    /// Asks for the entries of the trust log after the newest place that both sides have.
+    TrustGet(Vec<Head>),
+    /// Entries that were asked for.
+    Trust {
+        /// Whether another record continues the list.
+        more: bool,
+        /// `LogEntry`s as they travel, each after its length as u32: see [`trust_entries`].
+        entries: &'b [u8],
+    },
     /// Opens a stream; the exposer dials its target.
     Open(StreamId),
     /// The target answered the dial.
@@ -224,6 +236,8 @@ mod number {
     pub(super) const HELLO: u8 = 0x01;
     pub(super) const WELCOME: u8 = 0x02;
     pub(super) const READY: u8 = 0x03;
+    pub(super) const TRUST_GET: u8 = 0x04;
+    pub(super) const TRUST: u8 = 0x05;
     pub(super) const OPEN: u8 = 0x10;
     pub(super) const OPENED: u8 = 0x11;
     pub(super) const DATA: u8 = 0x12;
@@ -341,6 +355,19 @@ impl<'b> Record<'b> {
             }
             Self::Welcome(progress) => progress.encode(record, number::WELCOME, 0),
             Self::Ready => record.push(number::READY),
+            Self::TrustGet(have) => {
+                record.push(number::TRUST_GET);
+                record.push(u8::try_from(have.len()).expect("a locator is short"));
+                for head in have {
+                    record.extend_from_slice(&head.seq.to_be_bytes());
+                    record.extend_from_slice(&head.hash.0);
+                }
+            }
+            Self::Trust { more, entries } => {
+                record.push(number::TRUST);
+                record.push(if *more { FLAG_MORE } else { 0 });
+                record.extend_from_slice(entries);
+            }
             Self::Open(stream) => put(record, number::OPEN, *stream, &[]),
             Self::Opened(stream) => put(record, number::OPENED, *stream, &[]),
             Self::Data { stream, offset, bytes } => {
@@ -402,6 +429,33 @@ impl<'b> Record<'b> {
                 (true, _) => return Err(fields.bad_value()),
             },
             number::READY => Self::Ready,
+            number::TRUST_GET => {
+                let count = usize::from(fields.u8()?);
+                if count > MAX_LOCATOR {
+                    return Err(fields.bad_value());
+                }
+                let mut have: Vec<Head> = Vec::with_capacity(count);
+                for _ in 0..count {
+                    let head = Head { seq: fields.u64()?, hash: EntryHash(fields.fixed()?) };
+                    if head.seq == 0 || have.last().is_some_and(|newer| newer.seq <= head.seq) {
+                        return Err(fields.bad_value());
+                    }
+                    have.push(head);
+                }
+                Self::TrustGet(have)
+            }
+            number::TRUST => {
+                let more = match fields.u8()? {
+                    0 => false,
+                    FLAG_MORE => true,
+                    _ => return Err(fields.bad_value()),
+                };
+                let entries = std::mem::take(&mut fields.rest);
+                if entries.len() > MAX_TRUST_BYTES || trust_entries(entries).is_none() {
+                    return Err(fields.bad_value());
+                }
+                Self::Trust { more, entries }
+            }
             number::OPEN => Self::Open(fields.stream()?),
             number::OPENED => Self::Opened(fields.stream()?),
             number::DATA => fields.data()?,
@@ -436,6 +490,30 @@ fn put(record: &mut Vec<u8>, kind: u8, stream: StreamId, rest: &[u8]) {
 }
 
 /// The only code that cuts a record.
+/// Appends an entry to the body of a TRUST record; false when it does not fit any more.
+pub fn put_trust_entry(entries: &mut Vec<u8>, entry: &[u8]) -> bool {
+    let fits = entries.len() + 4 + entry.len() <= MAX_TRUST_BYTES;
+    if let (true, Ok(length)) = (fits, u32::try_from(entry.len())) {
+        entries.extend_from_slice(&length.to_be_bytes());
+        entries.extend_from_slice(entry);
+    }
+    fits
+}
+
+/// Splits the body of a TRUST record; `None` when a length does not fit.
+#[must_use]
+pub fn trust_entries(mut entries: &[u8]) -> Option<Vec<&[u8]>> {
+    let mut split = Vec::new();
+    while !entries.is_empty() {
+        let (length, rest) = entries.split_first_chunk::<4>()?;
+        let length = usize::try_from(u32::from_be_bytes(*length)).ok()?;
+        let (entry, rest) = rest.split_at_checked(length)?;
+        split.push(entry);
+        entries = rest;
+    }
+    Some(split)
+}
+
 struct Reader<'b> {
     kind: u8,
     rest: &'b [u8],

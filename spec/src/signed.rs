@@ -119,6 +119,12 @@ impl<T: Body> Signed<T> {
         hash(T::KIND, &[&self.body])
     }
 
+    /// The body as received: what is signed and hashed.
+    #[must_use]
+    pub fn body(&self) -> &[u8] {
+        &self.body
+    }
+
     /// The parsed body. Nothing in it is proven before a signature is.
     #[must_use]
     pub fn object(&self) -> &T {

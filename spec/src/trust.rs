@@ -1,9 +1,9 @@
-//! Who is a member: the trust state that starts from the genesis, and the judgement of a peer.
+//! Who is a member: what the trust log says, entry by entry, and the judgement of a peer by it.
 //!
 //! Everything here is a function of signed objects and of a time that the caller passes in; the hub
-//! runs it as a second lock, the agents as the first. PROTOCOL.md, "Verifying a peer".
+//! runs it as a second lock, the agents as the first. PROTOCOL.md, "Trust log", "Verifying a peer".
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -11,36 +11,16 @@ use crate::{
     bytes::hex_newtype,
     ids::{AgentId, CredentialId, ServiceId, WorkspaceId},
     keys::{IdentityKey, StaticPublicKey},
-    limits::CLOCK_TOLERANCE,
+    limits::{
+        CLOCK_TOLERANCE, MAX_BRANCHES, MAX_CERTS, MAX_LOG_BYTES, MAX_LOG_ENTRIES, MAX_SIGNERS,
+    },
+    log::{Change, Entry, EntryHash, Head, LogEntry, ObjectHash, Policy, Recovery},
     objects::{
         AgentRole, Certificate, Credential, CredentialKind, Genesis, Issuer, NoiseKey, SignerRole,
         UnixTime,
     },
     signed::Signed,
 };
-
-hex_newtype!(
-    /// Hash of an entry of the trust log; that of entry 0 is the workspace id.
-    EntryHash,
-    32
-);
-
-/// A place in the trust log: how many entries follow the genesis, and the hash of the last one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Head {
-    /// Number of the last entry; the genesis is 0.
-    pub seq: u64,
-    /// Its hash.
-    pub hash: EntryHash,
-}
-
-impl Head {
-    /// The head of a log that holds the genesis alone.
-    #[must_use]
-    pub fn genesis(workspace: WorkspaceId) -> Self {
-        Self { seq: 0, hash: EntryHash(workspace.0) }
-    }
-}
 
 /// Why a genesis or a peer is not trusted. All are trust violations; none is repaired by trying again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -72,6 +52,59 @@ pub enum TrustError {
     /// The certificate or its credential ended.
     #[error("the certificate has expired")]
     Expired,
+    /// The credential is closed, and the certificate is not one that stays valid.
+    #[error("the invite or share of the certificate is closed, and it was not kept")]
+    Closed,
+    /// The agent, or this certificate of it, is revoked.
+    #[error("the agent was revoked")]
+    Revoked,
+}
+
+/// Why an entry does not belong in a trust log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum LogError {
+    /// It is for another workspace.
+    #[error("the entry belongs to another workspace")]
+    Workspace,
+    /// It does not follow the entry before it.
+    #[error("the entry does not follow the one before it")]
+    Place,
+    /// A signature does not hold.
+    #[error("a signature of the entry does not hold")]
+    Signature,
+    /// A signature is by a key that is no signer here.
+    #[error("the entry is signed by a key that is no signer")]
+    Signer,
+    /// A signer's role does not allow a change.
+    #[error("the entry makes a change that its signer may not make")]
+    Role,
+    /// No owner would be left.
+    #[error("the entry would remove the last owner")]
+    LastOwner,
+    /// It removes a signer that there is not.
+    #[error("the entry removes a signer that there is not")]
+    NoSuchSigner,
+    /// It makes a signer of a revoked agent.
+    #[error("the entry makes a signer of a revoked agent")]
+    RevokedSigner,
+    /// More than [`MAX_SIGNERS`].
+    #[error("a log has at most {MAX_SIGNERS} signers at a time")]
+    TooManySigners,
+    /// The number of the epoch is not the next.
+    #[error("the entry begins an epoch that is not the next")]
+    Epoch,
+    /// The recovery's counter is not above the last one's, or another key signed it.
+    #[error("the recovery is not by the recovery key in force, or an old one")]
+    Recovery,
+    /// More than [`MAX_LOG_ENTRIES`] or [`MAX_LOG_BYTES`].
+    #[error("the log is full")]
+    Full,
+    /// The branch does not leave the log where it is said to.
+    #[error("the entries do not branch off where they are said to")]
+    NoBranch,
+    /// More than [`MAX_BRANCHES`].
+    #[error("more than {MAX_BRANCHES} branches of the log were shown")]
+    TooManyBranches,
 }
 
 /// What an agent shows of itself: in a login, in a service record and in the handshake.
@@ -142,13 +175,128 @@ impl VerifiedPeer {
     }
 }
 
+hex_newtype!(
+    /// `H("epoch", M || W)`: what the log says of an epoch's secrets.
+    EpochCommit,
+    32
+);
+
+/// What was ended. Grows, never shrinks.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Ended {
+    /// Former signers, and what stays valid of what each issued.
+    signers: BTreeMap<IdentityKey, BTreeSet<ObjectHash>>,
+    /// Revoked agents: all certificates, or those below a serial.
+    agents: BTreeMap<AgentId, Option<u64>>,
+    /// Closed credentials, and the certificates under each that stay valid.
+    credentials: BTreeMap<CredentialId, BTreeSet<ObjectHash>>,
+}
+
+impl Ended {
+    fn end_signer(&mut self, key: IdentityKey, keep: impl IntoIterator<Item = ObjectHash>) {
+        self.signers.insert(key, keep.into_iter().collect());
+    }
+
+    fn revoke(&mut self, agent: AgentId, below_serial: Option<u64>) {
+        let ended = self.agents.entry(agent).or_insert(Some(0));
+        *ended = match (*ended, below_serial) {
+            (Some(before), Some(now)) => Some(before.max(now)),
+            (None, _) | (_, None) => None,
+        };
+    }
+
+    /// Closes a credential; one that was closed before keeps only what is kept again.
+    fn close(&mut self, credential: CredentialId, keep: impl IntoIterator<Item = ObjectHash>) {
+        let keep: BTreeSet<_> = keep.into_iter().collect();
+        self.credentials
+            .entry(credential)
+            .and_modify(|before| before.retain(|hash| keep.contains(hash)))
+            .or_insert(keep);
+    }
+
+    /// Takes over the agents and credentials that were ended elsewhere. Not the signers: whether an
+    /// entry is valid must follow from its own branch alone, or agents could not agree on it.
+    fn absorb(&mut self, other: &Self) {
+        for (agent, below_serial) in &other.agents {
+            self.revoke(*agent, *below_serial);
+        }
+        for (credential, keep) in &other.credentials {
+            self.close(*credential, keep.iter().copied());
+        }
+    }
+}
+
+/// The keys that signed one entry.
+type Owners = BTreeSet<IdentityKey>;
+
+/// Another branch of a forked log: proven by an entry that two signers, or one twice, put in a place
+/// that was taken.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Branch {
+    /// The last entry that both branches have.
+    after: u64,
+    /// The newest entry of it that is known.
+    head: Head,
+    /// Who signed both entries that follow the common one: they cannot settle the fork.
+    signed_both: Owners,
+    /// The signers and the policy where the branches part: later additions count on neither.
+    signers: BTreeMap<IdentityKey, SignerRole>,
+    policy: Policy,
+    /// What this branch ended.
+    ended: Ended,
+}
+
+/// The recovery key in force.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct RecoveryPoint {
+    key: IdentityKey,
+    /// Of the last recovery; 0 before the first.
+    counter: u64,
+    /// Its entry; 0 before the first. Branches that begin at or before it are settled.
+    seq: u64,
+}
+
 /// What the trust log says at one head. Holds no secret.
-#[derive(Debug, Clone, PartialEq, Eq)]
+///
+/// It is serialised as an agent's own, verified copy; never as a message.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TrustState {
     workspace_id: WorkspaceId,
     head: Head,
+    /// Bytes of all bodies after the genesis.
+    bytes: u64,
+    /// Whether an entry up to the head holds a critical change that this version does not know.
+    frozen: bool,
     signers: BTreeMap<IdentityKey, SignerRole>,
-    epoch_commit: [u8; 32],
+    ended: Ended,
+    epoch: u32,
+    commits: BTreeMap<u32, EpochCommit>,
+    policy: Policy,
+    recovery: RecoveryPoint,
+    /// First entries of branches that were given up, and who signed each entry that did so.
+    abandoned: BTreeMap<EntryHash, BTreeSet<Owners>>,
+    /// Other branches, by their first entry: none unless the log forked.
+    branches: BTreeMap<EntryHash, Branch>,
+    /// What was ended on branches that are settled by now, and stays so.
+    elsewhere: Ended,
+}
+
+/// What came of [`TrustState::consider`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Considered {
+    /// The branch was given up by an owner or cut off by a recovery: it changes nothing.
+    Settled,
+    /// The log forked: this is the state that heeds the revocations of the branch too.
+    Forked(Box<TrustState>),
+    /// The branch takes the place of the own entries: a recovery, or an owner who gave them up.
+    Replaces(Box<TrustState>),
+}
+
+/// Whether the signatures of an entry were verified before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Signatures {
+    Verify,
+    Verified,
 }
 
 impl TrustState {
@@ -169,11 +317,21 @@ impl TrustState {
         if genesis.hash() != anchor.0 || !signed_by_all || genesis.verify_all().is_err() {
             return Err(TrustError::Genesis);
         }
+        let genesis = genesis.object();
         Ok(Self {
             workspace_id: anchor,
             head: Head::genesis(anchor),
+            bytes: 0,
+            frozen: false,
             signers: founders.iter().map(|founder| (founder.key, founder.role)).collect(),
-            epoch_commit: genesis.object().epoch_commit,
+            ended: Ended::default(),
+            epoch: 0,
+            commits: [(0, EpochCommit(genesis.epoch_commit))].into(),
+            policy: Policy::default(),
+            recovery: RecoveryPoint { key: genesis.recovery_key, counter: 0, seq: 0 },
+            abandoned: BTreeMap::new(),
+            branches: BTreeMap::new(),
+            elsewhere: Ended::default(),
         })
     }
 
@@ -189,19 +347,422 @@ impl TrustState {
         self.head
     }
 
-    /// `H("epoch", M || W)` of the current epoch.
+    /// Whether the log holds a critical change that this version does not know. Revocations are heeded
+    /// none the less; new tunnels must be refused.
     #[must_use]
-    pub fn epoch_commit(&self) -> &[u8; 32] {
-        &self.epoch_commit
+    pub fn is_frozen(&self) -> bool {
+        self.frozen
+    }
+
+    /// Whether the log forked and nobody settled it yet.
+    #[must_use]
+    pub fn is_forked(&self) -> bool {
+        !self.branches.is_empty()
+    }
+
+    /// The newest known entry of each other branch, by the branch's first entry.
+    pub fn branches(&self) -> impl Iterator<Item = (EntryHash, Head)> + '_ {
+        self.branches.iter().map(|(first, branch)| (*first, branch.head))
+    }
+
+    /// The current epoch.
+    #[must_use]
+    pub fn epoch(&self) -> u32 {
+        self.epoch
+    }
+
+    /// `H("epoch", M || W)` of an epoch that the log has begun.
+    #[must_use]
+    pub fn epoch_commit(&self, epoch: u32) -> Option<&[u8; 32]> {
+        self.commits.get(&epoch).map(EpochCommit::as_bytes)
+    }
+
+    /// What the workspace demands. In a fork, the stricter of both branches.
+    #[must_use]
+    pub fn policy(&self) -> Policy {
+        let strict =
+            self.policy.strict || self.branches.values().any(|branch| branch.policy.strict);
+        Policy { strict }
+    }
+
+    /// The recovery key in force, and the counter of the last recovery.
+    #[must_use]
+    pub fn recovery(&self) -> (IdentityKey, u64) {
+        (self.recovery.key, self.recovery.counter)
+    }
+
+    /// What `key` may do as a signer at this head. In a fork: on every branch, and before it.
+    #[must_use]
+    pub fn signer_role(&self, key: &IdentityKey) -> Option<SignerRole> {
+        let mut role = *self.signers.get(key)?;
+        for branch in self.branches.values() {
+            let before = *branch.signers.get(key)?;
+            if branch.ended.signers.contains_key(key) {
+                return None;
+            }
+            if before == SignerRole::Admin {
+                role = SignerRole::Admin;
+            }
+        }
+        Some(role)
     }
 
     /// Whether `key` is a signer at this head.
     #[must_use]
     pub fn is_signer(&self, key: &IdentityKey) -> bool {
-        self.signers.contains_key(key)
+        self.signer_role(key).is_some()
     }
 
-    /// Verifies a credential by itself: for this workspace, issued by a signer at this head.
+    /// The signers at this head.
+    pub fn signers(&self) -> impl Iterator<Item = (IdentityKey, SignerRole)> + '_ {
+        self.signers.keys().filter_map(|key| Some((*key, self.signer_role(key)?)))
+    }
+
+    /// Everything that was ended: on the own branch, on the others, and on those that are settled.
+    fn endings(&self) -> impl Iterator<Item = &Ended> {
+        let branches = self.branches.values().map(|branch| &branch.ended);
+        [&self.ended, &self.elsewhere].into_iter().chain(branches)
+    }
+
+    /// Whether the agent is revoked, with this certificate and all that have a lower serial.
+    #[must_use]
+    pub fn is_revoked(&self, agent: &AgentId, serial: u64) -> bool {
+        self.endings().any(|ended| match ended.agents.get(agent) {
+            Some(Some(below)) => serial < *below,
+            Some(None) => true,
+            None => false,
+        })
+    }
+
+    /// Whether nobody joins by the credential any more.
+    #[must_use]
+    pub fn is_closed(&self, credential: &CredentialId) -> bool {
+        self.endings().any(|ended| ended.credentials.contains_key(credential))
+    }
+
+    /// Whether what `issuer` signed is valid: a signer's own word, or a former one's that is kept.
+    fn vouches(&self, issuer: &IdentityKey, object: ObjectHash) -> bool {
+        let mut ended = self.endings().filter_map(|ended| ended.signers.get(issuer)).peekable();
+        if ended.peek().is_some() {
+            ended.all(|keep| keep.contains(&object))
+        } else {
+            self.is_signer(issuer)
+        }
+    }
+
+    /// Takes the next entry of the log: all of it, or, when it is an error, nothing.
+    ///
+    /// # Errors
+    /// [`LogError`]: the first rule that is broken.
+    pub fn apply(&mut self, entry: &LogEntry) -> Result<(), LogError> {
+        self.take(entry, Signatures::Verify)
+    }
+
+    /// As [`TrustState::apply`], for an entry whose signatures this program verified before it stored
+    /// it: a log is read back fifty times as fast as it was verified.
+    ///
+    /// # Errors
+    /// [`LogError`], but for [`LogError::Signature`].
+    ///
+    /// # Security
+    /// Only for what comes from this program's own store.
+    pub fn apply_stored(&mut self, entry: &LogEntry) -> Result<(), LogError> {
+        self.take(entry, Signatures::Verified)
+    }
+
+    fn take(&mut self, entry: &LogEntry, signatures: Signatures) -> Result<(), LogError> {
+        if entry.workspace_id() != self.workspace_id {
+            return Err(LogError::Workspace);
+        }
+        if entry.follows() != self.head {
+            return Err(LogError::Place);
+        }
+        let bytes = self.bytes + entry.body_bytes() as u64;
+        if self.head.seq >= MAX_LOG_ENTRIES || bytes > MAX_LOG_BYTES {
+            return Err(LogError::Full);
+        }
+        if signatures == Signatures::Verify && entry.verify_all().is_err() {
+            return Err(LogError::Signature);
+        }
+        match entry {
+            LogEntry::Entry(signed) => self.take_changes(signed)?,
+            LogEntry::Recovery(signed) => self.take_recovery(signed)?,
+        }
+        self.bytes = bytes;
+        self.head = entry.head();
+        Ok(())
+    }
+
+    fn take_changes(&mut self, signed: &Signed<Entry>) -> Result<(), LogError> {
+        let entry = signed.object();
+        let roles: Vec<_> =
+            signed.signatures().iter().map(|(key, _)| self.signers.get(key).copied()).collect();
+        if self.frozen || entry.changes.iter().any(Change::is_unknown_critical) {
+            // Who else is a signer by now is not known here: one that is known must do, and only
+            // what it ends counts.
+            if roles.iter().all(Option::is_none) {
+                return Err(LogError::Signer);
+            }
+            self.frozen = true;
+            entry.changes.iter().for_each(|change| self.end(change));
+            return Ok(());
+        }
+        let by_owners = roles.iter().all(|role| *role == Some(SignerRole::Owner));
+        if roles.contains(&None) {
+            return Err(LogError::Signer);
+        }
+        if !by_owners && !entry.abandons.is_empty() {
+            return Err(LogError::Role);
+        }
+        self.check_changes(&entry.changes, by_owners)?;
+        for change in &entry.changes {
+            match change {
+                Change::AddSigner { key, role } => {
+                    self.signers.insert(*key, *role);
+                    // An owner vouches for the key again, and so for what it signed.
+                    self.ended.signers.remove(key);
+                }
+                Change::EpochKey { epoch, commit } => {
+                    self.epoch = *epoch;
+                    self.commits.insert(*epoch, EpochCommit(*commit));
+                }
+                Change::Policy(policy) => self.policy = *policy,
+                Change::RemoveSigner { .. }
+                | Change::RevokeAgent { .. }
+                | Change::CloseCredential { .. } => self.end(change),
+                Change::Unknown(_) => {}
+            }
+        }
+        if !entry.abandons.is_empty() {
+            self.abandon(signed);
+        }
+        Ok(())
+    }
+
+    /// Whether every change of an entry is allowed, each after the ones before it.
+    fn check_changes(&self, changes: &[Change], by_owners: bool) -> Result<(), LogError> {
+        let mut signers = self.signers.clone();
+        let mut epoch = self.epoch;
+        let mut revoked = Vec::new();
+        let owners_only = if by_owners { Ok(()) } else { Err(LogError::Role) };
+        for change in changes {
+            match change {
+                Change::AddSigner { key, role } => {
+                    owners_only?;
+                    let agent = AgentId::of(&self.workspace_id, key);
+                    if revoked.contains(&agent) || self.ended.agents.get(&agent) == Some(&None) {
+                        return Err(LogError::RevokedSigner);
+                    }
+                    signers.insert(*key, *role);
+                    if signers.len() > MAX_SIGNERS {
+                        return Err(LogError::TooManySigners);
+                    }
+                }
+                Change::RemoveSigner { key, .. } => {
+                    owners_only?;
+                    signers.remove(key).ok_or(LogError::NoSuchSigner)?;
+                }
+                Change::RevokeAgent { agent_id, below_serial: None } => {
+                    revoked.push(*agent_id);
+                    let key = signer_key_of(&self.workspace_id, agent_id, &signers);
+                    if key.and_then(|key| signers.remove(&key)) == Some(SignerRole::Owner) {
+                        owners_only?;
+                    }
+                }
+                Change::EpochKey { epoch: next, .. } => {
+                    if epoch.checked_add(1) != Some(*next) {
+                        return Err(LogError::Epoch);
+                    }
+                    epoch = *next;
+                }
+                Change::Policy(_) => owners_only?,
+                Change::RevokeAgent { below_serial: Some(_), .. }
+                | Change::CloseCredential { .. }
+                | Change::Unknown(_) => {}
+            }
+        }
+        if signers.values().any(|role| *role == SignerRole::Owner) {
+            Ok(())
+        } else {
+            Err(LogError::LastOwner)
+        }
+    }
+
+    /// Ends what a change ends.
+    fn end(&mut self, change: &Change) {
+        match change {
+            Change::RemoveSigner { key, keep } => {
+                if self.signers.remove(key).is_some() {
+                    self.ended.end_signer(*key, keep.iter().copied());
+                }
+            }
+            Change::RevokeAgent { agent_id, below_serial } => {
+                self.ended.revoke(*agent_id, *below_serial);
+                let key = signer_key_of(&self.workspace_id, agent_id, &self.signers);
+                if let Some(key) = key.filter(|_| below_serial.is_none()) {
+                    self.signers.remove(&key);
+                    self.ended.end_signer(key, []);
+                }
+            }
+            Change::CloseCredential { credential_id, keep } => {
+                self.ended.close(*credential_id, keep.iter().copied());
+            }
+            Change::AddSigner { .. }
+            | Change::EpochKey { .. }
+            | Change::Policy(_)
+            | Change::Unknown(_) => {}
+        }
+    }
+
+    /// Gives up branches: those that are known and that the signers of the entry may give up end now,
+    /// the others when they are shown.
+    fn abandon(&mut self, signed: &Signed<Entry>) {
+        let owners: Owners = signed.signatures().iter().map(|(key, _)| *key).collect();
+        let may_settle = self.are_owners(&owners);
+        for first in &signed.object().abandons {
+            self.abandoned.entry(*first).or_default().insert(owners.clone());
+            let settled = self
+                .branches
+                .get(first)
+                .is_some_and(|branch| may_settle && branch.signed_both.is_disjoint(&owners));
+            if settled && let Some(branch) = self.branches.remove(first) {
+                self.elsewhere.absorb(&branch.ended);
+            }
+        }
+    }
+
+    fn are_owners(&self, keys: &Owners) -> bool {
+        keys.iter().all(|key| self.signer_role(key) == Some(SignerRole::Owner))
+    }
+
+    fn take_recovery(&mut self, signed: &Signed<Recovery>) -> Result<(), LogError> {
+        let recovery = signed.object();
+        let by_key = matches!(signed.signatures(), [(signer, _)] if *signer == self.recovery.key);
+        if !by_key || recovery.counter <= self.recovery.counter {
+            return Err(LogError::Recovery);
+        }
+        let signers: BTreeMap<_, _> =
+            recovery.signers.iter().map(|signer| (signer.key, signer.role)).collect();
+        for key in std::mem::take(&mut self.signers).into_keys() {
+            self.ended.end_signer(key, recovery.keep.iter().copied());
+        }
+        self.ended.signers.retain(|key, _| !signers.contains_key(key));
+        self.signers = signers;
+        self.recovery = RecoveryPoint {
+            key: recovery.recovery_key,
+            counter: recovery.counter,
+            seq: self.head.seq + 1,
+        };
+        for branch in std::mem::take(&mut self.branches).into_values() {
+            self.elsewhere.absorb(&branch.ended);
+        }
+        Ok(())
+    }
+
+    /// Judges entries that leave the own log after `base`, in place of `held`.
+    ///
+    /// `base` is the state of the own log at the place where they leave it, `held` the own entry that
+    /// follows there, and `branch` the whole other branch from there on, as far as it is known.
+    ///
+    /// # Errors
+    /// [`LogError`]: the first entry that does not hold, and then nothing of the branch counts;
+    /// [`LogError::NoBranch`] when there is no second entry in one place;
+    /// [`LogError::TooManyBranches`].
+    pub fn consider(
+        &self,
+        base: &Self,
+        held: &LogEntry,
+        branch: &[LogEntry],
+    ) -> Result<Considered, LogError> {
+        let Some(sibling) = branch.first() else {
+            return Err(LogError::NoBranch);
+        };
+        let first = sibling.hash();
+        if held.follows() != base.head || sibling.follows() != base.head || first == held.hash() {
+            return Err(LogError::NoBranch);
+        }
+        let mut other = base.clone();
+        for entry in branch {
+            other.apply(entry)?;
+        }
+        if other.recovery.counter > self.recovery.counter {
+            return Ok(Considered::Replaces(Box::new(self.replaced_by(other, base))));
+        }
+        if sibling.head().seq <= self.recovery.seq {
+            return Ok(Considered::Settled);
+        }
+        let signed_both: Owners =
+            held.signed_by().into_iter().filter(|key| sibling.signed_by().contains(key)).collect();
+        let known = self.branches.get(&first);
+        let mut given_up = self.abandoned.get(&first).into_iter().flatten();
+        if known.is_none() && given_up.any(|owners| owners.is_disjoint(&signed_both)) {
+            return Ok(Considered::Settled);
+        }
+        if known.is_none() && self.branches.len() >= MAX_BRANCHES {
+            return Err(LogError::TooManyBranches);
+        }
+        let mut proven = Branch {
+            after: base.head.seq,
+            head: other.head,
+            signed_both: signed_both.clone(),
+            signers: base.signers.clone(),
+            policy: base.policy,
+            ended: other.ended.clone(),
+        };
+        if let Some(known) = known {
+            // The branch may fork in itself: what was seen of it before counts too.
+            proven.ended.absorb(&known.ended);
+            for (key, keep) in &known.ended.signers {
+                proven.ended.signers.entry(*key).or_insert_with(|| keep.clone());
+            }
+            if known.head.seq > other.head.seq {
+                proven.head = known.head;
+            }
+        }
+        let mut forked = self.clone();
+        forked.branches.insert(first, proven);
+        let gives_up_ours = other
+            .abandoned
+            .get(&held.hash())
+            .into_iter()
+            .flatten()
+            .any(|owners| owners.is_disjoint(&signed_both) && forked.are_owners(owners));
+        Ok(if gives_up_ours {
+            Considered::Replaces(Box::new(self.replaced_by(other, base)))
+        } else {
+            Considered::Forked(Box::new(forked))
+        })
+    }
+
+    /// The state of another branch, which takes the place of this one: what this one ended stays so, and
+    /// so do the branches that left the log no later than the other did.
+    fn replaced_by(&self, mut other: Self, base: &Self) -> Self {
+        for ended in self.endings() {
+            other.elsewhere.absorb(ended);
+        }
+        let recovered = other.recovery.counter > self.recovery.counter;
+        if !recovered {
+            let mut branches = self.branches.clone();
+            branches.retain(|first, branch| {
+                branch.after <= base.head.seq
+                    && branch.head != other.head
+                    && !other.abandoned.contains_key(first)
+            });
+            other.branches = branches;
+        }
+        other
+    }
+
+    /// Whether a closed credential keeps a certificate; `None` when it is not closed.
+    fn keeps(&self, credential: &CredentialId, certificate: ObjectHash) -> Option<bool> {
+        self.endings()
+            .filter_map(|ended| ended.credentials.get(credential))
+            .map(|keep| keep.contains(&certificate))
+            .reduce(|left, right| left && right)
+    }
+
+    /// Verifies a credential by itself: for this workspace, by a signer at this head or kept of a former
+    /// one. Whether it is closed is another question.
     ///
     /// # Errors
     /// [`TrustError::Workspace`], [`TrustError::Credential`].
@@ -210,7 +771,12 @@ impl TrustState {
         if credential.object().workspace_id != self.workspace_id {
             return Err(TrustError::Workspace);
         }
-        if !self.is_signer(issuer) || credential.verify_by(issuer).is_err() {
+        let dates = credential.object();
+        let lasts = dates.certs_end.saturating_sub(dates.join_until);
+        if !self.vouches(issuer, ObjectHash(credential.hash()))
+            || lasts > MAX_CERTS.as_secs()
+            || credential.verify_by(issuer).is_err()
+        {
             return Err(TrustError::Credential);
         }
         Ok(())
@@ -248,7 +814,8 @@ impl TrustState {
         match certificate.issuer {
             Issuer::Signer(issuer) => {
                 // A credential beside a signer's certificate would be an unverified passenger.
-                if !self.is_signer(&issuer) || presented.credential.is_some() {
+                let vouched = self.vouches(&issuer, ObjectHash(presented.certificate.hash()));
+                if !vouched || presented.credential.is_some() {
                     return Err(TrustError::IssuerUnknown);
                 }
                 if presented.certificate.verify_by(&issuer).is_err() {
@@ -275,14 +842,25 @@ impl TrustState {
                 {
                     return Err(TrustError::Exceeds);
                 }
-                let tolerance = match credential.kind {
-                    CredentialKind::Invite => CLOCK_TOLERANCE.as_secs(),
-                    CredentialKind::Share => 0,
+                let kept = self.keeps(&credential.id(), ObjectHash(presented.certificate.hash()));
+                if kept == Some(false) {
+                    return Err(TrustError::Closed);
+                }
+                // What a closure keeps of an invite never expires; a share always does, to the second.
+                let end = match credential.kind {
+                    CredentialKind::Invite if kept == Some(true) => UnixTime::MAX,
+                    CredentialKind::Invite => {
+                        credential.certs_end.saturating_add(CLOCK_TOLERANCE.as_secs())
+                    }
+                    CredentialKind::Share => credential.certs_end,
                 };
-                if now > credential.certs_end.saturating_add(tolerance) {
+                if now > end {
                     return Err(TrustError::Expired);
                 }
             }
+        }
+        if self.is_revoked(&expected, certificate.serial) {
+            return Err(TrustError::Revoked);
         }
         let ended = |end: UnixTime| now > end.saturating_add(CLOCK_TOLERANCE.as_secs());
         if certificate.not_after.is_some_and(ended) {
@@ -290,4 +868,13 @@ impl TrustState {
         }
         Ok(VerifiedPeer { agent_id: expected, presented })
     }
+}
+
+/// The signer key that is the identity key of an agent, if it is a signer by it.
+fn signer_key_of(
+    workspace: &WorkspaceId,
+    agent: &AgentId,
+    signers: &BTreeMap<IdentityKey, SignerRole>,
+) -> Option<IdentityKey> {
+    signers.keys().copied().find(|key| AgentId::of(workspace, key) == *agent)
 }

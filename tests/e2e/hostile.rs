@@ -20,9 +20,10 @@ use connect_spec::{
     },
     encoding::Encoding,
     ids::{AgentId, WorkspaceId},
+    log::Head,
     objects::{AgentRole, Certificate, Issuer, NoiseKey, SUITE_1, ServiceRecord},
     prologue::{Prologue, Realm},
-    trust::{Head, Presented},
+    trust::Presented,
 };
 use connect_tests::{
     PATIENCE,
@@ -699,12 +700,10 @@ fn nothing_is_dialled_before_the_first_authenticated_record() {
     let listed = runtime().block_on(async {
         let mut client = Client::login(hub, &member, SessionKind::Command).await;
         let tag = member.names.tag(&"prod-db".parse().expect("a name"));
-        match client.request(Request::Lookup { tag }).await {
-            Reply::Services { services, .. } => services[0].service_id,
-            Reply::Done | Reply::Agents { .. } | Reply::TunnelAccepted { .. } | Reply::Error(_) => {
-                panic!("no services")
-            }
-        }
+        let Reply::Services { services, .. } = client.request(Request::Lookup { tag }).await else {
+            panic!("no services");
+        };
+        services[0].service_id
     });
     for garbage in [false, true] {
         runtime().block_on(async {

@@ -574,6 +574,9 @@ impl Channel {
             (_, Record::Hello { .. } | Record::Welcome(_) | Record::Ready) => {
                 Err(ProtocolViolation("a second greeting").into())
             }
+            (_, Record::TrustGet(_) | Record::Trust { .. }) => {
+                Err(ProtocolViolation("trust entries after the greeting").into())
+            }
         }
     }
 

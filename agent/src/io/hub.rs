@@ -365,7 +365,7 @@ async fn drive(
                         return Ended::Displaced;
                     }
                     Ok(FromHub::Error(report)) => return Ended::Lost(Error::from_hub(&report).message),
-                    Ok(FromHub::Challenge { .. } | FromHub::Invitation { .. } | FromHub::Welcome { .. })
+                    Ok(FromHub::Challenge { .. } | FromHub::Invitation { .. } | FromHub::Welcome { .. } | FromHub::LogGrew { .. } | FromHub::WrapStored { .. } | FromHub::Renewed { .. })
                     | Err(_) => {
                         tracing::debug!("the hub sent a message that is not understood; ignored");
                     }

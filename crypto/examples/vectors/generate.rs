@@ -20,6 +20,7 @@ use connect_spec::{
     hash::hash,
     ids::{AgentId, ChannelId, CredentialId, ServiceId, ServiceName, TunnelId, WorkspaceId},
     keys::{WrapPublicKey, signed_text},
+    log::{EntryHash, Head},
     objects::{
         AgentRecord, AgentRole, Certificate, Credential, CredentialKind, Genesis, Issuer, NoiseKey,
         ServiceRecord,
@@ -27,7 +28,7 @@ use connect_spec::{
     prologue::{Prologue, Realm},
     record::{CloseCode, End, Progress, Record, ResetCode, StreamId, StreamState},
     signed::{Body, Signed},
-    trust::{EntryHash, Head, TrustState},
+    trust::TrustState,
 };
 use serde_json::{Map, Value, json};
 

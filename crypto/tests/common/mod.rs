@@ -15,13 +15,14 @@ use connect_spec::{
     hash::hash,
     ids::{AgentId, ChannelId, CredentialId, ServiceId, TunnelId, WorkspaceId},
     keys::IdentityKey,
+    log::Head,
     objects::{
         AgentRecord, AgentRole, Attributes, Certificate, Credential, CredentialKind, Founder,
         Genesis, Issuer, NoiseKey, SUITE_1, ServiceRecord, SignerRole, UnixTime,
     },
     prologue::{Prologue, Realm},
     signed::Signed,
-    trust::{Head, Presented, TrustState},
+    trust::{Presented, TrustState},
 };
 use rand_core::{TryCryptoRng, TryRng};
 use zeroize::Zeroizing;

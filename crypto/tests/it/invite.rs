@@ -1,5 +1,5 @@
 use connect_crypto::invite::{HubAddress, HubAddressError, Invite, InviteError};
-use connect_spec::trust::{EntryHash, Head};
+use connect_spec::log::{EntryHash, Head};
 use proptest::prelude::*;
 
 use crate::common::{World, bytes};

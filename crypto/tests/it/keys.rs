@@ -100,7 +100,7 @@ fn a_founded_workspace_verifies_from_its_id_alone() {
     let genesis = Signed::decode(&founding.genesis.encode()).unwrap();
     let trust = TrustState::from_genesis(anchor, &genesis).unwrap();
     assert!(trust.is_signer(&founding.signer.public()));
-    assert_eq!(*trust.epoch_commit(), founding.epoch.commit());
+    assert_eq!(trust.epoch_commit(0), Some(&founding.epoch.commit()));
     assert_eq!(genesis.object().recovery_key, founding.recovery.public());
 
     let other = Founding::create(&mut TestRng::new("other founding"));

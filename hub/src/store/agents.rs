@@ -162,12 +162,21 @@ impl WorkspaceTx {
         after: Option<AgentId>,
         limit: i64,
     ) -> Result<Vec<ListedAgent>, StoreError> {
-        type Row =
-            (Vec<u8>, Vec<u8>, Option<Vec<u8>>, Vec<u8>, Option<i64>, Option<i64>, Option<Vec<u8>>);
+        type Row = (
+            Vec<u8>,
+            Vec<u8>,
+            Option<Vec<u8>>,
+            Vec<u8>,
+            Option<i64>,
+            Option<i64>,
+            Option<Vec<u8>>,
+            i64,
+        );
         let workspace = self.id();
         let rows: Vec<Row> = sqlx::query_as(
             "SELECT a.agent_id, a.certificate, c.credential, a.noise_key,
-                    a.record_epoch, a.record_counter, a.record
+                    a.record_epoch, a.record_counter, a.record,
+                    extract(epoch FROM a.created_at)::bigint
              FROM connect.agents a
              LEFT JOIN connect.credentials c
                  ON c.workspace_id = a.workspace_id AND c.credential_id = a.credential_id
@@ -180,7 +189,7 @@ impl WorkspaceTx {
         .fetch_all(self.connection())
         .await?;
         rows.into_iter()
-            .map(|(id, certificate, credential, noise_key, epoch, counter, sealed)| {
+            .map(|(id, certificate, credential, noise_key, epoch, counter, sealed, joined)| {
                 let record = match (epoch, counter, sealed) {
                     (Some(epoch), Some(counter), Some(sealed)) => Some(SealedRecord {
                         epoch: unsigned(epoch, "record_epoch")?,
@@ -198,6 +207,7 @@ impl WorkspaceTx {
                     },
                     record,
                     online: false,
+                    joined_at: unsigned(joined, "created_at")?,
                 })
             })
             .collect()

@@ -1,6 +1,6 @@
 //! The table `workspaces`.
 
-use connect_spec::trust::{EntryHash, Head};
+use connect_spec::log::{EntryHash, Head};
 
 use super::{StoreError, WorkspaceTx, fixed, unsigned};
 

@@ -60,6 +60,8 @@ pub(crate) enum Command {
     Services,
     /// List the agents of the workspace.
     Agents,
+    /// Make a new static key for this agent; connections go on.
+    Rotate,
     /// Show how the running agent is doing; exits 0 only when it is connected.
     Status,
 }
@@ -108,6 +110,9 @@ pub(crate) struct Up {
     /// Go on in the background; logs to `agent.log` in the home.
     #[arg(long)]
     pub(crate) detach: bool,
+    /// Age at which the agent makes a new static key: `1h` to `90d`.
+    #[arg(long, default_value = "30d", value_parser = rotation)]
+    pub(crate) rotate_after: Duration,
     #[command(flatten)]
     pub(crate) run: Run,
 }
@@ -171,6 +176,15 @@ fn duration(text: &str) -> Result<Duration, String> {
         Some(time) if !time.is_zero() && time <= connect_spec::limits::MAX_CERTS => Ok(time),
         _ => Err("the time must be between 1 second and 90 days".to_owned()),
     }
+}
+
+fn rotation(text: &str) -> Result<Duration, String> {
+    // Whoever looked a service up must have time to use what was found.
+    let time = duration(text)?;
+    if time < Duration::from_secs(3600) {
+        return Err("the time must be at least 1 hour".to_owned());
+    }
+    Ok(time)
 }
 
 #[cfg(test)]

@@ -55,6 +55,7 @@ pub(crate) async fn run(command: Command, output: Output) -> Result<()> {
             output.agents(&Directory::connect(identity).await?.agents().await?);
             Ok(())
         }
+        Command::Rotate => run_rotate(&home, output).await,
         Command::Status => run_status(&home, output).await,
     }
 }
@@ -116,27 +117,28 @@ async fn run_up(home: Home, up: cli::Up, output: Output) -> Result<()> {
     };
     if up.detach {
         drop(lock);
-        return detach(&home, up.run.encoding, output).await;
+        return detach(&home, &up, output).await;
     }
     output::log_to_stderr("info");
-    let host = start(home, lock, up.run.encoding).await?;
+    let host = start(home, lock, up.run.encoding, up.rotate_after).await?;
     let served = serve(&host, output).await;
     host.stop().await;
     served
 }
 
 /// Starts the agent in a process of its own and waits until it answers.
-async fn detach(home: &Home, encoding: Encoding, output: Output) -> Result<()> {
+async fn detach(home: &Home, up: &cli::Up, output: Output) -> Result<()> {
     // What is wrong with the home is said here, not in a log.
     home.load()?;
     let log_path = home.dir().join("agent.log");
     let log = fs::OpenOptions::new().create(true).append(true).mode(0o600).open(&log_path)?;
-    let encoding = match encoding {
+    let encoding = match up.run.encoding {
         Encoding::Base64 => "base64",
         Encoding::Binary => "binary",
     };
     let mut child = std::process::Command::new(std::env::current_exe()?)
         .args(["up", "--encoding", encoding])
+        .arg(format!("--rotate-after={}s", up.rotate_after.as_secs()))
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log)
@@ -196,6 +198,23 @@ async fn run_status(home: &Home, output: Output) -> Result<()> {
         .hint("it goes on trying; is the hub up?"))
 }
 
+async fn run_rotate(home: &Home, output: Output) -> Result<()> {
+    let rotated = match attach_or_lock(home, &Ask::Rotate).await? {
+        Attached::Answer(answer) => {
+            let Answer::Rotated(rotated) = *answer else {
+                return Err(misunderstood());
+            };
+            rotated
+        }
+        Attached::Lock(lock) => {
+            output::log_to_stderr("warn");
+            connect_agent::rotate(home, &lock).await?
+        }
+    };
+    output.rotated(&rotated);
+    Ok(())
+}
+
 async fn run_expose(home: Home, expose: cli::Expose, output: Output) -> Result<()> {
     let target: connect_agent::Target = expose.target.parse()?;
     let name = match expose.name {
@@ -231,7 +250,7 @@ async fn run_expose(home: Home, expose: cli::Expose, output: Output) -> Result<(
         }
     };
     output::log_to_stderr("warn");
-    let host = start(home, lock, expose.run.encoding).await?;
+    let host = start(home, lock, expose.run.encoding, Options::ROTATE_AFTER).await?;
     let expose_it = async || {
         let allow = expose.allow.clone();
         host.expose(name.clone(), &target, allow, expose.take_over, Keep::ThisRun).await
@@ -268,7 +287,7 @@ async fn run_reach(home: Home, reach: cli::Reach, output: Output) -> Result<()> 
         }
     };
     output::log_to_stderr("warn");
-    let host = start(home, lock, reach.run.encoding).await?;
+    let host = start(home, lock, reach.run.encoding, Options::ROTATE_AFTER).await?;
     let reach_it = async || host.reach(reach.name.clone(), reach.port, Keep::ThisRun).await;
     let served = foreground(&host, output, reach_it, |reached| output.reached(reached)).await;
     host.stop().await;
@@ -373,13 +392,18 @@ fn misunderstood() -> Error {
         .hint("it may be of another version: `connect down`, then `connect up`")
 }
 
-async fn start(home: Home, lock: HomeLock, encoding: Encoding) -> Result<Arc<Host>> {
+async fn start(
+    home: Home,
+    lock: HomeLock,
+    encoding: Encoding,
+    rotate_after: Duration,
+) -> Result<Arc<Host>> {
     raise_file_limit();
     let encoding = match encoding {
         Encoding::Base64 => connect_spec::encoding::Encoding::Base64,
         Encoding::Binary => connect_spec::encoding::Encoding::Binary,
     };
-    Host::start(home, lock, Options { encoding }).await
+    Host::start(home, lock, Options { encoding, rotate_after }).await
 }
 
 /// A thousand connections are a thousand files, more than systems allow by default.

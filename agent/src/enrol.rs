@@ -278,7 +278,12 @@ impl AgentKeys {
             agent_id: AgentId::of(&trust.workspace_id(), &self.signing.public()),
             signing: Arc::new(self.signing),
             wrap: Arc::new(self.wrap),
-            noise: Arc::new(NoiseIdentity { static_keypair: self.static_keypair, presented }),
+            noise: Arc::new(NoiseIdentity {
+                static_keypair: self.static_keypair,
+                presented,
+                made: clock::now(),
+            }),
+            retired_noise: None,
             epochs: Arc::new(epochs),
             attrs: Arc::new(attrs),
             genesis: Arc::new(genesis),

@@ -10,7 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use connect_crypto::{CryptoError, handshake};
+use connect_crypto::{
+    CryptoError,
+    handshake::{self, HandshakeError, Received},
+};
 use connect_spec::{
     bytes::Blob,
     control::{ErrorCode, FromAgent, SealedRecord, Ticket, TunnelRequest},
@@ -29,7 +32,7 @@ use tokio::{net::TcpStream, sync::mpsc, task::JoinSet, time::timeout};
 use crate::{
     agent::Core,
     clock,
-    identity::Identity,
+    identity::{Identity, NoiseIdentity},
     io::{
         hub::Session,
         splice::splice,
@@ -286,8 +289,7 @@ impl Exposer {
             return Err(Refusal::new(ErrorCode::Refused, "shares are not served here"));
         }
         let prologue = prologue(&identity, initiator, &request);
-        let noise = &identity.noise;
-        let received = handshake::receive(&noise.static_keypair, &prologue, &request.message.0)
+        let (noise, received) = receive(&identity, &prologue, &request.message.0)
             .map_err(|error| Refusal::new(ErrorCode::Refused, error))?;
         let payload = received.payload();
         let peer = identity
@@ -301,7 +303,7 @@ impl Exposer {
         authorise(&service, &peer, &payload.attrs.tags)?;
 
         let (transport, message) = received
-            .answer(&peer, &local(&identity), &mut random::rng())
+            .answer(&peer, &local(&identity, noise), &mut random::rng())
             .map_err(|error| Refusal::new(ErrorCode::Refused, error))?;
         let accept =
             FromAgent::AcceptTunnel { tunnel_id: request.tunnel_id, message: Blob(message) };
@@ -475,11 +477,30 @@ pub(crate) fn prologue(
     }
 }
 
-/// This agent's own side of a handshake.
-pub(crate) fn local(identity: &Identity) -> handshake::Local<'_> {
+/// Reads message 1 with the static key that it was made for: the current one, or the one before.
+fn receive<'i>(
+    identity: &'i Identity,
+    prologue: &Prologue,
+    message1: &[u8],
+) -> Result<(&'i NoiseIdentity, Received), HandshakeError> {
+    let mut refused = HandshakeError::Decrypt;
+    for noise in identity.answering(clock::now()) {
+        match handshake::receive(&noise.static_keypair, prologue, message1) {
+            Ok(received) => return Ok((noise, received)),
+            Err(error) => refused = error,
+        }
+        if refused != HandshakeError::Decrypt {
+            break;
+        }
+    }
+    Err(refused)
+}
+
+/// This agent's own side of a handshake that uses the static key of `noise`.
+pub(crate) fn local<'i>(identity: &'i Identity, noise: &'i NoiseIdentity) -> handshake::Local<'i> {
     handshake::Local {
-        static_keypair: &identity.noise.static_keypair,
-        presented: &identity.noise.presented,
+        static_keypair: &noise.static_keypair,
+        presented: &noise.presented,
         attrs: &identity.attrs,
         head: identity.trust.head(),
         realm_secret: &identity.epochs.current().secrets.realm,

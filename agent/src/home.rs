@@ -24,7 +24,7 @@ use connect_spec::{
     hash::hash16,
     ids::{AgentId, Label, ServiceId, ServiceName, WorkspaceId},
     log::Head,
-    objects::{Attributes, Genesis},
+    objects::{Attributes, Genesis, NoiseKey, UnixTime},
     signed::Signed,
     trust::{Presented, TrustState},
 };
@@ -33,7 +33,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     error::{Error, ErrorKind, Result},
-    identity::{Epochs, Identity, NoiseIdentity},
+    identity::{Epochs, Identity, NoiseIdentity, RetiredNoise},
 };
 
 /// Longest path of a Unix socket that every system takes.
@@ -62,6 +62,24 @@ struct Membership {
     tags: Vec<String>,
     #[serde(flatten)]
     presented: PresentedBlobs,
+    #[serde(default)]
+    noise_key_made: UnixTime,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    retired_noise_key: Option<SavedRetired>,
+}
+
+/// A NoiseKey that was rotated away, and until when it answers.
+#[derive(Debug, Serialize, Deserialize)]
+struct SavedRetired {
+    noise_key: Blob,
+    until: UnixTime,
+}
+
+impl SavedRetired {
+    fn of(retired: &RetiredNoise) -> Self {
+        let noise_key = Blob(retired.noise.presented.noise_key.encode());
+        Self { noise_key, until: retired.until }
+    }
 }
 
 /// A service that the agent offers whenever it runs.
@@ -276,7 +294,30 @@ impl Home {
                 .map(|(number, bytes)| (number, EpochSecrets::from_bytes(bytes))),
         )
         .ok_or_else(|| missing("epoch-0"))?;
-        let static_keypair = StaticKeypair::from_secret(keys.fixed("static-1")?);
+        let static_keypair = |noise_key: &Signed<NoiseKey>| {
+            let noise_key = noise_key.object();
+            let keypair = StaticKeypair::from_secret(keys.fixed(&static_line(noise_key.counter))?);
+            let bound = keypair.public() == noise_key.static_key;
+            if bound { Ok(keypair) } else { Err(damaged("agent.key")) }
+        };
+        let retired_noise = match membership.retired_noise_key {
+            Some(retired) => {
+                let noise_key =
+                    Signed::decode(&retired.noise_key.0).map_err(|_| damaged("membership.json"))?;
+                // The secret goes first when a key is forgotten: a crash may have come between.
+                static_keypair(&noise_key).ok().map(|static_keypair| {
+                    let presented = Presented { noise_key, ..presented.clone() };
+                    let noise = NoiseIdentity { static_keypair, presented, made: 0 };
+                    RetiredNoise { noise: Arc::new(noise), until: retired.until }
+                })
+            }
+            None => None,
+        };
+        let noise = NoiseIdentity {
+            static_keypair: static_keypair(&presented.noise_key)?,
+            presented,
+            made: membership.noise_key_made,
+        };
         let signer = if self.path("signer.key").exists() {
             let keys = SecretFile::read(&self.path("signer.key"))?;
             Some(Arc::new(SigningKey::from_seed(keys.fixed("signer")?)))
@@ -289,7 +330,8 @@ impl Home {
             agent_id,
             signing: Arc::new(signing),
             wrap: Arc::new(WrapKeypair::from_seed(keys.fixed("wrap")?)),
-            noise: Arc::new(NoiseIdentity { static_keypair, presented }),
+            noise: Arc::new(noise),
+            retired_noise,
             epochs: Arc::new(epochs),
             attrs: Arc::new(attrs),
             genesis: Arc::new(genesis),
@@ -309,15 +351,7 @@ impl Home {
     /// Writes a new identity; the file that makes the home enrolled comes last.
     pub(crate) fn save(&self, identity: &Identity) -> Result<()> {
         self.create()?;
-        let mut keys = SecretFile::default();
-        keys.put("identity", identity.signing.seed().as_slice());
-        keys.put("static-1", identity.noise.static_keypair.secret().as_slice());
-        keys.put("wrap", identity.wrap.seed().as_slice());
-        for epoch in identity.epochs.all() {
-            let name = format!("epoch-{}", epoch.number);
-            keys.put(&name, epoch.secrets.to_bytes().as_slice());
-        }
-        self.write("agent.key", keys.0.as_bytes())?;
+        self.save_keys(identity)?;
         if let Some(signer) = &identity.signer {
             let mut keys = SecretFile::default();
             keys.put("signer", signer.seed().as_slice());
@@ -335,6 +369,42 @@ impl Home {
                 salt: Blob(identity.attrs.salt.to_vec()),
                 tags: identity.attrs.tags.clone(),
                 presented: identity.noise.presented.to_blobs(),
+                noise_key_made: identity.noise.made,
+                retired_noise_key: identity.retired_noise.as_ref().map(SavedRetired::of),
+            },
+        )
+    }
+
+    fn save_keys(&self, identity: &Identity) -> Result<()> {
+        let mut keys = SecretFile::default();
+        keys.put("identity", identity.signing.seed().as_slice());
+        let retired = identity.retired_noise.as_ref().map(|retired| &retired.noise);
+        for noise in retired.into_iter().chain([&identity.noise]) {
+            let name = static_line(noise.counter());
+            keys.put(&name, noise.static_keypair.secret().as_slice());
+        }
+        keys.put("wrap", identity.wrap.seed().as_slice());
+        for epoch in identity.epochs.all() {
+            let name = format!("epoch-{}", epoch.number);
+            keys.put(&name, epoch.secrets.to_bytes().as_slice());
+        }
+        self.write("agent.key", keys.0.as_bytes())
+    }
+
+    /// Writes what a rotation changed.
+    ///
+    /// The secrets come first: a crash in between leaves a secret that no NoiseKey names yet, or a
+    /// retired NoiseKey without its secret, and both are passed over.
+    pub(crate) fn save_noise(&self, identity: &Identity) -> Result<()> {
+        let membership: Membership = self.read_json("membership.json")?;
+        self.save_keys(identity)?;
+        self.write_json(
+            "membership.json",
+            &Membership {
+                presented: identity.noise.presented.to_blobs(),
+                noise_key_made: identity.noise.made,
+                retired_noise_key: identity.retired_noise.as_ref().map(SavedRetired::of),
+                ..membership
             },
         )
     }
@@ -497,6 +567,11 @@ fn digits_of<const N: usize>(name: &str, digits: &str) -> Result<Zeroizing<[u8; 
     let mut secret = Zeroizing::new([0; N]);
     hex::decode_to_slice(digits, secret.as_mut_slice()).map_err(|_| missing(name))?;
     Ok(secret)
+}
+
+/// The name of a static key's line.
+fn static_line(counter: u64) -> String {
+    format!("static-{counter}")
 }
 
 fn missing(name: &str) -> Error {

@@ -142,6 +142,7 @@ impl Host {
             }
             Command::Unexpose { name } => self.unexpose(&name).await.map(|()| Answer::Done),
             Command::Unreach { name } => self.unreach(&name).await.map(|()| Answer::Done),
+            Command::Rotate => self.agent.rotate().await.map(Answer::Rotated),
             Command::Down => {
                 self.down.notify_one();
                 Ok(Answer::Done)

@@ -1,6 +1,6 @@
 //! What an enrolled agent knows of itself: one version at a time, shared by whoever works with it.
 
-use std::{collections::BTreeMap, fmt, sync::Arc};
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use connect_crypto::{
     epoch::EpochSecrets,
@@ -10,10 +10,16 @@ use connect_crypto::{
 };
 use connect_spec::{
     ids::{AgentId, Label, WorkspaceId},
-    objects::{Attributes, Genesis},
+    objects::{Attributes, Genesis, NoiseKey, UnixTime},
     signed::Signed,
     trust::{Presented, TrustState},
 };
+
+use crate::random;
+
+/// A static key answers first messages for so long after its rotation: they come from reachers that
+/// looked the service up before.
+pub(crate) const KEPT_AFTER_ROTATION: Duration = Duration::from_secs(24 * 3600);
 
 /// Everything that an enrolled agent knows of itself, at one moment.
 ///
@@ -28,6 +34,7 @@ pub struct Identity {
     pub(crate) signing: Arc<SigningKey>,
     pub(crate) wrap: Arc<WrapKeypair>,
     pub(crate) noise: Arc<NoiseIdentity>,
+    pub(crate) retired_noise: Option<RetiredNoise>,
     pub(crate) epochs: Arc<Epochs>,
     pub(crate) attrs: Arc<Attributes>,
     pub(crate) genesis: Arc<Signed<Genesis>>,
@@ -56,6 +63,32 @@ impl Identity {
     pub fn workspace_id(&self) -> WorkspaceId {
         self.trust.workspace_id()
     }
+
+    /// This agent with a new static key; the one that it had is retired.
+    pub(crate) fn rotated(&self, now: UnixTime) -> Self {
+        let static_keypair = StaticKeypair::generate(&mut random::rng());
+        let old = &self.noise.presented;
+        let noise_key = self.signing.sign(&NoiseKey {
+            counter: self.noise.counter().saturating_add(1),
+            static_key: static_keypair.public(),
+            ..old.noise_key.object().clone()
+        });
+        let presented = Presented { noise_key, ..old.clone() };
+        Self {
+            noise: Arc::new(NoiseIdentity { static_keypair, presented, made: now }),
+            retired_noise: Some(RetiredNoise {
+                noise: self.noise.clone(),
+                until: now.saturating_add(KEPT_AFTER_ROTATION.as_secs()),
+            }),
+            ..self.clone()
+        }
+    }
+
+    /// The static keys that answer a first message, the one to try first before the other.
+    pub(crate) fn answering(&self, now: UnixTime) -> impl Iterator<Item = &Arc<NoiseIdentity>> {
+        let retired = self.retired_noise.iter().filter(move |retired| now < retired.until);
+        [&self.noise].into_iter().chain(retired.map(|retired| &retired.noise))
+    }
 }
 
 /// A Noise static key, and what shows that it is this agent's.
@@ -64,6 +97,23 @@ pub(crate) struct NoiseIdentity {
     pub(crate) static_keypair: StaticKeypair,
     /// Its NoiseKey is that of `static_keypair`.
     pub(crate) presented: Presented,
+    /// When the key was made; 0 when that is not known.
+    pub(crate) made: UnixTime,
+}
+
+impl NoiseIdentity {
+    /// The counter of the NoiseKey.
+    pub(crate) fn counter(&self) -> u64 {
+        self.presented.noise_key.object().counter
+    }
+}
+
+/// A static key that was rotated away.
+#[derive(Debug, Clone)]
+pub(crate) struct RetiredNoise {
+    pub(crate) noise: Arc<NoiseIdentity>,
+    /// It answers nobody from then on, and is forgotten.
+    pub(crate) until: UnixTime,
 }
 
 /// The secrets of one epoch, and the keys that hide names in it.

@@ -37,7 +37,7 @@ mod random;
 mod reacher;
 mod target;
 
-pub use agent::{Agent, Options};
+pub use agent::{Agent, Options, Rotated, rotate};
 pub use directory::{AgentInfo, Directory, ServiceInfo};
 pub use enrol::{FIRST_INVITE, Founded, init, invite, join};
 pub use error::{Error, ErrorKind, Result};

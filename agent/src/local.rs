@@ -13,6 +13,7 @@ use tokio::{
 };
 
 use crate::{
+    agent::Rotated,
     error::{Error, ErrorKind, Result},
     home::Home,
 };
@@ -56,6 +57,8 @@ pub enum Command {
         /// The service.
         name: ServiceName,
     },
+    /// Make a new static key.
+    Rotate,
     /// Stop.
     Down,
 }
@@ -70,6 +73,8 @@ pub enum Answer {
     Exposed(ExposedStatus),
     /// To [`Command::Reach`].
     Reached(ReachedStatus),
+    /// To [`Command::Rotate`].
+    Rotated(Rotated),
     /// To the rest.
     Done,
     /// Not done.

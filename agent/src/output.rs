@@ -3,7 +3,7 @@
 use std::io::{IsTerminal, Write};
 
 use connect_agent::{
-    AgentInfo, Error, Founded, ServiceInfo,
+    AgentInfo, Error, Founded, Rotated, ServiceInfo,
     local::{AgentStatus, ExposedStatus, ReachedStatus},
 };
 use serde::Serialize;
@@ -166,6 +166,18 @@ impl Output {
                 (None, None) => "connecting".to_owned(),
             };
             println!("reached    {}  {}  {health}", reached.name, reached.address);
+        }
+    }
+
+    pub(crate) fn rotated(self, rotated: &Rotated) {
+        if self.json {
+            print_json(rotated);
+            return;
+        }
+        println!("{}", rotated.counter);
+        self.note("This agent has a new static key. Others accept the old one for one more day.");
+        if !rotated.announced {
+            self.note("The hub does not know it yet; the agent tells it when it connects next.");
         }
     }
 

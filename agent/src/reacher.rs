@@ -32,6 +32,8 @@ use crate::{
 const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between tries to reach an exposer that is offline: it may come back at any time.
 const OFFLINE_RETRY: Duration = Duration::from_secs(3);
+/// A record that shows an older static key than was seen is looked up once more after this time.
+const REPUBLISHED_WITHIN: Duration = Duration::from_secs(1);
 /// So often a peer that has too much to do is asked again before anybody is told.
 const BUSY_TRIES: u32 = 8;
 
@@ -256,12 +258,24 @@ async fn connect(
     conversation: &mut Option<Conversation>,
     backoff: &mut Backoff,
 ) -> Result<()> {
-    let service = find(core, &session, name).await?;
+    let mut service = find(core, &session, name).await?;
     if let Some(old) = conversation.take_if(|going| !going.goes_on_with(&service)) {
         old.channel.close(CloseCode::Lost);
     }
     let conversation = conversation.get_or_insert_with(|| Conversation::begin(&service));
-    let end = establish(core, &session, name, &service, conversation).await?;
+    let end = match establish(core, &session, name, &service, conversation).await {
+        Err(error) if matches!(error.kind, ErrorKind::Refused | ErrorKind::TrustViolation) => {
+            // The exposer may have rotated its static key since it was looked up.
+            let again = find(core, &session, name).await?;
+            let is_newer = again.exposer.noise_key_counter() > service.exposer.noise_key_counter();
+            if !is_newer || !conversation.goes_on_with(&again) {
+                return Err(error);
+            }
+            service = again;
+            establish(core, &session, name, &service, conversation).await?
+        }
+        established => established?,
+    };
     drop(session);
 
     let channel = conversation.channel.clone();
@@ -288,7 +302,13 @@ async fn connect(
 
 /// Finds the service and holds its exposer against what is known of it.
 async fn find(core: &Core, session: &Arc<Session>, name: &ServiceName) -> Result<FoundService> {
-    let service = Directory::new(core.identity(), session.clone()).find(name).await?;
+    let directory = Directory::new(core.identity(), session.clone());
+    let mut service = directory.find(name).await?;
+    if core.has_newer_key_than(&service.exposer) {
+        // An exposer that rotates its static key publishes one service after the other.
+        tokio::time::sleep(REPUBLISHED_WITHIN).await;
+        service = directory.find(name).await?;
+    }
     core.check_noise_key(&service.exposer)?;
     let exposer = service.exposer.agent_id();
     if let Some(pinned) = core.pinned(name).filter(|pinned| *pinned != exposer) {
@@ -330,7 +350,7 @@ async fn establish(
     conversation.next_tunnel = conversation.next_tunnel.saturating_add(1);
     let prologue = prologue(&identity, identity.agent_id, &request);
     let (waiting, message) = handshake::initiate(
-        &local(&identity),
+        &local(&identity, &identity.noise),
         &prologue,
         &service.exposer.static_key(),
         &mut random::rng(),

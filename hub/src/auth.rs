@@ -330,10 +330,14 @@ async fn store_agent(
             ));
         }
         if noise_key_counter == known.noise_key_counter && row.static_key != known.static_key {
-            tracing::warn!(agent = %row.agent_id, "two machines use one agent identity");
+            tracing::warn!(
+                event = "clone",
+                agent = %row.agent_id,
+                "two machines use one agent identity: its home was copied; have the copy stopped"
+            );
             return Err(Denied::new(
                 ErrorCode::Clone,
-                "another machine uses the identity of this agent: its home directory was copied",
+                "another machine uses the identity of this agent: its home directory was copied; stop the copy",
             ));
         }
     }

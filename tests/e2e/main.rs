@@ -11,6 +11,7 @@ mod hub_sees;
 mod isolation;
 mod reconnect;
 mod resume;
+mod rotate;
 mod secrets;
 mod shape;
 mod tidy;

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use connect_spec::{
@@ -14,25 +14,26 @@ use connect_spec::{
     trust::VerifiedPeer,
 };
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{Notify, mpsc, watch},
     task::{AbortHandle, JoinSet},
 };
 
 use crate::{
     clock,
     directory::{Directory, FoundService},
-    engine::backoff::Backoff,
+    engine::{backoff::Backoff, freshness::Freshness},
     error::{Error, ErrorKind, Result},
     exposer::{Exposed, Exposer},
     home::{Home, HomeLock, Peers, SeenNoiseKey, State},
     identity::Identity,
     io::{
         dial::HubUrl,
-        hub::{Credentials, Ended, Greeted, Incoming, Session},
+        hub::{Ended, Greeted, Incoming, Session},
         tunnel::ChannelHandle,
     },
-    random,
+    keeper, random,
     reacher::Reached,
+    workspace::Workspace,
 };
 
 /// Between looks at the age of the keys. The clock may be set meanwhile, so it is looked at often.
@@ -75,6 +76,7 @@ struct Running {
     core: Arc<Core>,
     _supervisor: AbortOnDrop,
     _key_keeper: AbortOnDrop,
+    _judge: AbortOnDrop,
 }
 
 impl Drop for Running {
@@ -106,9 +108,9 @@ pub struct Rotated {
 #[derive(Debug)]
 pub(crate) struct Core {
     pub(crate) home: Home,
-    identity: watch::Sender<Arc<Identity>>,
-    /// Held while the identity is changed and saved, so that no change is lost.
-    changing: Mutex<()>,
+    pub(crate) workspace: Arc<Workspace>,
+    /// What the beats of others say.
+    fresh: Mutex<Freshness>,
     /// Counter of the NoiseKey that the hub and every published record show.
     announced: watch::Sender<u64>,
     pub(crate) hub: HubUrl,
@@ -138,7 +140,8 @@ impl Agent {
     /// # Errors
     /// [`ErrorKind::NotEnrolled`], or what is wrong with the home.
     pub fn start(home: Home, lock: HomeLock, options: Options) -> Result<Self> {
-        let identity = home.load()?;
+        let workspace = Workspace::open(&home)?;
+        let identity = workspace.identity();
         let core = Arc::new(Core {
             hub: HubUrl::parse(&identity.hub)?,
             options,
@@ -147,16 +150,21 @@ impl Agent {
             link: watch::Sender::new(Link::Down(None)),
             state: Mutex::new(home.load_state()?),
             peers: Mutex::new(home.load_peers()?),
-            identity: watch::Sender::new(Arc::new(identity)),
-            changing: Mutex::default(),
+            workspace,
+            fresh: Mutex::new(Freshness::new(Instant::now())),
             announced: watch::Sender::new(0),
             home,
             _lock: lock,
         });
         let supervisor = AbortOnDrop(tokio::spawn(supervise(core.clone())).abort_handle());
         let key_keeper = AbortOnDrop(tokio::spawn(keep_keys_fresh(core.clone())).abort_handle());
-        let running =
-            Running { core: core.clone(), _supervisor: supervisor, _key_keeper: key_keeper };
+        let judge = AbortOnDrop(tokio::spawn(judge_again(core.clone())).abort_handle());
+        let running = Running {
+            core: core.clone(),
+            _supervisor: supervisor,
+            _key_keeper: key_keeper,
+            _judge: judge,
+        };
         Ok(Self { core, _running: Arc::new(running) })
     }
 
@@ -198,7 +206,7 @@ impl Agent {
     /// [`ErrorKind::Refused`] when the name is taken; why the hub cannot be reached.
     pub async fn expose(&self, service: Exposed, take_over: bool) -> Result<()> {
         let session = self.core.session().await?;
-        let directory = Directory::new(self.core.identity(), session);
+        let directory = Directory::new(self.core.workspace.clone(), session);
         match directory.find(&service.name).await {
             Ok(other) if other.record.agent_id != self.agent_id() && other.online => {
                 return Err(Error::new(
@@ -267,7 +275,7 @@ impl Agent {
     /// # Errors
     /// [`ErrorKind::ServiceNotFound`], [`ErrorKind::TrustViolation`], or why there is no hub.
     pub(crate) async fn find(&self, name: &ServiceName) -> Result<FoundService> {
-        Directory::new(self.core.identity(), self.core.session().await?).find(name).await
+        Directory::new(self.core.workspace.clone(), self.core.session().await?).find(name).await
     }
 
     /// Makes a new static key, and waits a little until the hub and the records show it.
@@ -309,26 +317,21 @@ impl Core {
 
     /// What the agent knows of itself at this moment. An operation takes it once.
     pub(crate) fn identity(&self) -> Arc<Identity> {
-        self.identity.borrow().clone()
+        self.workspace.identity()
     }
 
-    /// Replaces what the agent knows of itself; `change` also saves it.
-    ///
-    /// # Errors
-    /// That of `change`: the old one stays.
-    pub(crate) fn change_identity(
-        &self,
-        change: impl FnOnce(&Identity) -> Result<Identity>,
-    ) -> Result<Arc<Identity>> {
-        let _one_at_a_time = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
-        let changed = Arc::new(change(&self.identity())?);
-        self.identity.send_replace(changed.clone());
-        Ok(changed)
+    pub(crate) fn fresh(&self) -> MutexGuard<'_, Freshness> {
+        self.fresh.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How old the newest word of a witness is, that of `peer` aside.
+    pub(crate) fn beat_age(&self, peer: Option<AgentId>) -> Option<Duration> {
+        self.fresh().age(Instant::now(), peer.as_ref())
     }
 
     /// Makes a new static key; returns its counter. The supervisor tells the hub.
     fn rotate(&self) -> Result<u64> {
-        let identity = self.change_identity(|identity| {
+        let identity = self.workspace.change_identity(|identity| {
             let rotated = identity.rotated(clock::now());
             self.home.save_noise(&rotated)?;
             Ok(rotated)
@@ -345,7 +348,7 @@ impl Core {
         if age >= self.options.rotate_after.as_secs() {
             self.rotate()?;
         } else if identity.retired_noise.as_ref().is_some_and(|retired| retired.until <= now) {
-            self.change_identity(|identity| {
+            self.workspace.change_identity(|identity| {
                 let changed = Identity { retired_noise: None, ..identity.clone() };
                 self.home.save_noise(&changed)?;
                 Ok(changed)
@@ -356,7 +359,7 @@ impl Core {
 
     /// What the agent knows of itself, as it changes.
     pub(crate) fn identity_changes(&self) -> watch::Receiver<Arc<Identity>> {
-        self.identity.subscribe()
+        self.workspace.changes()
     }
 
     /// The session, once there is one.
@@ -431,6 +434,23 @@ impl Core {
     async fn publish(&self, session: &Session, service: &Exposed, take_over: bool) -> Result<()> {
         let target_ok = service.probe().await;
         self.publish_as(session, service, target_ok, take_over).await
+    }
+
+    /// Publishes the agent's own record and those of its services.
+    pub(crate) async fn publish_all(&self, session: &Arc<Session>) -> Result<()> {
+        let counter = self.next_counter()?;
+        let directory = Directory::new(self.workspace.clone(), session.clone());
+        directory.publish_agent(counter).await?;
+        for service in self.exposer.all() {
+            match self.publish(session, &service, false).await {
+                // One service that is refused must not keep the others away.
+                Err(error) if error.kind != ErrorKind::HubUnreachable => {
+                    tracing::error!(service = %service.name, %error, "not exposed");
+                }
+                other => other?,
+            }
+        }
+        Ok(())
     }
 
     async fn publish_as(
@@ -517,10 +537,14 @@ impl Core {
 /// # Errors
 /// [`ErrorKind::NotEnrolled`], or what is wrong with the home; a hub that is away is no error.
 pub async fn rotate(home: &Home, _lock: &HomeLock) -> Result<Rotated> {
-    let rotated = Arc::new(home.load()?.rotated(clock::now()));
-    home.save_noise(&rotated)?;
+    let workspace = Workspace::open(home)?;
+    let rotated = workspace.change_identity(|identity| {
+        let rotated = identity.rotated(clock::now());
+        home.save_noise(&rotated)?;
+        Ok(rotated)
+    })?;
     let counter = rotated.noise.counter();
-    match Directory::connect(rotated).await {
+    match Directory::connect(workspace).await {
         Ok(_) => Ok(Rotated { counter, announced: true }),
         Err(error) if error.kind == ErrorKind::HubUnreachable => {
             Ok(Rotated { counter, announced: false })
@@ -585,21 +609,18 @@ async fn connect(
 ) -> Result<(Arc<Session>, mpsc::Receiver<Incoming>)> {
     let greeted = Greeted::dial(&core.hub).await?;
     let shown = identity.noise.counter();
-    let credentials = Credentials::of(&identity);
-    let (session, incoming) = greeted.login(&credentials, SessionKind::Agent, None).await?;
+    let (session, incoming) = greeted.login(&core.workspace, SessionKind::Agent, None).await?;
     let session = Arc::new(session);
-    let counter = core.next_counter()?;
-    Directory::new(identity, session.clone()).publish_agent(counter).await?;
-    core.withdraw(&session).await?;
-    for service in core.exposer.all() {
-        match core.publish(&session, &service, false).await {
-            // One service that is refused must not keep the others away.
-            Err(error) if error.kind != ErrorKind::HubUnreachable => {
-                tracing::error!(service = %service.name, %error, "not exposed");
-            }
-            other => other?,
+    // What is published next must be under the newest epoch, and not by a log that is behind.
+    match core.workspace.sync(&session).await {
+        Err(error) if error.kind == ErrorKind::TrustViolation => {
+            tracing::error!(event = "hub_log", %error, "the hub's word does not hold; it is not heeded");
         }
+        other => other?,
     }
+    core.workspace.fetch_epoch(&session).await?;
+    core.withdraw(&session).await?;
+    core.publish_all(&session).await?;
     core.announced.send_replace(shown);
     Ok((session, incoming))
 }
@@ -609,7 +630,7 @@ async fn connect(
 /// A short session beside the running one proves it, so that no request for a tunnel is missed.
 async fn announce(core: &Arc<Core>, session: &Arc<Session>, identity: Arc<Identity>) -> Result<()> {
     let shown = identity.noise.counter();
-    Directory::connect(identity).await?;
+    Directory::connect(core.workspace.clone()).await?;
     for service in core.exposer.all() {
         // Reachers refuse an old key next to a new one, so no target is waited for.
         match core.publish_as(session, &service, service.target_ok(), false).await {
@@ -633,6 +654,21 @@ async fn keep_keys_fresh(core: Arc<Core>) {
     }
 }
 
+/// Judges every live peer again whenever the trust log changes.
+async fn judge_again(core: Arc<Core>) {
+    let mut identities = core.identity_changes();
+    let mut judged = identities.borrow_and_update().trust.clone();
+    // The sender lives as long as the core, which is here.
+    while identities.changed().await.is_ok() {
+        let identity = identities.borrow_and_update().clone();
+        if identity.trust != judged {
+            judged = identity.trust.clone();
+            core.exposer.judge_again(&identity);
+            core.fresh().retain(|witness| !identity.trust.is_revoked(witness, UnixTime::MAX));
+        }
+    }
+}
+
 /// Serves a session until it ends. Tunnels that it brought live on their own sockets, beyond it.
 async fn serve(
     core: &Arc<Core>,
@@ -643,9 +679,18 @@ async fn serve(
     // Handshakes die with the session that brought them.
     let mut handshakes = JoinSet::new();
     let mut announcing = JoinSet::new();
+    let hint = Arc::new(Notify::new());
+    let keeping = tokio::spawn(keeper::keep(core.clone(), session.clone(), hint.clone()));
+    let _keeping = AbortOnDrop(keeping.abort_handle());
     loop {
         tokio::select! {
             next = incoming.recv() => match next {
+                Some(Incoming::LogGrew(head)) => {
+                    if head != core.identity().trust.head() {
+                        hint.notify_one();
+                    }
+                }
+                Some(Incoming::WrapStored) => hint.notify_one(),
                 Some(Incoming::Tunnel { initiator, request, ticket }) => {
                     let (core, session) = (core.clone(), session.clone());
                     handshakes.spawn(async move {

@@ -1,6 +1,6 @@
 //! What an agent keeps on disk, in one directory: secrets 0600 under a 0700 home, replaced atomically.
 //!
-//! `agent.key` and `signer.key` hold secrets and nothing else; `membership.json` and `trust/` are
+//! `agent.key`, `epochs.key` and `signer.key` hold secrets and nothing else; `membership.json` and `trust/` are
 //! public; `state.json` and `ports.json` are what to restore. One home is one agent, by `agent.lock`.
 
 use std::{
@@ -23,8 +23,8 @@ use connect_spec::{
     control::PresentedBlobs,
     hash::hash16,
     ids::{AgentId, Label, ServiceId, ServiceName, WorkspaceId},
-    log::Head,
-    objects::{Attributes, Genesis, NoiseKey, UnixTime},
+    log::LogEntry,
+    objects::{Attributes, NoiseKey, UnixTime},
     signed::Signed,
     trust::{Presented, TrustState},
 };
@@ -34,6 +34,7 @@ use zeroize::Zeroizing;
 use crate::{
     error::{Error, ErrorKind, Result},
     identity::{Epochs, Identity, NoiseIdentity, RetiredNoise},
+    trust::{TrustLock, TrustLog},
 };
 
 /// Longest path of a Unix socket that every system takes.
@@ -166,13 +167,13 @@ impl Home {
         self.path("membership.json").exists()
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }
 
     /// Creates the directory, 0700, if it is not there.
     pub(crate) fn create(&self) -> Result<()> {
-        for dir in [&self.dir, &self.path("trust")] {
+        for dir in [&self.dir, &self.path("trust"), &self.path("evidence")] {
             fs::DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)
@@ -258,6 +259,11 @@ impl Home {
     /// [`ErrorKind::NotEnrolled`] when there is none; [`ErrorKind::TrustViolation`] when what is on
     /// disk does not hold together.
     pub fn load(&self) -> Result<Identity> {
+        self.load_with_log().map(|(identity, _)| identity)
+    }
+
+    /// As [`Home::load`], with the trust log.
+    pub(crate) fn load_with_log(&self) -> Result<(Identity, TrustLog)> {
         if !self.is_enrolled() {
             return Err(Error::new(
                 ErrorKind::NotEnrolled,
@@ -269,14 +275,8 @@ impl Home {
         let keys = SecretFile::read(&self.path("agent.key"))?;
         let damaged = |what: &str| self.damaged(what);
         let signing = SigningKey::from_seed(keys.fixed("identity")?);
-        let genesis = Signed::<Genesis>::decode(&self.read("trust/genesis")?)
-            .map_err(|_| damaged("trust/genesis"))?;
-        let trust = TrustState::from_genesis(membership.workspace_id, &genesis)
-            .map_err(|_| damaged("trust/genesis"))?;
-        let head: Head = self.read_json("trust/head.json")?;
-        if head != trust.head() {
-            return Err(damaged("trust/head.json"));
-        }
+        let log = TrustLog::load(self, membership.workspace_id)?;
+        let trust = log.state().clone();
         let presented =
             Presented::from_blobs(&membership.presented).map_err(|_| damaged("membership.json"))?;
         let attrs = Attributes::new(
@@ -288,12 +288,7 @@ impl Home {
         if presented.certificate.object().agent_id() != agent_id {
             return Err(damaged("agent.key"));
         }
-        let epochs = Epochs::new(
-            keys.numbered("epoch-")?
-                .into_iter()
-                .map(|(number, bytes)| (number, EpochSecrets::from_bytes(bytes))),
-        )
-        .ok_or_else(|| missing("epoch-0"))?;
+        let epochs = self.load_epochs(&trust)?.ok_or_else(|| damaged("epochs.key"))?;
         let static_keypair = |noise_key: &Signed<NoiseKey>| {
             let noise_key = noise_key.object();
             let keypair = StaticKeypair::from_secret(keys.fixed(&static_line(noise_key.counter))?);
@@ -324,7 +319,7 @@ impl Home {
         } else {
             None
         };
-        Ok(Identity {
+        let identity = Identity {
             hub: HubAddress::from_str(&membership.hub).map_err(|_| damaged("membership.json"))?,
             label: membership.label,
             agent_id,
@@ -334,13 +329,14 @@ impl Home {
             retired_noise,
             epochs: Arc::new(epochs),
             attrs: Arc::new(attrs),
-            genesis: Arc::new(genesis),
-            trust: Arc::new(trust),
+            genesis: log.genesis().clone(),
+            trust,
             signer,
-        })
+        };
+        Ok((identity, log))
     }
 
-    fn damaged(&self, file: &str) -> Error {
+    pub(crate) fn damaged(&self, file: &str) -> Error {
         Error::new(
             ErrorKind::TrustViolation,
             format_args!("`{}` is damaged or was changed", self.path(file).display()),
@@ -353,12 +349,11 @@ impl Home {
         self.create()?;
         self.save_keys(identity)?;
         if let Some(signer) = &identity.signer {
-            let mut keys = SecretFile::default();
-            keys.put("signer", signer.seed().as_slice());
-            self.write("signer.key", keys.0.as_bytes())?;
+            self.save_signer(signer)?;
         }
-        self.write("trust/genesis", &identity.genesis.encode())?;
-        self.write_json("trust/head.json", &identity.trust.head())?;
+        for epoch in identity.epochs.all() {
+            self.save_epoch(epoch.number, &epoch.secrets)?;
+        }
         self.write_json(
             "membership.json",
             &Membership {
@@ -384,11 +379,98 @@ impl Home {
             keys.put(&name, noise.static_keypair.secret().as_slice());
         }
         keys.put("wrap", identity.wrap.seed().as_slice());
-        for epoch in identity.epochs.all() {
-            let name = format!("epoch-{}", epoch.number);
-            keys.put(&name, epoch.secrets.to_bytes().as_slice());
-        }
         self.write("agent.key", keys.0.as_bytes())
+    }
+
+    /// The epochs that are held here and that the log confirms; a signer also keeps one that it has not
+    /// brought into the log yet.
+    pub(crate) fn load_epochs(&self, trust: &TrustState) -> Result<Option<Epochs>> {
+        let keys = SecretFile::read(&self.path("epochs.key"))?;
+        let held = keys.numbered("epoch-")?.into_iter();
+        let held = held.map(|(number, bytes)| (number, EpochSecrets::from_bytes(bytes)));
+        Ok(Epochs::new(
+            held.filter(|(number, secrets)| trust.epoch_commit(*number) == Some(&secrets.commit())),
+        ))
+    }
+
+    /// Adds the secrets of an epoch, in place of others of the same number; the oldest go.
+    pub(crate) fn save_epoch(&self, number: u32, secrets: &EpochSecrets) -> Result<()> {
+        let _lock = self.lock_trust()?;
+        let mut held: BTreeMap<u32, _> = if self.path("epochs.key").exists() {
+            SecretFile::read(&self.path("epochs.key"))?.numbered("epoch-")?.into_iter().collect()
+        } else {
+            BTreeMap::new()
+        };
+        held.insert(number, secrets.to_bytes());
+        while held.len() > KEPT_EPOCHS {
+            held.pop_first();
+        }
+        let mut keys = SecretFile::default();
+        for (number, secrets) in &held {
+            keys.put(&format!("epoch-{number}"), secrets.as_slice());
+        }
+        self.write("epochs.key", keys.0.as_bytes())
+    }
+
+    /// Writes the key of a founder, or of who recovered the workspace.
+    pub(crate) fn save_signer(&self, signer: &SigningKey) -> Result<()> {
+        let mut keys = SecretFile::default();
+        keys.put("signer", signer.seed().as_slice());
+        self.write("signer.key", keys.0.as_bytes())
+    }
+
+    /// Waits for the right to sign an entry: two processes of one home must not sign for one place.
+    pub(crate) fn lock_signing(&self) -> Result<TrustLock> {
+        self.lock_file("trust/signing")
+    }
+
+    /// Remembers an entry that is signed and not yet in the log, or forgets it.
+    pub(crate) fn save_pending(&self, entry: Option<&LogEntry>) -> Result<()> {
+        match entry {
+            Some(entry) => self.write("trust/pending", &entry.encode()),
+            None => match fs::remove_file(self.path("trust/pending")) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    Err(self.unwritable(&error))
+                }
+                Ok(()) | Err(_) => Ok(()),
+            },
+        }
+    }
+
+    /// The entry that was signed and perhaps not sent.
+    pub(crate) fn load_pending(&self) -> Result<Option<LogEntry>> {
+        if !self.path("trust/pending").exists() {
+            return Ok(None);
+        }
+        let entry = LogEntry::decode(&self.read("trust/pending")?);
+        entry.map(Some).map_err(|_| self.damaged("trust/pending"))
+    }
+
+    /// Waits for the right to change what several processes of this home share: the trust log, the
+    /// epochs and the membership.
+    pub(crate) fn lock_trust(&self) -> Result<TrustLock> {
+        self.lock_file("trust/lock")
+    }
+
+    fn lock_file(&self, name: &str) -> Result<TrustLock> {
+        self.create()?;
+        let file = fs::OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(self.path(name))
+            .map_err(|error| self.unwritable(&error))?;
+        file.lock().map_err(|error| self.unwritable(&error))?;
+        Ok(TrustLock::held_by(file))
+    }
+
+    /// Takes over a certificate that a signer made for this agent.
+    pub(crate) fn save_certificate(&self, identity: &Identity) -> Result<()> {
+        let _lock = self.lock_trust()?;
+        let membership: Membership = self.read_json("membership.json")?;
+        let presented = identity.noise.presented.to_blobs();
+        self.write_json("membership.json", &Membership { presented, ..membership })
     }
 
     /// Writes what a rotation changed.
@@ -396,6 +478,7 @@ impl Home {
     /// The secrets come first: a crash in between leaves a secret that no NoiseKey names yet, or a
     /// retired NoiseKey without its secret, and both are passed over.
     pub(crate) fn save_noise(&self, identity: &Identity) -> Result<()> {
+        let _lock = self.lock_trust()?;
         let membership: Membership = self.read_json("membership.json")?;
         self.save_keys(identity)?;
         self.write_json(
@@ -421,9 +504,15 @@ impl Home {
 
     /// Takes back an enrolment that the hub refused.
     pub(crate) fn forget(&self) {
-        for file in
-            ["membership.json", "agent.key", "signer.key", "trust/genesis", "trust/head.json"]
-        {
+        for file in [
+            "membership.json",
+            "agent.key",
+            "epochs.key",
+            "signer.key",
+            "trust/genesis",
+            "trust/head.json",
+            "trust/log-0",
+        ] {
             // What cannot be removed was not written, or is reported at the next start.
             let _ = fs::remove_file(self.path(file));
         }
@@ -453,7 +542,7 @@ impl Home {
         self.write_json("trust/peers.json", peers)
     }
 
-    fn read(&self, name: &str) -> Result<Vec<u8>> {
+    pub(crate) fn read(&self, name: &str) -> Result<Vec<u8>> {
         fs::read(self.path(name)).map_err(|error| {
             Error::new(
                 ErrorKind::Other,
@@ -462,22 +551,26 @@ impl Home {
         })
     }
 
-    fn read_json<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
+    pub(crate) fn read_json<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
         serde_json::from_slice(&self.read(name)?).map_err(|_| self.damaged(name))
     }
 
     fn read_json_or_default<T: DeserializeOwned + Default>(&self, name: &str) -> Result<T> {
-        if self.path(name).exists() { self.read_json(name) } else { Ok(T::default()) }
+        self.read_json_if_there(name).map(Option::unwrap_or_default)
     }
 
-    fn write_json<T: Serialize>(&self, name: &str, value: &T) -> Result<()> {
+    pub(crate) fn read_json_if_there<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>> {
+        if self.path(name).exists() { self.read_json(name).map(Some) } else { Ok(None) }
+    }
+
+    pub(crate) fn write_json<T: Serialize>(&self, name: &str, value: &T) -> Result<()> {
         let mut text = serde_json::to_vec_pretty(value).expect("plain data becomes JSON");
         text.push(b'\n');
         self.write(name, &text)
     }
 
     /// Replaces a file atomically: a reader, or a crash, sees the old one or the new one.
-    fn write(&self, name: &str, content: &[u8]) -> Result<()> {
+    pub(crate) fn write(&self, name: &str, content: &[u8]) -> Result<()> {
         let path = self.path(name);
         let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
         let written = (|| {
@@ -500,9 +593,11 @@ impl Home {
 #[derive(Default)]
 struct SecretFile(Zeroizing<String>);
 
-/// Longest content of a secret file: some hundred epochs. Its buffer is reserved at once, so that
+/// Longest content of a secret file. Its buffer is reserved at once, so that
 /// growing leaves no copy.
-const SECRET_FILE_BYTES: usize = 64 * 1024;
+const SECRET_FILE_BYTES: usize = 4096;
+/// Epochs whose secrets are kept: the current one, the one before, and two that were not needed lately.
+const KEPT_EPOCHS: usize = 4;
 
 impl SecretFile {
     fn put(&mut self, name: &str, secret: &[u8]) {

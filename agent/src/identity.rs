@@ -10,12 +10,13 @@ use connect_crypto::{
 };
 use connect_spec::{
     ids::{AgentId, Label, WorkspaceId},
-    objects::{Attributes, Genesis, NoiseKey, UnixTime},
+    keys::IdentityKey,
+    objects::{Attributes, Certificate, Genesis, NoiseKey, UnixTime},
     signed::Signed,
     trust::{Presented, TrustState},
 };
 
-use crate::random;
+use crate::{error::Result, random};
 
 /// A static key answers first messages for so long after its rotation: they come from reachers that
 /// looked the service up before.
@@ -62,6 +63,31 @@ impl Identity {
     #[must_use]
     pub fn workspace_id(&self) -> WorkspaceId {
         self.trust.workspace_id()
+    }
+
+    /// The founder's signer key, if this home holds it.
+    pub(crate) fn open_signer(&self) -> Result<Option<Arc<SigningKey>>> {
+        Ok(self.signer.clone())
+    }
+
+    /// The keys by which this agent may be a signer.
+    pub(crate) fn own_signer_keys(&self) -> impl Iterator<Item = IdentityKey> {
+        let founder = self.signer.as_ref().map(|signer| signer.public());
+        founder.into_iter().chain([self.signing.public()])
+    }
+
+    /// This agent with a signer key.
+    pub(crate) fn with_signer(&self, signer: SigningKey) -> Self {
+        Self { signer: Some(Arc::new(signer)), ..self.clone() }
+    }
+
+    /// This agent with a certificate that a signer made for it.
+    pub(crate) fn with_certificate(&self, certificate: Signed<Certificate>) -> Self {
+        let old = &self.noise;
+        let static_keypair = StaticKeypair::from_secret(old.static_keypair.secret().clone());
+        let presented = Presented { certificate, credential: None, ..old.presented.clone() };
+        let noise = NoiseIdentity { static_keypair, presented, made: old.made };
+        Self { noise: Arc::new(noise), ..self.clone() }
     }
 
     /// This agent with a new static key; the one that it had is retired.
@@ -174,7 +200,7 @@ impl Epochs {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::random;
+    use crate::{error::Result, random};
 
     #[test]
     fn newest_epoch_is_current_and_each_is_found_by_its_number() {

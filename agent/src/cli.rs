@@ -1,6 +1,6 @@
 //! The command line, and nothing that acts on it.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use connect_spec::ids::{Label, ServiceName};
@@ -15,6 +15,9 @@ pub(crate) struct Cli {
     /// Print results only.
     #[arg(long, short, global = true)]
     pub(crate) quiet: bool,
+    /// Read the passphrase of the signer key from the first line of this file; `-` is stdin.
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) passphrase_file: Option<PathBuf>,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -60,6 +63,9 @@ pub(crate) enum Command {
     Services,
     /// List the agents of the workspace.
     Agents,
+    /// Keep the key that signs for the workspace.
+    #[command(subcommand)]
+    Trust(Trust),
     /// Make a new static key for this agent; connections go on.
     Rotate,
     /// Show how the running agent is doing; exits 0 only when it is connected.
@@ -90,6 +96,23 @@ pub(crate) struct Invite {
     /// Tag of whoever joins, for `connect expose --allow`; repeatable.
     #[arg(long = "tag")]
     pub(crate) tags: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Trust {
+    /// Put the signer key of this home under a passphrase, or under another one.
+    Passphrase(Passphrase),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Passphrase {
+    /// Take the passphrase away.
+    #[arg(long, conflicts_with = "new_passphrase_file")]
+    pub(crate) remove: bool,
+    /// Read the new passphrase from the first line of this file; `-` is stdin [default: ask; for the
+    /// first one also `--passphrase-file`].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) new_passphrase_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

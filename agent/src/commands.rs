@@ -4,6 +4,7 @@ use std::{
     fs,
     io::Read,
     os::unix::{fs::OpenOptionsExt, process::CommandExt},
+    path::Path,
     process::{Child, Stdio},
     sync::Arc,
     time::Duration,
@@ -19,8 +20,9 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
-    cli::{self, Cli, Command, Encoding},
+    cli::{self, Cli, Command, Encoding, Trust},
     output::{self, Output},
+    passphrase::Source,
 };
 
 /// Another process that holds the lock has its socket, or is gone, within this time.
@@ -33,11 +35,12 @@ const LOOK_AGAIN: Duration = Duration::from_millis(50);
 const RETRY: Duration = Duration::from_secs(1);
 
 /// Runs one command.
-pub(crate) async fn run(command: Command, output: Output) -> Result<()> {
+pub(crate) async fn run(cli: Cli, output: Output) -> Result<()> {
     let home = Home::from_env()?;
-    match command {
+    let passphrase = Source { file: cli.passphrase_file };
+    match cli.command {
         Command::Init(init) => run_init(&home, init, output).await,
-        Command::Invite(invite) => run_invite(&home, invite, output).await,
+        Command::Invite(invite) => run_invite(&home, invite, &passphrase, output).await,
         Command::Join(join) => run_join(&home, join, output).await,
         Command::Up(up) => run_up(home, up, output).await,
         Command::Down => run_down(&home, output).await,
@@ -54,6 +57,9 @@ pub(crate) async fn run(command: Command, output: Output) -> Result<()> {
             let identity = Arc::new(home.load()?);
             output.agents(&Directory::connect(identity).await?.agents().await?);
             Ok(())
+        }
+        Command::Trust(Trust::Passphrase(args)) => {
+            run_passphrase(&home, &args, &passphrase, output)
         }
         Command::Rotate => run_rotate(&home, output).await,
         Command::Status => run_status(&home, output).await,
@@ -72,14 +78,48 @@ async fn run_init(home: &Home, init: cli::Init, output: Output) -> Result<()> {
     Ok(())
 }
 
-async fn run_invite(home: &Home, invite: cli::Invite, output: Output) -> Result<()> {
+async fn run_invite(
+    home: &Home,
+    invite: cli::Invite,
+    passphrase: &Source,
+    output: Output,
+) -> Result<()> {
     output::log_to_stderr("warn");
     let identity = Arc::new(home.load()?);
+    let signer = identity.unlock_signer(|| passphrase.current())?;
     let directory = Directory::connect(identity.clone()).await?;
-    let code =
-        connect_agent::invite(&identity, &directory, invite.expires, invite.uses, invite.tags)
-            .await?;
+    let cli::Invite { expires, uses, tags } = invite;
+    let code = connect_agent::invite(&identity, &signer, &directory, expires, uses, tags).await?;
     output.invite(&code);
+    Ok(())
+}
+
+fn run_passphrase(
+    home: &Home,
+    args: &cli::Passphrase,
+    passphrase: &Source,
+    output: Output,
+) -> Result<()> {
+    let identity = home.load()?;
+    let was_locked = identity.signer_is_locked()?;
+    let stdin = |file: &Option<_>| file.as_deref() == Some(Path::new("-"));
+    if was_locked && stdin(&passphrase.file) && stdin(&args.new_passphrase_file) {
+        return Err(Error::new(ErrorKind::Usage, "stdin holds one passphrase, not two"));
+    }
+    let signer = identity.unlock_signer(|| passphrase.current())?;
+    if args.remove {
+        home.set_passphrase(&identity, &signer, None)?;
+        output.note("The signer key has no passphrase: whoever can read the file can sign.");
+        return Ok(());
+    }
+    // There is none yet that `--passphrase-file` could hold.
+    let first = passphrase.file.as_deref().filter(|_| !was_locked);
+    let new = Source::new_one(args.new_passphrase_file.as_deref().or(first))?;
+    home.set_passphrase(&identity, &signer, Some(&new))?;
+    output.note(
+        "The signer key is under the passphrase. Nothing restores it when that is forgotten.",
+    );
+    output.note("An agent that is running knows the key as it was until it is started again.");
     Ok(())
 }
 

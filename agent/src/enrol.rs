@@ -28,7 +28,7 @@ use crate::{
     directory::Directory,
     error::{Error, ErrorKind, Result},
     home::{Home, HomeLock},
-    identity::{Epochs, Identity, NoiseIdentity},
+    identity::{Epochs, Identity, NoiseIdentity, SignerKey},
     io::{
         dial::HubUrl,
         hub::{Credentials, Greeted},
@@ -91,10 +91,11 @@ pub async fn init(
         Presented { certificate, credential: None, noise_key: keys.noise_key(workspace_id) };
     let epochs = Epochs::only(0, epoch);
     let joined = Joined { hub: hub.clone(), epochs, presented, attrs, genesis, trust };
-    let signer = Some(Arc::new(signer));
-    let identity = Arc::new(Identity { signer, ..keys.into_identity(joined, label) });
+    let signer = Arc::new(signer);
+    let custody = Some(SignerKey::Open(signer.clone()));
+    let identity = Arc::new(Identity { signer: custody, ..keys.into_identity(joined, label) });
     let directory = register(home, &identity, greeted, Some(create)).await?;
-    let invite = invite(&identity, &directory, FIRST_INVITE, 1, Vec::new()).await?;
+    let invite = invite(&identity, &signer, &directory, FIRST_INVITE, 1, Vec::new()).await?;
     Ok(Founded {
         workspace_id,
         agent_id: identity.agent_id,
@@ -184,21 +185,19 @@ pub async fn join(home: &Home, code: &str, label: &Label) -> Result<Arc<Identity
     Ok(identity)
 }
 
-/// Makes an invite and leaves its public half at the hub. Returns the code, which is a secret.
+/// Makes an invite, signed by `signer` ([`Identity::unlock_signer`]), and leaves its public half at the hub.
+/// Returns the code, which is a secret.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`] when this agent holds no signer key; [`ErrorKind::Usage`] for a bad tag.
+/// [`ErrorKind::Usage`] for a bad tag; as a request to the hub.
 pub async fn invite(
     identity: &Identity,
+    signer: &SigningKey,
     directory: &Directory,
     expires: Duration,
     uses: u32,
     tags: Vec<String>,
 ) -> Result<Zeroizing<String>> {
-    let signer = identity.signer.as_ref().ok_or_else(|| {
-        Error::new(ErrorKind::Refused, "this agent holds no signer key, so it cannot invite")
-            .hint("run `connect invite` on the machine that ran `connect init`")
-    })?;
     let invite = Invite {
         hub: identity.hub.clone(),
         workspace_id: identity.workspace_id(),

@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use connect_crypto::{
+    custody::{Cost, CustodyError, Passphrase, SealedKey},
     epoch::EpochSecrets,
     invite::HubAddress,
     keys::{SigningKey, StaticKeypair, WrapKeypair},
@@ -15,7 +16,10 @@ use connect_spec::{
     trust::{Presented, TrustState},
 };
 
-use crate::random;
+use crate::{
+    error::{Error, ErrorKind, Result},
+    random,
+};
 
 /// A static key answers first messages for so long after its rotation: they come from reachers that
 /// looked the service up before.
@@ -39,7 +43,7 @@ pub struct Identity {
     pub(crate) attrs: Arc<Attributes>,
     pub(crate) genesis: Arc<Signed<Genesis>>,
     pub(crate) trust: Arc<TrustState>,
-    pub(crate) signer: Option<Arc<SigningKey>>,
+    pub(crate) signer: Option<SignerKey>,
 }
 
 impl fmt::Debug for Identity {
@@ -62,6 +66,42 @@ impl Identity {
     #[must_use]
     pub fn workspace_id(&self) -> WorkspaceId {
         self.trust.workspace_id()
+    }
+
+    /// Opens the signer key of this home; `passphrase` is asked for only if it is locked.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] when this home holds no signer key; [`ErrorKind::Other`] when the passphrase
+    /// is wrong; that of `passphrase`.
+    pub fn unlock_signer(
+        &self,
+        passphrase: impl FnOnce() -> Result<Passphrase>,
+    ) -> Result<Arc<SigningKey>> {
+        match self.signer()? {
+            SignerKey::Open(key) => Ok(key.clone()),
+            SignerKey::Locked(sealed) => {
+                let key = sealed.open(&self.workspace_id(), &passphrase()?).map_err(custody)?;
+                Ok(Arc::new(key))
+            }
+        }
+    }
+
+    /// Whether the signer key needs a passphrase.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] when this home holds no signer key.
+    pub fn signer_is_locked(&self) -> Result<bool> {
+        self.signer().map(|signer| matches!(signer, SignerKey::Locked(_)))
+    }
+
+    fn signer(&self) -> Result<&SignerKey> {
+        self.signer.as_ref().ok_or_else(|| {
+            Error::new(
+                ErrorKind::Refused,
+                "this agent holds no signer key, so it cannot sign for the workspace",
+            )
+            .hint("run this on the machine that ran `connect init`")
+        })
     }
 
     /// This agent with a new static key; the one that it had is retired.
@@ -88,6 +128,40 @@ impl Identity {
     pub(crate) fn answering(&self, now: UnixTime) -> impl Iterator<Item = &Arc<NoiseIdentity>> {
         let retired = self.retired_noise.iter().filter(move |retired| now < retired.until);
         [&self.noise].into_iter().chain(retired.map(|retired| &retired.noise))
+    }
+}
+
+/// A signer's key as this home holds it.
+#[derive(Debug, Clone)]
+pub(crate) enum SignerKey {
+    /// As it is.
+    Open(Arc<SigningKey>),
+    /// Under a passphrase.
+    Locked(Arc<SealedKey>),
+}
+
+impl SignerKey {
+    /// Puts a key under a passphrase.
+    pub(crate) fn lock(
+        key: &SigningKey,
+        workspace: &WorkspaceId,
+        passphrase: &Passphrase,
+    ) -> Result<Self> {
+        SealedKey::seal(key, workspace, passphrase, Cost::DEFAULT, &mut random::rng())
+            .map(|sealed| Self::Locked(Arc::new(sealed)))
+            .map_err(custody)
+    }
+}
+
+fn custody(error: CustodyError) -> Error {
+    match error {
+        CustodyError::TooShort | CustodyError::TooLong => Error::new(ErrorKind::Usage, error),
+        CustodyError::Open => Error::new(ErrorKind::Other, error)
+            .hint("if it is not, `signer.key` was changed or is that of another workspace"),
+        CustodyError::Malformed | CustodyError::Cost => {
+            Error::new(ErrorKind::TrustViolation, format_args!("`signer.key`: {error}"))
+                .hint("restore the file from a backup")
+        }
     }
 }
 

@@ -37,6 +37,8 @@ mod random;
 mod reacher;
 mod target;
 
+pub use connect_crypto::custody::Passphrase;
+
 pub use agent::{Agent, Options, Rotated, rotate};
 pub use directory::{AgentInfo, Directory, ServiceInfo};
 pub use enrol::{FIRST_INVITE, Founded, init, invite, join};

@@ -9,6 +9,7 @@ mod garbage;
 mod hostile;
 mod hub_sees;
 mod isolation;
+mod passphrase;
 mod reconnect;
 mod resume;
 mod rotate;

@@ -66,6 +66,11 @@ pub(crate) enum Command {
     /// Keep the key that signs for the workspace.
     #[command(subcommand)]
     Trust(Trust),
+    /// Print words of the workspace, or with an agent digits, to compare with what others see.
+    Verify {
+        /// Label or id of an agent.
+        agent: Option<String>,
+    },
     /// Make a new static key for this agent; connections go on.
     Rotate,
     /// Show how the running agent is doing; exits 0 only when it is connected.

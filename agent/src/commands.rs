@@ -15,6 +15,7 @@ use connect_agent::{
     Directory, Error, ErrorKind, Home, HomeLock, Host, Keep, Options, Result,
     local::{self, Answer, Command as Ask},
 };
+use connect_crypto::words::workspace_words;
 use connect_spec::ids::{Label, ServiceName};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
@@ -61,6 +62,7 @@ pub(crate) async fn run(cli: Cli, output: Output) -> Result<()> {
         Command::Trust(Trust::Passphrase(args)) => {
             run_passphrase(&home, &args, &passphrase, output)
         }
+        Command::Verify { agent } => run_verify(&home, agent.as_deref(), output).await,
         Command::Rotate => run_rotate(&home, output).await,
         Command::Status => run_status(&home, output).await,
     }
@@ -236,6 +238,17 @@ async fn run_status(home: &Home, output: Output) -> Result<()> {
     }
     Err(Error::new(ErrorKind::HubUnreachable, "the agent is not connected to its hub")
         .hint("it goes on trying; is the hub up?"))
+}
+
+async fn run_verify(home: &Home, agent: Option<&str>, output: Output) -> Result<()> {
+    let identity = Arc::new(home.load()?);
+    let words = workspace_words(&identity.workspace_id()).join(" ");
+    let verified = match agent {
+        Some(agent) => Some(Directory::connect(identity).await?.verify(agent).await?),
+        None => None,
+    };
+    output.verify(&words, verified.as_ref());
+    Ok(())
 }
 
 async fn run_rotate(home: &Home, output: Output) -> Result<()> {

@@ -6,8 +6,10 @@ use std::{collections::BTreeMap, sync::Arc};
 use connect_spec::{
     control::{ListedAgent, ListedService, Reply, Request, SealedRecord, SessionKind},
     ids::{AgentId, Label, ServiceId, ServiceName},
+    keys::IdentityKey,
     objects::{AgentRecord, AgentRole, Attributes, ServiceRecord},
     trust::{Presented, VerifiedPeer},
+    verify::SafetyNumber,
 };
 use serde::Serialize;
 
@@ -71,6 +73,21 @@ pub struct AgentInfo {
     pub online: bool,
     /// Whether it was revoked.
     pub revoked: bool,
+}
+
+/// What two people compare: see [`Directory::verify`].
+#[derive(Debug, Clone)]
+pub struct Verification {
+    /// The other agent.
+    pub agent_id: AgentId,
+    /// The same on both sides, if nobody is in between.
+    pub number: SafetyNumber,
+}
+
+/// An agent whose certificate holds.
+struct FoundAgent {
+    info: AgentInfo,
+    identity_key: IdentityKey,
 }
 
 /// A list that a hub never ends is cut here.
@@ -257,6 +274,51 @@ impl Directory {
     /// # Errors
     /// As a request to the hub.
     pub async fn agents(&self) -> Result<Vec<AgentInfo>> {
+        let mut all: Vec<_> =
+            self.found_agents().await?.into_iter().map(|agent| agent.info).collect();
+        make_labels_unique(&mut all);
+        Ok(all)
+    }
+
+    /// The number that this agent and another one, named by its id or label, have in common.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] when no agent or more than one has the label, or it is this one; as a request
+    /// to the hub.
+    pub async fn verify(&self, agent: &str) -> Result<Verification> {
+        let mut found = self.found_agents().await?;
+        match agent.parse::<AgentId>() {
+            Ok(id) => found.retain(|found| found.info.agent_id == id),
+            // As its owner wrote it: numbers that tell listed agents apart depend on who else is listed.
+            Err(_) => found.retain(|found| found.info.label == agent),
+        }
+        let usage = |message: String| Error::new(ErrorKind::Usage, message);
+        let [other] = found.as_slice() else {
+            if found.is_empty() {
+                return Err(usage(format!("no agent has the label or id `{agent}`"))
+                    .hint("`connect agents` lists them"));
+            }
+            let ids: Vec<_> = found.iter().map(|found| found.info.agent_id.to_string()).collect();
+            return Err(usage(format!("{} agents are called `{agent}`", ids.len()))
+                .hint(format_args!("say which one by its id: {}", ids.join(", "))));
+        };
+        let identity = &self.identity;
+        if other.info.agent_id == identity.agent_id {
+            return Err(usage("that is this agent itself".to_owned())
+                .hint("name the agent of the person you compare with"));
+        }
+        Ok(Verification {
+            agent_id: other.info.agent_id,
+            number: SafetyNumber::of(
+                &identity.workspace_id(),
+                &identity.signing.public(),
+                &other.identity_key,
+            ),
+        })
+    }
+
+    /// All agents whose certificates hold, with labels as their owners wrote them.
+    async fn found_agents(&self) -> Result<Vec<FoundAgent>> {
         let mut all = Vec::new();
         let mut after = None;
         loop {
@@ -277,11 +339,10 @@ impl Directory {
             }
             after = last;
         }
-        make_labels_unique(&mut all);
         Ok(all)
     }
 
-    fn open_agent(&self, listed: &ListedAgent) -> Result<AgentInfo> {
+    fn open_agent(&self, listed: &ListedAgent) -> Result<FoundAgent> {
         let identity = &self.identity;
         let does_not_hold = |what: &dyn std::fmt::Display| {
             Error::trust(format_args!("agent {}: {what}", listed.agent_id.short()))
@@ -303,7 +364,7 @@ impl Directory {
             AgentRole::Exposer => "exposer",
             AgentRole::Guest => "guest",
         };
-        Ok(AgentInfo {
+        let info = AgentInfo {
             agent_id: listed.agent_id,
             label,
             role,
@@ -311,7 +372,8 @@ impl Directory {
             online: listed.online,
             // Entries that revoke come with the trust log; at its genesis nobody is revoked.
             revoked: false,
-        })
+        };
+        Ok(FoundAgent { info, identity_key: peer.identity_key() })
     }
 
     fn open_agent_record(

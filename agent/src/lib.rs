@@ -40,7 +40,7 @@ mod target;
 pub use connect_crypto::custody::Passphrase;
 
 pub use agent::{Agent, Options, Rotated, rotate};
-pub use directory::{AgentInfo, Directory, ServiceInfo};
+pub use directory::{AgentInfo, Directory, ServiceInfo, Verification};
 pub use enrol::{FIRST_INVITE, Founded, init, invite, join};
 pub use error::{Error, ErrorKind, Result};
 pub use exposer::Exposed;

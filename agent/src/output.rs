@@ -3,7 +3,7 @@
 use std::io::{IsTerminal, Write};
 
 use connect_agent::{
-    AgentInfo, Error, Founded, Rotated, ServiceInfo,
+    AgentInfo, Error, Founded, Rotated, ServiceInfo, Verification,
     local::{AgentStatus, ExposedStatus, ReachedStatus},
 };
 use serde::Serialize;
@@ -166,6 +166,30 @@ impl Output {
                 (None, None) => "connecting".to_owned(),
             };
             println!("reached    {}  {}  {health}", reached.name, reached.address);
+        }
+    }
+
+    pub(crate) fn verify(self, workspace_words: &str, agent: Option<&Verification>) {
+        if self.json {
+            print_json(&json!({
+                "workspace_words": workspace_words,
+                "agent_id": agent.map(|agent| agent.agent_id),
+                "digits": agent.map(|agent| agent.number.digits()),
+            }));
+            return;
+        }
+        match agent {
+            None => {
+                println!("{workspace_words}");
+                self.note("Every agent of this workspace shows these words.");
+            }
+            Some(agent) => {
+                println!("{}", agent.number);
+                self.note(format_args!(
+                    "The same digits at agent {} mean that nobody is in between. Compare them by voice or in person.",
+                    agent.agent_id
+                ));
+            }
         }
     }
 

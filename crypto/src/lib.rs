@@ -23,6 +23,7 @@ pub mod names;
 mod resolver;
 mod secret;
 pub mod transport;
+pub mod words;
 
 pub use error::CryptoError;
 

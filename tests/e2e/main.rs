@@ -17,3 +17,4 @@ mod secrets;
 mod shape;
 mod tidy;
 mod tls;
+mod verify;

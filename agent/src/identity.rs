@@ -247,8 +247,112 @@ impl Epochs {
 
 #[cfg(test)]
 mod tests {
+    use connect_crypto::founding::Founding;
+    use connect_spec::objects::{AgentRole, Certificate, Issuer, SUITE_1};
+
     use super::*;
-    use crate::random;
+
+    /// A founder.
+    fn identity() -> Identity {
+        let mut rng = random::rng();
+        let Founding { genesis, signer, epoch, .. } = Founding::create(&mut rng);
+        let trust = TrustState::from_genesis(WorkspaceId(genesis.hash()), &genesis).expect("sound");
+        let workspace_id = trust.workspace_id();
+        let signing = SigningKey::generate(&mut rng);
+        let wrap = WrapKeypair::generate(&mut rng);
+        let static_keypair = StaticKeypair::generate(&mut rng);
+        let attrs = Attributes::new([0; 16], Vec::new()).expect("no tag");
+        let agent_id = AgentId::of(&workspace_id, &signing.public());
+        let certificate = signer.sign(&Certificate {
+            workspace_id,
+            identity_key: signing.public(),
+            role: AgentRole::Member,
+            attrs: attrs.hash(),
+            serial: 1,
+            not_after: None,
+            issuer: Issuer::Signer(signer.public()),
+            services: None,
+        });
+        let noise_key = signing.sign(&NoiseKey {
+            workspace_id,
+            agent_id,
+            suite: SUITE_1,
+            counter: 1,
+            static_key: static_keypair.public(),
+            wrap_key_hash: wrap.public().hash(),
+        });
+        let presented = Presented { certificate, credential: None, noise_key };
+        Identity {
+            hub: "http://127.0.0.1:7420".parse().expect("a hub"),
+            label: "agent".parse().expect("a label"),
+            agent_id,
+            signing: Arc::new(signing),
+            wrap: Arc::new(wrap),
+            noise: Arc::new(NoiseIdentity { static_keypair, presented, made: 0 }),
+            retired_noise: None,
+            epochs: Arc::new(Epochs::only(0, epoch)),
+            attrs: Arc::new(attrs),
+            genesis: Arc::new(genesis),
+            trust: Arc::new(trust),
+            signer: Some(SignerKey::Open(Arc::new(signer))),
+        }
+    }
+
+    /// Whether a secret is in a text, as digits or as a list of bytes.
+    #[track_caller]
+    fn check_absent(text: &str, secret: &[u8]) {
+        let listed = format!("{:?}", &secret[..8]);
+        assert!(!text.contains(listed.trim_matches(['[', ']'])), "{text}");
+        assert!(!text.contains(&hex::encode(&secret[..8])), "{text}");
+    }
+
+    #[test]
+    fn debug_text_shows_no_secret() {
+        let identity = identity();
+        let Some(SignerKey::Open(signer)) = identity.signer.clone() else {
+            panic!("the founder's key is open");
+        };
+        let passphrase =
+            Passphrase::new("correct horse".to_owned().into()).expect("it is long enough");
+        let locked =
+            SignerKey::lock(&signer, &identity.workspace_id(), &passphrase).expect("sealed");
+        let identity = identity.rotated(1);
+        let retired = identity.retired_noise.as_ref().expect("it was rotated");
+        let texts = [
+            format!("{identity:?} {identity:#?}"),
+            format!("{:?} {:?}", identity.noise, retired),
+            format!("{:?} {:?}", identity.epochs, identity.epochs.current()),
+            format!("{:?} {locked:?} {passphrase:?}", identity.signer),
+            format!("{:?} {:?}", identity.signing, identity.wrap),
+        ];
+        let epoch = identity.epochs.current().secrets.to_bytes();
+        for text in &texts {
+            check_absent(text, identity.signing.seed().as_slice());
+            check_absent(text, identity.wrap.seed().as_slice());
+            check_absent(text, identity.noise.static_keypair.secret().as_slice());
+            check_absent(text, retired.noise.static_keypair.secret().as_slice());
+            check_absent(text, signer.seed().as_slice());
+            check_absent(text, &epoch[..32]);
+            check_absent(text, &epoch[32..]);
+            assert!(!text.contains("correct horse"), "{text}");
+        }
+        assert!(texts[2].contains("EpochSecrets(..)") && texts[3].contains("Passphrase(..)"));
+    }
+
+    #[test]
+    fn retired_key_answers_until_its_time_is_over() {
+        let identity = identity();
+        assert_eq!(identity.answering(0).count(), 1);
+        let rotated = identity.rotated(1000);
+        let day = KEPT_AFTER_ROTATION.as_secs();
+        let counters =
+            |now| -> Vec<_> { rotated.answering(now).map(|noise| noise.counter()).collect() };
+        assert_eq!(counters(1000 + day - 1), [2, 1]);
+        assert_eq!(counters(1000 + day), [2]);
+        let twice: Vec<_> =
+            rotated.rotated(2000).answering(2000).map(|noise| noise.counter()).collect();
+        assert_eq!(twice, [3, 2]);
+    }
 
     #[test]
     fn newest_epoch_is_current_and_each_is_found_by_its_number() {

@@ -526,6 +526,16 @@ impl Core {
         }
     }
 
+    /// Forgets which agent a name stood for: whoever exposes it next is taken for the right one.
+    pub(crate) fn unpin(&self, name: &ServiceName) {
+        let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        if peers.pins.remove(name).is_some()
+            && let Err(error) = self.home.save_peers(&peers)
+        {
+            tracing::warn!(%error, "what is known of peers was not saved");
+        }
+    }
+
     /// The agent that a name stood for when it was last reached.
     pub(crate) fn pinned(&self, name: &ServiceName) -> Option<AgentId> {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner).pins.get(name).copied()

@@ -9,6 +9,7 @@ use connect_spec::{
     objects::{AgentRecord, AgentRole, Attributes, Credential, ServiceRecord, UnixTime},
     signed::Signed,
     trust::{Presented, TrustError, VerifiedPeer},
+    verify::SafetyNumber,
 };
 use serde::Serialize;
 
@@ -74,6 +75,15 @@ pub struct AgentInfo {
     pub online: bool,
     /// Whether it was revoked.
     pub revoked: bool,
+}
+
+/// What two people compare: see [`Directory::verify`].
+#[derive(Debug, Clone)]
+pub struct Verification {
+    /// The other agent.
+    pub agent_id: AgentId,
+    /// The same on both sides, if nobody is in between.
+    pub number: SafetyNumber,
 }
 
 /// An agent with what it shows of itself.
@@ -315,6 +325,27 @@ impl Directory {
         found.pop().ok_or_else(|| {
             Error::new(ErrorKind::Usage, format_args!("no agent is called `{wanted}`"))
                 .hint("`connect agents` lists them, with their ids")
+        })
+    }
+
+    /// The number that this agent and another one, named by its id or label, have in common.
+    ///
+    /// # Errors
+    /// As [`Directory::member`]; [`ErrorKind::Usage`] when it is this agent itself.
+    pub async fn verify(&self, agent: &str) -> Result<Verification> {
+        let other = self.member(agent).await?;
+        let identity = self.workspace.identity();
+        if other.info.agent_id == identity.agent_id {
+            return Err(Error::new(ErrorKind::Usage, "that is this agent itself")
+                .hint("name the agent of the person you compare with"));
+        }
+        Ok(Verification {
+            agent_id: other.info.agent_id,
+            number: SafetyNumber::of(
+                &identity.workspace_id(),
+                &identity.signing.public(),
+                &other.presented.certificate.object().identity_key,
+            ),
         })
     }
 

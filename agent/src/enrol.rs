@@ -27,9 +27,8 @@ use crate::{
     clock,
     directory::Directory,
     error::{Error, ErrorKind, Result},
-    govern::signing_key,
     home::{Home, HomeLock},
-    identity::{Epochs, Identity, NoiseIdentity},
+    identity::{Epochs, Identity, NoiseIdentity, SignerKey},
     io::{dial::HubUrl, hub::Greeted},
     random,
     trust::{Taken, TrustLog},
@@ -92,9 +91,10 @@ pub async fn init(
     let joined = Joined { hub: hub.clone(), epochs, presented, attrs, log };
     let (identity, log) = keys.into_identity(joined, label);
     let agent_id = identity.agent_id;
-    let directory =
-        register(home, identity.with_signer(signer), log, greeted, Some(create)).await?;
-    let invite = invite(&directory, FIRST_INVITE, 1, Vec::new()).await?;
+    let signer = Arc::new(signer);
+    let identity = Identity { signer: Some(SignerKey::Open(signer.clone())), ..identity };
+    let directory = register(home, identity, log, greeted, Some(create)).await?;
+    let invite = invite(&directory, &signer, FIRST_INVITE, 1, Vec::new()).await?;
     Ok(Founded { workspace_id, agent_id, recovery_words: recovery.words(), invite })
 }
 
@@ -213,18 +213,19 @@ async fn fetch_log(greeted: &mut Greeted, log: &mut TrustLog) -> Result<()> {
     }
 }
 
-/// Makes an invite and leaves its public half at the hub. Returns the code, which is a secret.
+/// Makes an invite, signed by `signer` ([`Identity::signing_key`]), and leaves its public half at the hub.
+/// Returns the code, which is a secret.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`] when this agent holds no signer key; [`ErrorKind::Usage`] for a bad tag.
+/// [`ErrorKind::Usage`] for a bad tag; as a request to the hub.
 pub async fn invite(
     directory: &Directory,
+    signer: &SigningKey,
     expires: Duration,
     uses: u32,
     tags: Vec<String>,
 ) -> Result<Zeroizing<String>> {
     let identity = directory.workspace().identity();
-    let signer = signing_key(&identity)?;
     let invite = Invite {
         hub: identity.hub.clone(),
         workspace_id: identity.workspace_id(),

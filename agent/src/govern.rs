@@ -3,9 +3,12 @@
 //! A signer never signs two entries for one place: an entry is on disk before it is sent, and is sent
 //! again after a crash. PROTOCOL.md, "Trust log".
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use connect_crypto::keys::{RecoveryKey, SigningKey};
+use connect_crypto::{
+    custody::Passphrase,
+    keys::{RecoveryKey, SigningKey},
+};
 use connect_spec::{
     bytes::Blob,
     control::{ErrorCode, Reply, Request},
@@ -22,8 +25,9 @@ use zeroize::Zeroizing;
 use crate::{
     clock,
     directory::{Directory, ListedMember},
+    enrol,
     error::{Error, ErrorKind, Result},
-    identity::Identity,
+    identity::{Identity, SignerKey},
     io::hub::Session,
     random,
     workspace::Workspace,
@@ -89,30 +93,36 @@ pub struct Governor {
     key: Arc<SigningKey>,
 }
 
-/// The key by which this agent is a signer.
-pub(crate) fn signing_key(identity: &Identity) -> Result<Arc<SigningKey>> {
-    let founder = identity.open_signer()?;
-    let own = Some(identity.signing.clone());
-    [founder, own]
-        .into_iter()
-        .flatten()
-        .find(|key| identity.trust.is_signer(&key.public()))
-        .ok_or_else(|| {
-            Error::new(ErrorKind::Refused, "this agent is no signer of the workspace").hint(
-                "run this on a machine of a signer, such as the one that ran `connect init`; an owner \
-                 can add this one: `connect trust add-signer AGENT`",
-            )
-        })
-}
-
 impl Governor {
-    /// Lets a signer work.
+    /// Lets a signer work; `passphrase` is asked for when its key needs one.
     ///
     /// # Errors
-    /// [`ErrorKind::Refused`] when this agent is no signer.
-    pub fn new(directory: Directory) -> Result<Self> {
-        let key = signing_key(&directory.workspace().identity())?;
+    /// As [`Identity::signing_key`].
+    pub fn new(
+        directory: Directory,
+        passphrase: impl FnOnce() -> Result<Passphrase>,
+    ) -> Result<Self> {
+        let key = directory.workspace().identity().signing_key(passphrase)?;
         Ok(Self { directory, key })
+    }
+
+    /// The session that the signer works over.
+    #[must_use]
+    pub fn directory(&self) -> &Directory {
+        &self.directory
+    }
+
+    /// Makes an invite; see [`enrol::invite`].
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn invite(
+        &self,
+        expires: Duration,
+        uses: u32,
+        tags: Vec<String>,
+    ) -> Result<Zeroizing<String>> {
+        enrol::invite(&self.directory, &self.key, expires, uses, tags).await
     }
 
     fn workspace(&self) -> &Arc<Workspace> {
@@ -377,7 +387,7 @@ impl Governor {
     ///
     /// # Errors
     /// As a request to the hub.
-    pub(crate) async fn close_due(&self) -> Result<usize> {
+    pub async fn close_due(&self) -> Result<usize> {
         let now = clock::now();
         let open = self.directory.credentials().await?;
         let due: Vec<_> = open
@@ -663,9 +673,11 @@ pub async fn recover(directory: &Directory, words: &str) -> Result<Recovered> {
     };
     let signed =
         recovery_key.sign(&recovery).map_err(|error| Error::new(ErrorKind::Other, error))?;
+    let signer = SignerKey::Open(Arc::new(signer));
     workspace.home().save_signer(&signer)?;
     workspace.learn(vec![LogEntry::Recovery(signed)]).await?;
-    workspace.change_identity(|identity| Ok(identity.with_signer(signer)))?;
+    workspace
+        .change_identity(|identity| Ok(Identity { signer: Some(signer), ..identity.clone() }))?;
     let kept = members.iter().filter(|member| !member.info.revoked).count();
     workspace.sync(directory.session()).await?;
     Ok(Recovered { recovery_words: next.words(), kept })

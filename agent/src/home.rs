@@ -14,6 +14,7 @@ use std::{
 };
 
 use connect_crypto::{
+    custody::{Passphrase, SealedKey},
     epoch::EpochSecrets,
     invite::HubAddress,
     keys::{SigningKey, StaticKeypair, WrapKeypair},
@@ -33,7 +34,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     error::{Error, ErrorKind, Result},
-    identity::{Epochs, Identity, NoiseIdentity, RetiredNoise},
+    identity::{Epochs, Identity, NoiseIdentity, RetiredNoise, SignerKey},
     trust::{TrustLock, TrustLog},
 };
 
@@ -315,7 +316,14 @@ impl Home {
         };
         let signer = if self.path("signer.key").exists() {
             let keys = SecretFile::read(&self.path("signer.key"))?;
-            Some(Arc::new(SigningKey::from_seed(keys.fixed("signer")?)))
+            Some(match keys.line("sealed") {
+                Some(digits) => {
+                    let sealed = hex::decode(digits).ok();
+                    let sealed = sealed.and_then(|bytes| SealedKey::from_bytes(&bytes).ok());
+                    SignerKey::Locked(Arc::new(sealed.ok_or_else(|| damaged("signer.key"))?))
+                }
+                None => SignerKey::Open(Arc::new(SigningKey::from_seed(keys.fixed("signer")?))),
+            })
         } else {
             None
         };
@@ -370,6 +378,33 @@ impl Home {
         )
     }
 
+    /// Writes the key of a founder, or of who recovered the workspace.
+    pub(crate) fn save_signer(&self, signer: &SignerKey) -> Result<()> {
+        let mut keys = SecretFile::default();
+        match signer {
+            SignerKey::Open(key) => keys.put("signer", key.seed().as_slice()),
+            SignerKey::Locked(sealed) => keys.put("sealed", sealed.as_bytes()),
+        }
+        self.write("signer.key", keys.0.as_bytes())
+    }
+
+    /// Puts the signer key of this home under a passphrase, or takes its passphrase away.
+    ///
+    /// # Errors
+    /// The home cannot be written; the key in it stays as it was.
+    pub fn set_passphrase(
+        &self,
+        identity: &Identity,
+        signer: &Arc<SigningKey>,
+        passphrase: Option<&Passphrase>,
+    ) -> Result<()> {
+        let signer = match passphrase {
+            Some(passphrase) => SignerKey::lock(signer, &identity.workspace_id(), passphrase)?,
+            None => SignerKey::Open(signer.clone()),
+        };
+        self.save_signer(&signer)
+    }
+
     fn save_keys(&self, identity: &Identity) -> Result<()> {
         let mut keys = SecretFile::default();
         keys.put("identity", identity.signing.seed().as_slice());
@@ -410,13 +445,6 @@ impl Home {
             keys.put(&format!("epoch-{number}"), secrets.as_slice());
         }
         self.write("epochs.key", keys.0.as_bytes())
-    }
-
-    /// Writes the key of a founder, or of who recovered the workspace.
-    pub(crate) fn save_signer(&self, signer: &SigningKey) -> Result<()> {
-        let mut keys = SecretFile::default();
-        keys.put("signer", signer.seed().as_slice());
-        self.write("signer.key", keys.0.as_bytes())
     }
 
     /// Waits for the right to sign an entry: two processes of one home must not sign for one place.
@@ -639,11 +667,13 @@ impl SecretFile {
         self.0.lines().filter_map(|line| line.split_once(' '))
     }
 
+    fn line(&self, name: &str) -> Option<&str> {
+        self.lines().find(|(key, _)| *key == name).map(|(_, digits)| digits)
+    }
+
     /// The secret of a name.
     fn fixed<const N: usize>(&self, name: &str) -> Result<Zeroizing<[u8; N]>> {
-        let (_, digits) =
-            self.lines().find(|(key, _)| *key == name).ok_or_else(|| missing(name))?;
-        digits_of(name, digits)
+        digits_of(name, self.line(name).ok_or_else(|| missing(name))?)
     }
 
     /// The secrets whose names are `prefix` and a number.

@@ -86,8 +86,9 @@ async fn round(
 /// Closes invites that are over, where this agent may.
 async fn close_due(core: &Arc<Core>, session: &Arc<Session>) {
     let directory = Directory::new(core.workspace.clone(), session.clone());
-    // Most agents are no signers, and some signers want a passphrase first.
-    let Ok(governor) = Governor::new(directory) else {
+    // Most agents are no signers, and some signers want a passphrase, which nobody is here to give.
+    let nobody = || Err(Error::new(ErrorKind::Refused, "the signer key is under a passphrase"));
+    let Ok(governor) = Governor::new(directory, nobody) else {
         return;
     };
     match governor.close_due().await {

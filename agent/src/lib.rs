@@ -42,8 +42,10 @@ mod target;
 mod trust;
 mod workspace;
 
+pub use connect_crypto::custody::Passphrase;
+
 pub use agent::{Agent, Options, Rotated, rotate};
-pub use directory::{AgentInfo, Directory, ListedMember, ServiceInfo};
+pub use directory::{AgentInfo, Directory, ListedMember, ServiceInfo, Verification};
 pub use enrol::{FIRST_INVITE, Founded, init, invite, join};
 pub use error::{Error, ErrorKind, Result};
 pub use exposer::Exposed;

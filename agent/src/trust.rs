@@ -458,3 +458,171 @@ fn join(wires: &[Vec<u8>]) -> Vec<u8> {
     }
     joined
 }
+
+#[cfg(test)]
+mod tests {
+    use connect_crypto::{founding::Founding, keys::SigningKey};
+    use connect_spec::{
+        ids::AgentId,
+        log::{Change, Entry},
+        objects::SignerRole,
+    };
+
+    use super::*;
+    use crate::random;
+
+    struct Begun {
+        _dir: tempfile::TempDir,
+        home: Home,
+        id: WorkspaceId,
+        founder: SigningKey,
+        log: TrustLog,
+    }
+
+    fn begin() -> Begun {
+        let dir = tempfile::tempdir().expect("a directory");
+        let home = Home::at(dir.path().join("home"));
+        let founding = Founding::create(&mut random::rng());
+        let id = WorkspaceId(founding.genesis.hash());
+        let log = TrustLog::create(&home, id, Arc::new(founding.genesis)).expect("a new log");
+        Begun { _dir: dir, home, id, founder: founding.signer, log }
+    }
+
+    fn entry(id: WorkspaceId, follows: Head, signer: &SigningKey, change: Change) -> LogEntry {
+        LogEntry::Entry(signer.sign(&Entry {
+            workspace_id: id,
+            seq: follows.seq + 1,
+            prev: follows.hash,
+            time: 1,
+            changes: vec![change],
+            abandons: Vec::new(),
+        }))
+    }
+
+    fn revoke(number: u32) -> Change {
+        let mut agent = [0; 16];
+        agent[..4].copy_from_slice(&number.to_be_bytes());
+        Change::RevokeAgent { agent_id: AgentId(agent), below_serial: None }
+    }
+
+    /// Entries that revoke one agent after the other.
+    fn chain(begun: &Begun, from: Head, numbers: std::ops::Range<u32>) -> Vec<LogEntry> {
+        let mut head = from;
+        let made = numbers.map(|number| {
+            let entry = entry(begun.id, head, &begun.founder, revoke(number));
+            head = entry.head();
+            entry
+        });
+        made.collect()
+    }
+
+    #[test]
+    fn a_log_is_read_back_as_it_was() {
+        let mut begun = begin();
+        let genesis = begun.log.state().head();
+        let entries = chain(&begun, genesis, 0..600);
+        assert_eq!(begun.log.take(&entries[..10]).expect("sound"), Taken::Grew);
+        assert_eq!(begun.log.take(&entries).expect("sound, the first ones known"), Taken::Grew);
+        assert_eq!(begun.log.take(&entries).expect("all known"), Taken::Nothing);
+        let again = TrustLog::load(&begun.home, begun.id).expect("what was written");
+        assert_eq!(again.state(), begun.log.state());
+        assert_eq!(again.locator(), begun.log.locator());
+        assert_eq!(again.all().expect("readable"), entries);
+        assert!(again.saved > 0, "the state was saved on the way");
+        assert!(again.knows(&entries[5].head()) && !again.knows(&Head { seq: 6, ..genesis }));
+    }
+
+    #[test]
+    fn another_process_of_the_home_may_have_written() {
+        let mut begun = begin();
+        let genesis = begun.log.state().head();
+        let entries = chain(&begun, genesis, 0..5);
+        let mut other = TrustLog::load(&begun.home, begun.id).expect("the same log");
+        other.take(&entries[..3]).expect("sound");
+        // What the first process did not know of it takes over before it writes.
+        assert_eq!(begun.log.take(&entries).expect("sound"), Taken::Grew);
+        assert_eq!(begun.log.state().head(), entries[4].head());
+        let again = TrustLog::load(&begun.home, begun.id).expect("both wrote");
+        assert_eq!(again.all().expect("readable"), entries);
+    }
+
+    #[test]
+    fn what_a_crash_leaves_is_mended_and_what_is_missing_is_noticed() {
+        let mut begun = begin();
+        let genesis = begun.log.state().head();
+        let entries = chain(&begun, genesis, 0..3);
+        begun.log.take(&entries[..2]).expect("sound");
+        let path = begun.home.path("trust/log-0");
+        let whole = fs::read(&path).expect("the log");
+        let third = join(&[entries[2].encode()]);
+
+        // Half an entry, as of a crash while it was written.
+        fs::write(&path, [whole.as_slice(), &third[..third.len() - 1]].concat()).expect("written");
+        let mut mended = TrustLog::load(&begun.home, begun.id).expect("the whole entries count");
+        assert_eq!(mended.state().head(), entries[1].head());
+        mended.take(&entries).expect("sound");
+        assert_eq!(fs::read(&path).expect("the log"), [whole.as_slice(), &third].concat());
+
+        // A log that does not reach as far as it did.
+        fs::write(&path, &whole[..whole.len() / 2]).expect("written");
+        let error = TrustLog::load(&begun.home, begun.id).expect_err("a shorter log");
+        assert_eq!(error.kind, ErrorKind::TrustViolation);
+    }
+
+    #[test]
+    fn entries_that_do_not_hold_change_nothing_on_disk() {
+        let mut begun = begin();
+        let genesis = begun.log.state().head();
+        let sound = chain(&begun, genesis, 0..2);
+        let stranger = SigningKey::generate(&mut random::rng());
+        let forged = entry(begun.id, sound[1].head(), &stranger, revoke(9));
+        let error = begun.log.take(&[sound[0].clone(), sound[1].clone(), forged]);
+        assert_eq!(error.expect_err("forged").kind, ErrorKind::TrustViolation);
+        // What held before it is kept.
+        assert_eq!(begun.log.state().head(), sound[1].head());
+        let nowhere = Head { seq: 1, hash: EntryHash([7; 32]) };
+        let detached = entry(begun.id, nowhere, &begun.founder, revoke(9));
+        assert!(begun.log.take(&[detached]).is_err());
+        let again = TrustLog::load(&begun.home, begun.id).expect("what held");
+        assert_eq!(again.state().head(), sound[1].head());
+    }
+
+    #[test]
+    fn a_fork_is_remembered_with_its_evidence_and_settled_by_an_owner() {
+        let mut begun = begin();
+        let genesis = begun.log.state().head();
+        let second = SigningKey::generate(&mut random::rng());
+        let add = Change::AddSigner { key: second.public(), role: SignerRole::Owner };
+        let first = entry(begun.id, genesis, &begun.founder, add);
+        let ours = entry(begun.id, first.head(), &begun.founder, revoke(1));
+        let theirs = entry(begun.id, first.head(), &second, revoke(2));
+        begun.log.take(&[first.clone(), ours.clone()]).expect("sound");
+        assert_eq!(begun.log.take(&[theirs.clone()]).expect("a branch"), Taken::Forked);
+        assert_eq!(begun.log.take(&[theirs.clone()]).expect("known"), Taken::Nothing);
+        let mut again = TrustLog::load(&begun.home, begun.id).expect("with the fork");
+        assert!(again.state().is_forked());
+        for number in [1_u32, 2] {
+            let Change::RevokeAgent { agent_id, .. } = revoke(number) else { unreachable!() };
+            assert!(again.state().is_revoked(&agent_id, 1), "revocations of both branches count");
+        }
+        assert!(again.knows(&theirs.head()), "a peer on the other branch is no stranger");
+
+        // The second owner gives up our branch, for the first one signed only that.
+        let settle = LogEntry::Entry(second.sign(&Entry {
+            workspace_id: begun.id,
+            seq: theirs.head().seq + 1,
+            prev: theirs.head().hash,
+            time: 1,
+            changes: vec![revoke(3)],
+            abandons: vec![ours.hash()],
+        }));
+        assert_eq!(again.take(&[theirs, settle.clone()]).expect("settled"), Taken::Replaced);
+        let settled = TrustLog::load(&begun.home, begun.id).expect("the other branch");
+        assert_eq!(settled.state().head(), settle.head());
+        assert!(!settled.state().is_forked());
+        assert_eq!(fs::read_dir(begun.home.path("evidence")).expect("kept").count(), 2);
+        // The process that had the old file finds the new one.
+        assert_eq!(begun.log.take(&[settle.clone()]).expect("known"), Taken::Nothing);
+        assert_eq!(begun.log.state().head(), settle.head());
+    }
+}

@@ -173,24 +173,17 @@ fn lost(end: crate::io::tunnel::End) -> Error {
 }
 
 fn closed(code: CloseCode) -> Error {
-    match code {
-        CloseCode::Forbidden => Error::new(
+    if code == CloseCode::Forbidden {
+        return Error::new(
             ErrorKind::Refused,
             "the peer does not trust this agent: it knows entries of the trust log that end it",
         )
-        .hint("ask an owner of the workspace whether this agent was revoked"),
-        CloseCode::UpgradeNeeded => Error::new(
-            ErrorKind::Refused,
-            "the peer cannot read the newest entries of the trust log",
-        )
-        .hint("update `connect` there"),
-        other => Error::new(
-            ErrorKind::ExposerOffline,
-            format_args!(
-                "the peer closed the tunnel while the trust logs were compared: {other:?}"
-            ),
-        ),
+        .hint("ask an owner of the workspace whether this agent was revoked");
     }
+    Error::new(
+        ErrorKind::ExposerOffline,
+        format_args!("the peer closed the tunnel while the trust logs were compared: {code:?}"),
+    )
 }
 
 fn undelivered(how: &str) -> Error {

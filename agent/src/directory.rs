@@ -157,15 +157,12 @@ impl Directory {
     /// [`ErrorKind::ServiceNotFound`]; [`ErrorKind::TrustViolation`] when the hub shows a record under
     /// the name that does not hold.
     pub(crate) async fn find(&self, name: &ServiceName) -> Result<FoundService> {
-        let identity = self.workspace.identity();
-        let epochs = &identity.epochs;
-        let mut services = self.lookup(epochs.current(), name).await?;
-        // An exposer that was away since the epoch changed is still listed under the one before.
-        if let Some(previous) = epochs.previous()
-            && services.is_empty()
-            && self.workspace.accepts_epoch(previous.number)
-        {
-            services = self.lookup(previous, name).await?;
+        let mut services = self.listed(name).await?;
+        if services.is_empty() {
+            // Perhaps its exposer is in an epoch that this agent has not heard of yet.
+            self.workspace.sync(&self.session).await?;
+            self.workspace.fetch_epoch(&self.session).await?;
+            services = self.listed(name).await?;
         }
         let mut found = None;
         for listed in services {
@@ -184,6 +181,17 @@ impl Directory {
             Error::new(ErrorKind::ServiceNotFound, format_args!("no service is called `{name}`"))
                 .hint("`connect services` lists what there is")
         })
+    }
+
+    async fn listed(&self, name: &ServiceName) -> Result<Vec<ListedService>> {
+        let identity = self.workspace.identity();
+        let epochs = &identity.epochs;
+        let services = self.lookup(epochs.current(), name).await?;
+        // An exposer that was away since the epoch changed is still listed under the one before.
+        match epochs.previous().filter(|previous| self.workspace.accepts_epoch(previous.number)) {
+            Some(previous) if services.is_empty() => self.lookup(previous, name).await,
+            Some(_) | None => Ok(services),
+        }
     }
 
     async fn lookup(&self, epoch: &Epoch, name: &ServiceName) -> Result<Vec<ListedService>> {

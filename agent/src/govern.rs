@@ -30,6 +30,7 @@ use crate::{
     identity::{Identity, SignerKey},
     io::hub::Session,
     random,
+    trust::TrustLock,
     workspace::Workspace,
 };
 
@@ -140,7 +141,7 @@ impl Governor {
         decide: impl Fn(&Identity) -> Result<Vec<Change>>,
         epoch: NextEpoch,
     ) -> Result<u64> {
-        let _signing = self.workspace().home().lock_signing()?;
+        let _signing = lock(self.workspace()).await?;
         let mut stale = self.send_pending().await?;
         for _ in 0..MAX_CONFLICTS {
             self.workspace().sync(self.session()).await?;
@@ -335,7 +336,7 @@ impl Governor {
     /// [`ErrorKind::Usage`] when the log did not fork; [`ErrorKind::Refused`] when this signer signed both
     /// branches, or is no owner on both: the recovery words settle it then.
     pub async fn settle(&self) -> Result<u64> {
-        let _signing = self.workspace().home().lock_signing()?;
+        let _signing = lock(self.workspace()).await?;
         self.workspace().sync(self.session()).await?;
         let identity = self.workspace().identity();
         let abandons: Vec<_> = identity.trust.branches().map(|(first, _)| first).collect();
@@ -422,6 +423,14 @@ impl Governor {
         let open = self.directory.credentials().await?;
         keep_issued(std::slice::from_ref(key), members, &open, but)
     }
+}
+
+/// Waits until no other process of the home signs. The wait may be long, so no thread that drives
+/// connections does it.
+async fn lock(workspace: &Workspace) -> Result<TrustLock> {
+    let home = workspace.home().clone();
+    let locked = tokio::task::spawn_blocking(move || home.lock_signing());
+    locked.await.map_err(|error| Error::new(ErrorKind::Other, error))?
 }
 
 /// Whether an entry begins an epoch too.
@@ -635,7 +644,7 @@ pub async fn recover(directory: &Directory, words: &str) -> Result<Recovered> {
     let recovery_key = RecoveryKey::from_words(words)
         .map_err(|error| Error::new(ErrorKind::Usage, error).hint("type the 24 words in order"))?;
     let workspace = directory.workspace();
-    let _signing = workspace.home().lock_signing()?;
+    let _signing = lock(workspace).await?;
     workspace.sync(directory.session()).await?;
     let identity = workspace.identity();
     let (in_force, counter) = identity.trust.recovery();

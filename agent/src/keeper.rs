@@ -30,6 +30,9 @@ use crate::{
 /// The secrets of an epoch that nobody has made available yet are asked for so often.
 const EPOCH_RETRY: Duration = Duration::from_secs(5);
 
+/// Until the next try after one that failed.
+const RETRY: Duration = Duration::from_secs(30);
+
 /// Keeps everything up to date until the session ends; `hint` says that the hub has news.
 pub(crate) async fn keep(core: Arc<Core>, session: Arc<Session>, hint: Arc<Notify>) {
     let mut published = core.workspace.identity().epochs.current().number;
@@ -47,7 +50,11 @@ pub(crate) async fn keep(core: Arc<Core>, session: Arc<Session>, hint: Arc<Notif
                 tracing::debug!(%error, "the trust log was not compared");
             }
         }
-        let wait = if matches!(kept, Ok(Epoch::Held)) { BEAT_INTERVAL } else { EPOCH_RETRY };
+        let wait = match kept {
+            Ok(Epoch::Held) => BEAT_INTERVAL,
+            Ok(Epoch::Missing) => EPOCH_RETRY,
+            Err(_) => RETRY,
+        };
         // Whether it is news or time: the next round finds out.
         let _ = timeout(wait, hint.notified()).await;
     }

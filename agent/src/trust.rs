@@ -597,8 +597,8 @@ mod tests {
         let ours = entry(begun.id, first.head(), &begun.founder, revoke(1));
         let theirs = entry(begun.id, first.head(), &second, revoke(2));
         begun.log.take(&[first.clone(), ours.clone()]).expect("sound");
-        assert_eq!(begun.log.take(&[theirs.clone()]).expect("a branch"), Taken::Forked);
-        assert_eq!(begun.log.take(&[theirs.clone()]).expect("known"), Taken::Nothing);
+        assert_eq!(begun.log.take(std::slice::from_ref(&theirs)).expect("a branch"), Taken::Forked);
+        assert_eq!(begun.log.take(std::slice::from_ref(&theirs)).expect("known"), Taken::Nothing);
         let mut again = TrustLog::load(&begun.home, begun.id).expect("with the fork");
         assert!(again.state().is_forked());
         for number in [1_u32, 2] {
@@ -622,7 +622,7 @@ mod tests {
         assert!(!settled.state().is_forked());
         assert_eq!(fs::read_dir(begun.home.path("evidence")).expect("kept").count(), 2);
         // The process that had the old file finds the new one.
-        assert_eq!(begun.log.take(&[settle.clone()]).expect("known"), Taken::Nothing);
+        assert_eq!(begun.log.take(std::slice::from_ref(&settle)).expect("known"), Taken::Nothing);
         assert_eq!(begun.log.state().head(), settle.head());
     }
 }

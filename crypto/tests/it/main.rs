@@ -5,5 +5,6 @@ mod common;
 
 mod invite;
 mod keys;
+mod log;
 mod sealed;
 mod trust;

@@ -1,4 +1,4 @@
-//! Measures sealing and opening: `cargo run --release -p connect-crypto --example speed`.
+//! Measures handshakes, sealing and opening, and the trust log: `cargo run --release -p connect-crypto --example speed`.
 
 #![expect(clippy::print_stdout, reason = "a measurement shows what it found")]
 
@@ -7,11 +7,15 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{Agent, NOW, TestRng, World};
+use common::{
+    Agent, NOW, TestRng, World, bytes,
+    log::{Log, revoke},
+};
 use connect_crypto::{
     handshake::{initiate, receive},
     transport::Transport,
 };
+use connect_spec::{ids::AgentId, log::LogEntry};
 
 /// One handshake, both sides, with the judgement of the peers.
 fn handshake(world: &World, initiator: &Agent, responder: &Agent) -> (Transport, Transport) {
@@ -30,8 +34,34 @@ fn handshake(world: &World, initiator: &Agent, responder: &Agent) -> (Transport,
     (ours.expect("sound reply"), theirs)
 }
 
+/// A log of `count` revocations: verified as it comes from a peer, and read back from the own disk.
+fn trust_log(world: &World, count: u32) {
+    let mut log = Log::new(world);
+    for number in 0..count {
+        log.push(&world.signer, vec![revoke(AgentId(bytes(&number.to_string())))]);
+        log.states.remove(0);
+    }
+    let wires: Vec<_> = log.entries.iter().map(LogEntry::encode).collect();
+    let begun = Instant::now();
+    let mut verified = world.trust.clone();
+    for wire in &wires {
+        let entry = LogEntry::decode(wire).expect("just written");
+        verified.apply(&entry).expect("it was applied before");
+    }
+    println!("{count} entries of the log, verified: {:?}", begun.elapsed());
+    let begun = Instant::now();
+    let mut stored = world.trust.clone();
+    for wire in &wires {
+        let entry = LogEntry::decode(wire).expect("just written");
+        stored.apply_stored(&entry).expect("it was applied before");
+    }
+    println!("{count} entries of the log, read back: {:?}", begun.elapsed());
+    assert_eq!(verified, stored);
+}
+
 fn main() {
     let world = World::new();
+    trust_log(&world, 1000);
     let (initiator, responder) = (world.member("initiator"), world.member("responder"));
 
     let begun = Instant::now();

@@ -34,11 +34,13 @@ pub const MAX_KEPT: usize = 1000;
 pub const MAX_ABANDONED: usize = 16;
 /// Signers at one time.
 pub const MAX_SIGNERS: usize = 64;
-/// Branches of a forked log whose revocations are kept; more of them change nothing.
+/// Branches of a forked log whose revocations are kept. More of them are not taken in, so that nobody's
+/// word counts any more once there are so many.
 pub const MAX_BRANCHES: usize = 8;
 /// Entries of a trust log: three a day for a lifetime.
 pub const MAX_LOG_ENTRIES: u64 = 100_000;
-/// All entries of a trust log together, as they travel: what a new agent must fetch.
+/// All entries of a trust log together: what a new agent must fetch. Bodies count, not signatures: two
+/// copies of an entry need not carry the same ones, and all readers must agree.
 pub const MAX_LOG_BYTES: u64 = 64 * 1024 * 1024;
 /// Places that a locator names: enough for [`MAX_LOG_ENTRIES`].
 pub const MAX_LOCATOR: usize = 20;

@@ -60,8 +60,8 @@ pub enum Change {
         /// dated. Ascending.
         keep: Vec<ObjectHash>,
     },
-    /// Ends an agent, and the signer that its identity key may be. By signers; where that one is an
-    /// owner, by owners.
+    /// Ends an agent, and the signer that its identity key may be, or only older certificates of the
+    /// agent. By signers; where its identity key is an owner, by owners.
     RevokeAgent {
         /// The agent.
         agent_id: AgentId,
@@ -464,7 +464,7 @@ impl Body for Beat {
 }
 
 /// The places of the own log that are named to a peer, newest first, so that it finds the last one that
-/// both logs have: the head, the one before, then ever wider apart.
+/// both logs have: the head, and those that are 1, 2, 4, 8 … before it.
 ///
 /// At most [`crate::limits::MAX_LOCATOR`] of them. Entry 0 is common to all and not named.
 #[must_use]
@@ -476,7 +476,7 @@ pub fn locator(head: u64) -> Vec<u64> {
         places.push(seq);
         seq = seq.saturating_sub(step);
         if places.len() > 1 {
-            step *= 2;
+            step = step.saturating_mul(2);
         }
     }
     places
@@ -491,7 +491,8 @@ mod tests {
     fn locators_are_short_and_reach_the_beginning() {
         assert_eq!(locator(0), [0_u64; 0]);
         assert_eq!(locator(1), [1]);
-        assert_eq!(locator(10), [10, 9, 7, 3]);
+        assert_eq!(locator(10), [10, 9, 8, 6, 2]);
         assert!(locator(MAX_LOG_ENTRIES).len() <= MAX_LOCATOR);
+        assert_eq!(locator(u64::MAX).len(), 65);
     }
 }

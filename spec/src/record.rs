@@ -451,7 +451,9 @@ impl<'b> Record<'b> {
                     _ => return Err(fields.bad_value()),
                 };
                 let entries = std::mem::take(&mut fields.rest);
-                if entries.len() > MAX_TRUST_BYTES || trust_entries(entries).is_none() {
+                // Nothing, and more of it, would never end.
+                let endless = more && entries.is_empty();
+                if endless || entries.len() > MAX_TRUST_BYTES || trust_entries(entries).is_none() {
                     return Err(fields.bad_value());
                 }
                 Self::Trust { more, entries }
@@ -489,7 +491,6 @@ fn put(record: &mut Vec<u8>, kind: u8, stream: StreamId, rest: &[u8]) {
     record.extend_from_slice(rest);
 }
 
-/// The only code that cuts a record.
 /// Appends an entry to the body of a TRUST record; false when it does not fit any more.
 pub fn put_trust_entry(entries: &mut Vec<u8>, entry: &[u8]) -> bool {
     let fits = entries.len() + 4 + entry.len() <= MAX_TRUST_BYTES;
@@ -514,6 +515,7 @@ pub fn trust_entries(mut entries: &[u8]) -> Option<Vec<&[u8]>> {
     Some(split)
 }
 
+/// The only code that cuts a record.
 struct Reader<'b> {
     kind: u8,
     rest: &'b [u8],
@@ -610,6 +612,21 @@ mod tests {
             "02 00 00000006 0000000001000000 0000000000000033 0000",
         );
         check(Record::Ready, "03");
+        let place = |seq, byte| Head { seq, hash: EntryHash([byte; 32]) };
+        check(Record::TrustGet(vec![]), "04 00");
+        check(
+            Record::TrustGet(vec![place(258, 0xaa), place(1, 0xbb)]),
+            &format!(
+                "04 02 0000000000000102 {} 0000000000000001 {}",
+                "aa".repeat(32),
+                "bb".repeat(32)
+            ),
+        );
+        check(Record::Trust { more: false, entries: &[] }, "05 00");
+        check(
+            Record::Trust { more: true, entries: &[0, 0, 0, 2, 7, 8, 0, 0, 0, 1, 9] },
+            "05 02 00000002 0708 00000001 09",
+        );
         check(Record::Open(stream(2)), "10 00000002");
         check(Record::Opened(stream(2)), "11 00000002");
         check(
@@ -641,7 +658,25 @@ mod tests {
         };
         check("", RecordError::Length(0));
         check("00", RecordError::Type(0x00));
-        check("04", RecordError::Type(0x04));
+        check("06", RecordError::Type(0x06));
+        // TRUST_GET: no count, place missing, place 0, not descending.
+        let place = |seq: &str| format!("{seq} {}", "aa".repeat(32));
+        let (zero, one, two) =
+            (place("0000000000000000"), place("0000000000000001"), place("0000000000000002"));
+        check("04", RecordError::Length(0x04));
+        check("04 00 00", RecordError::Length(0x04));
+        check("04 01", RecordError::Length(0x04));
+        check(&format!("04 01 {zero}"), RecordError::Value(0x04));
+        check(&format!("04 02 {one} {two}"), RecordError::Value(0x04));
+        check(&format!("04 02 {one} {one}"), RecordError::Value(0x04));
+        check(&format!("04 02 {two} {one} 00"), RecordError::Length(0x04));
+        // TRUST: no flags, an unknown flag, more of nothing, length or entry cut.
+        check("05", RecordError::Length(0x05));
+        check("05 01", RecordError::Value(0x05));
+        check("05 03 00000000", RecordError::Value(0x05));
+        check("05 02", RecordError::Value(0x05));
+        check("05 00 000000", RecordError::Value(0x05));
+        check("05 00 00000002 07", RecordError::Value(0x05));
         check("30", RecordError::Type(0x30));
         check("ff", RecordError::Type(0xff));
         check("03 00", RecordError::Length(0x03));

@@ -227,6 +227,17 @@ impl Ended {
         self.signers.insert(key, keep.into_iter().collect());
     }
 
+    /// Takes over all that another view of the same branch ended, signers too.
+    fn absorb_view(&mut self, other: &Self) {
+        self.absorb(other);
+        for (key, keep) in &other.signers {
+            self.signers
+                .entry(*key)
+                .and_modify(|before| before.retain(|hash| keep.contains(hash)))
+                .or_insert_with(|| keep.clone());
+        }
+    }
+
     fn revoke(&mut self, agent: AgentId, below_serial: Option<u64>) {
         let ended = self.agents.entry(agent).or_insert(Some(0));
         *ended = match (*ended, below_serial) {
@@ -257,7 +268,15 @@ impl Ended {
 }
 
 /// The keys that signed one entry.
-type Owners = BTreeSet<IdentityKey>;
+type Keys = BTreeSet<IdentityKey>;
+
+/// A signer at a head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct Signer {
+    role: SignerRole,
+    /// The entry that made it one; what a fork adds counts on no branch.
+    since: u64,
+}
 
 /// Another branch of a forked log: proven by an entry that two signers, or one twice, put in a place
 /// that was taken.
@@ -267,13 +286,43 @@ struct Branch {
     after: u64,
     /// The newest entry of it that is known.
     head: Head,
-    /// Who signed both entries that follow the common one: they cannot settle the fork.
-    signed_both: Owners,
-    /// The signers and the policy where the branches part: later additions count on neither.
+    /// Who signed its first entry, and who the own entry in that place. Who signed more than one entry
+    /// for a place cannot settle a fork there.
+    signed_by: Keys,
+    held_by: Keys,
+    /// Who is a signer where the branches part and ever since on this one, in the lowest role.
     signers: BTreeMap<IdentityKey, SignerRole>,
+    /// The strictest policy of all the entries of it that are known.
     policy: Policy,
     /// What this branch ended.
     ended: Ended,
+}
+
+impl Branch {
+    /// Takes over what was seen of this branch before: it may have forked in itself.
+    fn absorb(&mut self, known: &Self) {
+        lower(&mut self.signers, |key| known.signers.get(key).copied());
+        self.policy.strict |= known.policy.strict;
+        self.ended.absorb_view(&known.ended);
+        if known.head.seq > self.head.seq {
+            self.head = known.head;
+        }
+    }
+}
+
+/// Leaves the signers that are signers elsewhere too, each in the lower of its roles.
+fn lower(
+    signers: &mut BTreeMap<IdentityKey, SignerRole>,
+    elsewhere: impl Fn(&IdentityKey) -> Option<SignerRole>,
+) {
+    signers.retain(|key, role| match elsewhere(key) {
+        Some(SignerRole::Owner) => true,
+        Some(SignerRole::Admin) => {
+            *role = SignerRole::Admin;
+            true
+        }
+        None => false,
+    });
 }
 
 /// The recovery key in force.
@@ -297,14 +346,14 @@ pub struct TrustState {
     bytes: u64,
     /// Whether an entry up to the head holds a critical change that this version does not know.
     frozen: bool,
-    signers: BTreeMap<IdentityKey, SignerRole>,
+    signers: BTreeMap<IdentityKey, Signer>,
     ended: Ended,
     epoch: u32,
     commits: BTreeMap<u32, EpochCommit>,
     policy: Policy,
     recovery: RecoveryPoint,
     /// First entries of branches that were given up, and who signed each entry that did so.
-    abandoned: BTreeMap<EntryHash, BTreeSet<Owners>>,
+    abandoned: BTreeMap<EntryHash, BTreeSet<Keys>>,
     /// Other branches, by their first entry: none unless the log forked.
     branches: BTreeMap<EntryHash, Branch>,
     /// What was ended on branches that are settled by now, and stays so.
@@ -316,7 +365,9 @@ pub struct TrustState {
 pub enum Considered {
     /// The branch was given up by an owner or cut off by a recovery: it changes nothing.
     Settled,
-    /// The log forked: this is the state that heeds the revocations of the branch too.
+    /// The log forked: this is the state that heeds the revocations of the branch too. Of a branch that
+    /// was given up before it was shown, agents and credentials stay ended, and
+    /// [`TrustState::is_forked`] does not count it.
     Forked(Box<TrustState>),
     /// The branch takes the place of the own entries: a recovery, or an owner who gave them up.
     Replaces(Box<TrustState>),
@@ -353,7 +404,10 @@ impl TrustState {
             head: Head::genesis(anchor),
             bytes: 0,
             frozen: false,
-            signers: founders.iter().map(|founder| (founder.key, founder.role)).collect(),
+            signers: founders
+                .iter()
+                .map(|founder| (founder.key, Signer { role: founder.role, since: 0 }))
+                .collect(),
             ended: Ended::default(),
             epoch: 0,
             commits: [(0, EpochCommit(genesis.epoch_commit))].into(),
@@ -424,17 +478,21 @@ impl TrustState {
     /// What `key` may do as a signer at this head. In a fork: on every branch, and before it.
     #[must_use]
     pub fn signer_role(&self, key: &IdentityKey) -> Option<SignerRole> {
-        let mut role = *self.signers.get(key)?;
+        let signer = self.signers.get(key).filter(|_| !self.is_overrun())?;
+        let mut lowest = signer.role;
         for branch in self.branches.values() {
-            let before = *branch.signers.get(key)?;
-            if branch.ended.signers.contains_key(key) {
-                return None;
-            }
-            if before == SignerRole::Admin {
-                role = SignerRole::Admin;
+            let there = *branch.signers.get(key).filter(|_| signer.since <= branch.after)?;
+            if there == SignerRole::Admin {
+                lowest = SignerRole::Admin;
             }
         }
-        Some(role)
+        Some(lowest)
+    }
+
+    /// Whether there may be branches that could not be taken in: what they revoke is not known, so
+    /// nobody's word counts until an owner settles some, or the recovery key all.
+    fn is_overrun(&self) -> bool {
+        self.branches.len() >= MAX_BRANCHES
     }
 
     /// Whether `key` is a signer at this head.
@@ -472,6 +530,9 @@ impl TrustState {
 
     /// Whether what `issuer` signed is valid: a signer's own word, or a former one's that is kept.
     fn vouches(&self, issuer: &IdentityKey, object: ObjectHash) -> bool {
+        if self.is_overrun() {
+            return false;
+        }
         let mut ended = self.endings().filter_map(|ended| ended.signers.get(issuer)).peekable();
         if ended.peek().is_some() {
             ended.all(|keep| keep.contains(&object))
@@ -525,30 +586,42 @@ impl TrustState {
 
     fn take_changes(&mut self, signed: &Signed<Entry>) -> Result<(), LogError> {
         let entry = signed.object();
-        let roles: Vec<_> =
-            signed.signatures().iter().map(|(key, _)| self.signers.get(key).copied()).collect();
-        if self.frozen || entry.changes.iter().any(Change::is_unknown_critical) {
-            // Who else is a signer by now is not known here: one that is known must do, and only
-            // what it ends counts.
+        let roles: Vec<_> = signed
+            .signatures()
+            .iter()
+            .map(|(key, _)| self.signers.get(key).map(|signer| signer.role))
+            .collect();
+        if self.frozen {
+            // Who else is a signer by now, and who may do what, is not known here: one signer that is
+            // known must do, and only what it ends counts.
             if roles.iter().all(Option::is_none) {
                 return Err(LogError::Signer);
+            }
+            entry.changes.iter().for_each(|change| self.end(change));
+            return Ok(());
+        }
+        if roles.contains(&None) {
+            return Err(LogError::Signer);
+        }
+        let by_owners = roles.iter().all(|role| *role == Some(SignerRole::Owner));
+        if !by_owners && !entry.abandons.is_empty() {
+            return Err(LogError::Role);
+        }
+        if entry.changes.iter().any(Change::is_unknown_critical) {
+            // Up to here everything is known, and so is who may make the changes that are.
+            if !by_owners && entry.changes.iter().any(|change| self.is_for_owners(change)) {
+                return Err(LogError::Role);
             }
             self.frozen = true;
             entry.changes.iter().for_each(|change| self.end(change));
             return Ok(());
         }
-        let by_owners = roles.iter().all(|role| *role == Some(SignerRole::Owner));
-        if roles.contains(&None) {
-            return Err(LogError::Signer);
-        }
-        if !by_owners && !entry.abandons.is_empty() {
-            return Err(LogError::Role);
-        }
         self.check_changes(&entry.changes, by_owners)?;
         for change in &entry.changes {
             match change {
                 Change::AddSigner { key, role } => {
-                    self.signers.insert(*key, *role);
+                    let since = self.signers.get(key).map_or(entry.seq, |signer| signer.since);
+                    self.signers.insert(*key, Signer { role: *role, since });
                     // An owner vouches for the key again, and so for what it signed.
                     self.ended.signers.remove(key);
                 }
@@ -569,9 +642,27 @@ impl TrustState {
         Ok(())
     }
 
+    /// Whether only owners may make a change.
+    fn is_for_owners(&self, change: &Change) -> bool {
+        match change {
+            Change::AddSigner { .. } | Change::RemoveSigner { .. } | Change::Policy(_) => true,
+            Change::RevokeAgent { agent_id, .. } => self
+                .signer_key_of(agent_id)
+                .and_then(|key| self.signers.get(&key))
+                .is_some_and(|signer| signer.role == SignerRole::Owner),
+            Change::CloseCredential { .. } | Change::EpochKey { .. } | Change::Unknown(_) => false,
+        }
+    }
+
+    /// The signer key that is the identity key of an agent, if it is a signer by it.
+    fn signer_key_of(&self, agent: &AgentId) -> Option<IdentityKey> {
+        signer_key_of(&self.workspace_id, agent, self.signers.keys())
+    }
+
     /// Whether every change of an entry is allowed, each after the ones before it.
     fn check_changes(&self, changes: &[Change], by_owners: bool) -> Result<(), LogError> {
-        let mut signers = self.signers.clone();
+        let mut signers: BTreeMap<_, _> =
+            self.signers.iter().map(|(key, signer)| (*key, signer.role)).collect();
         let mut epoch = self.epoch;
         let mut revoked = Vec::new();
         let owners_only = if by_owners { Ok(()) } else { Err(LogError::Role) };
@@ -592,11 +683,15 @@ impl TrustState {
                     owners_only?;
                     signers.remove(key).ok_or(LogError::NoSuchSigner)?;
                 }
-                Change::RevokeAgent { agent_id, below_serial: None } => {
-                    revoked.push(*agent_id);
-                    let key = signer_key_of(&self.workspace_id, agent_id, &signers);
-                    if key.and_then(|key| signers.remove(&key)) == Some(SignerRole::Owner) {
+                Change::RevokeAgent { agent_id, below_serial } => {
+                    let key = signer_key_of(&self.workspace_id, agent_id, signers.keys());
+                    // Without its certificates an owner could not reach the hub to answer.
+                    if key.is_some_and(|key| signers.get(&key) == Some(&SignerRole::Owner)) {
                         owners_only?;
+                    }
+                    if below_serial.is_none() {
+                        revoked.push(*agent_id);
+                        key.and_then(|key| signers.remove(&key));
                     }
                 }
                 Change::EpochKey { epoch: next, .. } => {
@@ -606,9 +701,7 @@ impl TrustState {
                     epoch = *next;
                 }
                 Change::Policy(_) => owners_only?,
-                Change::RevokeAgent { below_serial: Some(_), .. }
-                | Change::CloseCredential { .. }
-                | Change::Unknown(_) => {}
+                Change::CloseCredential { .. } | Change::Unknown(_) => {}
             }
         }
         if signers.values().any(|role| *role == SignerRole::Owner) {
@@ -628,7 +721,7 @@ impl TrustState {
             }
             Change::RevokeAgent { agent_id, below_serial } => {
                 self.ended.revoke(*agent_id, *below_serial);
-                let key = signer_key_of(&self.workspace_id, agent_id, &self.signers);
+                let key = self.signer_key_of(agent_id);
                 if let Some(key) = key.filter(|_| below_serial.is_none()) {
                     self.signers.remove(&key);
                     self.ended.end_signer(key, []);
@@ -647,22 +740,46 @@ impl TrustState {
     /// Gives up branches: those that are known and that the signers of the entry may give up end now,
     /// the others when they are shown.
     fn abandon(&mut self, signed: &Signed<Entry>) {
-        let owners: Owners = signed.signatures().iter().map(|(key, _)| *key).collect();
-        let may_settle = self.are_owners(&owners);
+        let owners: Keys = signed.signatures().iter().map(|(key, _)| *key).collect();
         for first in &signed.object().abandons {
             self.abandoned.entry(*first).or_default().insert(owners.clone());
-            let settled = self
-                .branches
-                .get(first)
-                .is_some_and(|branch| may_settle && branch.signed_both.is_disjoint(&owners));
-            if settled && let Some(branch) = self.branches.remove(first) {
-                self.elsewhere.absorb(&branch.ended);
-            }
+        }
+        self.settle();
+    }
+
+    /// Ends the branches that were given up by those who may. Where one ends that removed a signer, that
+    /// signer's word on another one may count again.
+    fn settle(&mut self) {
+        let given_up = |state: &Self| {
+            let mut branches = state.branches.iter();
+            branches.find(|(first, branch)| state.gives_up(first, branch)).map(|(first, _)| *first)
+        };
+        while let Some(branch) = given_up(self).and_then(|first| self.branches.remove(&first)) {
+            self.elsewhere.absorb(&branch.ended);
         }
     }
 
-    fn are_owners(&self, keys: &Owners) -> bool {
-        keys.iter().all(|key| self.signer_role(key) == Some(SignerRole::Owner))
+    /// Whether an own entry gives up a branch and counts.
+    fn gives_up(&self, first: &EntryHash, branch: &Branch) -> bool {
+        self.abandoned.get(first).into_iter().flatten().any(|owners| {
+            owners.iter().all(|key| {
+                branch.signers.get(key) == Some(&SignerRole::Owner)
+                    && self.may_settle(key, first, branch)
+            })
+        })
+    }
+
+    /// Whether a key is that of an owner on every other branch, and signed only one of the entries that
+    /// follow where `branch` leaves the log.
+    fn may_settle(&self, key: &IdentityKey, first: &EntryHash, branch: &Branch) -> bool {
+        let others = || self.branches.iter().filter(|(other, _)| *other != first);
+        let siblings = others().filter(|(_, other)| other.after == branch.after);
+        let signed = siblings
+            .map(|(_, other)| &other.signed_by)
+            .chain([&branch.signed_by, &branch.held_by])
+            .filter(|keys| keys.contains(key));
+        signed.count() <= 1
+            && others().all(|(_, other)| other.signers.get(key) == Some(&SignerRole::Owner))
     }
 
     fn take_recovery(&mut self, signed: &Signed<Recovery>) -> Result<(), LogError> {
@@ -671,18 +788,19 @@ impl TrustState {
         if !by_key || recovery.counter <= self.recovery.counter {
             return Err(LogError::Recovery);
         }
-        let signers: BTreeMap<_, _> =
-            recovery.signers.iter().map(|signer| (signer.key, signer.role)).collect();
+        let since = self.head.seq + 1;
+        let signers: BTreeMap<_, _> = recovery
+            .signers
+            .iter()
+            .map(|signer| (signer.key, Signer { role: signer.role, since }))
+            .collect();
         for key in std::mem::take(&mut self.signers).into_keys() {
             self.ended.end_signer(key, recovery.keep.iter().copied());
         }
         self.ended.signers.retain(|key, _| !signers.contains_key(key));
         self.signers = signers;
-        self.recovery = RecoveryPoint {
-            key: recovery.recovery_key,
-            counter: recovery.counter,
-            seq: self.head.seq + 1,
-        };
+        self.recovery =
+            RecoveryPoint { key: recovery.recovery_key, counter: recovery.counter, seq: since };
         for branch in std::mem::take(&mut self.branches).into_values() {
             self.elsewhere.absorb(&branch.ended);
         }
@@ -712,74 +830,85 @@ impl TrustState {
             return Err(LogError::NoBranch);
         }
         let mut other = base.clone();
+        let mut proven = Branch {
+            after: base.head.seq,
+            head: base.head,
+            signed_by: sibling.signed_by().into_iter().collect(),
+            held_by: held.signed_by().into_iter().collect(),
+            signers: base.signers.iter().map(|(key, signer)| (*key, signer.role)).collect(),
+            policy: base.policy,
+            ended: Ended::default(),
+        };
         for entry in branch {
             other.apply(entry)?;
+            lower(&mut proven.signers, |key| other.role_since(key, proven.after));
+            proven.policy.strict |= other.policy.strict;
         }
+        proven.head = other.head;
+        proven.ended = other.ended.clone();
         if other.recovery.counter > self.recovery.counter {
-            return Ok(Considered::Replaces(Box::new(self.replaced_by(other, base))));
+            return Ok(Considered::Replaces(Box::new(self.replaced_by(other, base, sibling))));
         }
         if sibling.head().seq <= self.recovery.seq {
             return Ok(Considered::Settled);
         }
-        let signed_both: Owners =
-            held.signed_by().into_iter().filter(|key| sibling.signed_by().contains(key)).collect();
         let known = self.branches.get(&first);
-        let mut given_up = self.abandoned.get(&first).into_iter().flatten();
-        if known.is_none() && given_up.any(|owners| owners.is_disjoint(&signed_both)) {
-            return Ok(Considered::Settled);
-        }
-        if known.is_none() && self.branches.len() >= MAX_BRANCHES {
-            return Err(LogError::TooManyBranches);
-        }
-        let mut proven = Branch {
-            after: base.head.seq,
-            head: other.head,
-            signed_both: signed_both.clone(),
-            signers: base.signers.clone(),
-            policy: base.policy,
-            ended: other.ended.clone(),
-        };
         if let Some(known) = known {
-            // The branch may fork in itself: what was seen of it before counts too.
-            proven.ended.absorb(&known.ended);
-            for (key, keep) in &known.ended.signers {
-                proven.ended.signers.entry(*key).or_insert_with(|| keep.clone());
-            }
-            if known.head.seq > other.head.seq {
-                proven.head = known.head;
-            }
+            proven.absorb(known);
+        }
+        let ours_gives_up = self.gives_up(&first, &proven);
+        let other_gives_up =
+            other.abandoned.get(&held.hash()).into_iter().flatten().any(|owners| {
+                owners.iter().all(|key| {
+                    base.role_since(key, base.head.seq) == Some(SignerRole::Owner)
+                        && self.role_since(key, base.head.seq) == Some(SignerRole::Owner)
+                        && self.may_settle(key, &first, &proven)
+                })
+            });
+        // Where each was given up by an owner of the other, all readers must choose the same.
+        if other_gives_up && (!ours_gives_up || first < held.hash()) {
+            return Ok(Considered::Replaces(Box::new(self.replaced_by(other, base, sibling))));
         }
         let mut forked = self.clone();
+        if ours_gives_up {
+            forked.branches.remove(&first);
+            forked.elsewhere.absorb(&proven.ended);
+            return Ok(if forked == *self {
+                Considered::Settled
+            } else {
+                Considered::Forked(Box::new(forked))
+            });
+        }
+        if known.is_none() && self.is_overrun() {
+            return Err(LogError::TooManyBranches);
+        }
         forked.branches.insert(first, proven);
-        let gives_up_ours = other
-            .abandoned
-            .get(&held.hash())
-            .into_iter()
-            .flatten()
-            .any(|owners| owners.is_disjoint(&signed_both) && forked.are_owners(owners));
-        Ok(if gives_up_ours {
-            Considered::Replaces(Box::new(self.replaced_by(other, base)))
-        } else {
-            Considered::Forked(Box::new(forked))
-        })
+        Ok(Considered::Forked(Box::new(forked)))
+    }
+
+    /// The role of a signer that was one at entry `seq` already, and ever since.
+    fn role_since(&self, key: &IdentityKey, seq: u64) -> Option<SignerRole> {
+        self.signers.get(key).filter(|signer| signer.since <= seq).map(|signer| signer.role)
     }
 
     /// The state of another branch, which takes the place of this one: what this one ended stays so, and
     /// so do the branches that left the log no later than the other did.
-    fn replaced_by(&self, mut other: Self, base: &Self) -> Self {
+    fn replaced_by(&self, mut other: Self, base: &Self, sibling: &LogEntry) -> Self {
         for ended in self.endings() {
             other.elsewhere.absorb(ended);
         }
-        let recovered = other.recovery.counter > self.recovery.counter;
-        if !recovered {
-            let mut branches = self.branches.clone();
-            branches.retain(|first, branch| {
-                branch.after <= base.head.seq
-                    && branch.head != other.head
-                    && !other.abandoned.contains_key(first)
-            });
-            other.branches = branches;
+        if other.recovery.counter > self.recovery.counter {
+            return other;
         }
+        let sibling_by: Keys = sibling.signed_by().into_iter().collect();
+        other.branches = self.branches.clone();
+        other
+            .branches
+            .retain(|first, branch| branch.after <= base.head.seq && *first != sibling.hash());
+        for branch in other.branches.values_mut().filter(|branch| branch.after == base.head.seq) {
+            branch.held_by = sibling_by.clone();
+        }
+        other.settle();
         other
     }
 
@@ -901,10 +1030,10 @@ impl TrustState {
 }
 
 /// The signer key that is the identity key of an agent, if it is a signer by it.
-fn signer_key_of(
+fn signer_key_of<'k>(
     workspace: &WorkspaceId,
     agent: &AgentId,
-    signers: &BTreeMap<IdentityKey, SignerRole>,
+    mut signers: impl Iterator<Item = &'k IdentityKey>,
 ) -> Option<IdentityKey> {
-    signers.keys().copied().find(|key| AgentId::of(workspace, key) == *agent)
+    signers.find(|key| AgentId::of(workspace, key) == *agent).copied()
 }

@@ -27,6 +27,8 @@ use connect_spec::{
 use rand_core::{TryCryptoRng, TryRng};
 use zeroize::Zeroizing;
 
+pub mod log;
+
 /// When the tests take place.
 pub const NOW: UnixTime = 1_800_000_000;
 pub const DAY: UnixTime = 24 * 3600;
@@ -106,6 +108,7 @@ pub struct Admission {
 
 /// A workspace with one signer.
 pub struct World {
+    pub name: String,
     pub signer: SigningKey,
     pub recovery: RecoveryKey,
     pub epoch: EpochSecrets,
@@ -132,7 +135,7 @@ impl World {
         });
         let workspace = WorkspaceId(genesis.hash());
         let trust = TrustState::from_genesis(workspace, &genesis).expect("sound genesis");
-        Self { signer, recovery, epoch, genesis, workspace, trust }
+        Self { name: name.to_owned(), signer, recovery, epoch, genesis, workspace, trust }
     }
 
     pub fn head(&self) -> Head {

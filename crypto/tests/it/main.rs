@@ -6,5 +6,6 @@ mod common;
 mod custody;
 mod invite;
 mod keys;
+mod log;
 mod sealed;
 mod trust;

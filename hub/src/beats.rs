@@ -44,14 +44,14 @@ impl Beats {
 
     /// The newest beats of all agents but one.
     #[must_use]
-    pub fn of_others(&self, workspace: WorkspaceId, agent: AgentId) -> Vec<Blob> {
+    pub fn of_others(&self, workspace: WorkspaceId, agent: AgentId) -> Vec<(AgentId, Blob)> {
         self.workspaces
             .get(&workspace)
             .into_iter()
             .flatten()
             .filter(|kept| kept.agent != agent)
             .take(MAX_BEATS)
-            .map(|kept| kept.beat.clone())
+            .map(|kept| (kept.agent, kept.beat.clone()))
             .collect()
     }
 
@@ -83,8 +83,8 @@ mod tests {
         // One that was left before another of the same agent, and came after it, is dropped.
         beats.keep(WORKSPACE, agent(1), 9, vec![1].into());
         beats.keep(WORKSPACE, agent(1), 8, vec![2].into());
-        assert_eq!(beats.of_others(WORKSPACE, agent(200))[0], vec![1].into());
-        assert_eq!(beats.of_others(WORKSPACE, agent(1))[0], vec![0].into());
+        assert_eq!(beats.of_others(WORKSPACE, agent(200))[0], (agent(1), vec![1].into()));
+        assert_eq!(beats.of_others(WORKSPACE, agent(1))[0].1, vec![0].into());
         assert_eq!(beats.of_others(WorkspaceId([2; 32]), agent(1)), []);
         beats.forget(WORKSPACE);
         assert_eq!(beats.of_others(WORKSPACE, agent(200)), []);

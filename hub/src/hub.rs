@@ -10,7 +10,7 @@ use std::{
 use connect_spec::{
     bytes::Blob,
     control::{ErrorReport, FromHub, Nonce, SessionKind},
-    ids::{ServiceId, WorkspaceId},
+    ids::{AgentId, ServiceId, WorkspaceId},
     objects::UnixTime,
 };
 use tokio::sync::{Notify, mpsc, oneshot, watch};
@@ -221,7 +221,7 @@ impl Hub {
         &self,
         (workspace, agent): AgentKey,
         mine: Option<(UnixTime, Blob)>,
-    ) -> Vec<Blob> {
+    ) -> Vec<(AgentId, Blob)> {
         let mut state = self.lock();
         if let Some((time, beat)) = mine {
             state.beats.keep(workspace, agent, time, beat);

@@ -1,8 +1,10 @@
 //! What a logged-in agent asks of the store, and the answers.
 
+use std::collections::HashMap;
+
 use connect_spec::{
     bytes::Blob,
-    control::{EpochWrap, ErrorCode, ErrorReport, Reply, Request, SealedRecord},
+    control::{EpochWrap, ErrorCode, ErrorReport, ListedBeat, Reply, Request, SealedRecord},
     ids::{AgentId, CredentialId, ServiceId},
     keys::WrapPublicKey,
     limits::MAX_CONTROL_BYTES,
@@ -235,7 +237,15 @@ async fn try_answer(hub: &Hub, member: &Member, request: Request) -> Result<Repl
         }
         Request::Beats { mine } => {
             let mine = mine.map(|wire| check_beat(member, wire)).transpose()?;
-            Ok(Reply::Beats { beats: hub.exchange_beats(member.key, mine) })
+            let beats = hub.exchange_beats(member.key, mine);
+            let witnesses: Vec<_> = beats.iter().map(|(witness, _)| *witness).collect();
+            let mut tx = hub.store().workspace(workspace).await?;
+            let mut presented: HashMap<_, _> =
+                tx.presented_by(&witnesses).await?.into_iter().collect();
+            let beats = beats.into_iter().filter_map(|(witness, beat)| {
+                Some(ListedBeat { beat, presented: presented.remove(&witness)? })
+            });
+            Ok(Reply::Beats { beats: beats.collect() })
         }
         Request::MissingWraps { epoch } => wraps::missing(hub, member, epoch).await,
         Request::StoreWraps { wraps } => {

@@ -249,7 +249,8 @@ async fn run_recover(home: &Home, output: Output) -> Result<()> {
     let mut words = Zeroizing::new(String::with_capacity(MAX_WORDS_BYTES));
     let limit = u64::try_from(MAX_WORDS_BYTES).unwrap_or(u64::MAX);
     std::io::stdin().lock().take(limit).read_line(&mut words)?;
-    output.recovered(&connect_agent::recover(&directory, &words).await?);
+    connect_agent::recover(&directory, &words, |recovered| output.recovered(recovered)).await?;
+    output.note("Done.");
     Ok(())
 }
 

@@ -365,8 +365,10 @@ impl Exposer {
         let peer = verified?;
         core.check_noise_key(&peer).map_err(|error| Refusal::new(ErrorCode::Refused, error))?;
         authorise(&service, &peer, &payload.attrs.tags)?;
-        keeper::check_policy(core, &identity, &peer)
-            .map_err(|error| Refusal::new(ErrorCode::UpgradeNeeded, error))?;
+        keeper::check_policy(core, &identity, &peer).map_err(|error| {
+            let frozen = identity.trust.is_frozen();
+            Refusal::new(if frozen { ErrorCode::UpgradeNeeded } else { ErrorCode::Refused }, error)
+        })?;
         let tags = payload.attrs.tags.clone();
         let claims = Claims { own: identity.trust.head(), peer: payload.head };
 

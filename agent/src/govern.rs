@@ -27,7 +27,7 @@ use crate::{
     directory::{Directory, ListedMember},
     enrol,
     error::{Error, ErrorKind, Result},
-    identity::{Identity, SignerKey},
+    identity::Identity,
     io::hub::Session,
     random,
     trust::TrustLock,
@@ -276,6 +276,17 @@ impl Governor {
         let old = agent.presented.certificate.object();
         if old.role == AgentRole::Guest || role == AgentRole::Guest {
             return Err(Error::new(ErrorKind::Usage, "a guest of a share has no other role"));
+        }
+        // Its certificate is what tells whose the founder's key is: see `signer_key`.
+        let identity = self.workspace().identity();
+        if signer_key(&identity, agent).is_some_and(|key| key != old.identity_key) {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                format_args!("`{}` founded the workspace and signs for it", agent.info.label),
+            )
+            .hint(
+                "make another agent an owner, then `connect trust remove-signer` this one first",
+            ));
         }
         let serial = old.serial.saturating_add(1);
         let certificate = self.key.sign(&Certificate {
@@ -636,11 +647,16 @@ fn describe(
 }
 
 /// Starts the log anew with the recovery words: this agent becomes the only signer, everybody who is a
-/// member stays one, and new words take the place of the old ones.
+/// member stays one, and new words take the place of the old ones. They are given to `show` just before
+/// they come into force: a crash must not leave words in force that nobody has seen.
 ///
 /// # Errors
 /// [`ErrorKind::Refused`] when the words are not those in force.
-pub async fn recover(directory: &Directory, words: &str) -> Result<Recovered> {
+pub async fn recover(
+    directory: &Directory,
+    words: &str,
+    show: impl FnOnce(&Recovered),
+) -> Result<()> {
     let recovery_key = RecoveryKey::from_words(words)
         .map_err(|error| Error::new(ErrorKind::Usage, error).hint("type the 24 words in order"))?;
     let workspace = directory.workspace();
@@ -669,25 +685,22 @@ pub async fn recover(directory: &Directory, words: &str) -> Result<Recovered> {
         .chain(open.iter().map(|(credential, _)| credential.object().issuer))
         .collect();
     let keep = keep_issued(&issuers, &members, &open, None)?;
-    let signer = SigningKey::generate(&mut random::rng());
+    // By its identity key, so that revoking this agent one day ends the signer too.
+    let signer = identity.signing.public();
     let next = RecoveryKey::generate(&mut random::rng());
     let recovery = Recovery {
         workspace_id: identity.workspace_id(),
         counter: counter.saturating_add(1),
         base: identity.trust.head(),
-        signers: vec![Founder { key: signer.public(), role: SignerRole::Owner }],
+        signers: vec![Founder { key: signer, role: SignerRole::Owner }],
         recovery_key: next.public(),
         keep,
         time: clock::now(),
     };
     let signed =
         recovery_key.sign(&recovery).map_err(|error| Error::new(ErrorKind::Other, error))?;
-    let signer = SignerKey::Open(Arc::new(signer));
-    workspace.home().save_signer(&signer)?;
-    workspace.learn(vec![LogEntry::Recovery(signed)]).await?;
-    workspace
-        .change_identity(|identity| Ok(Identity { signer: Some(signer), ..identity.clone() }))?;
     let kept = members.iter().filter(|member| !member.info.revoked).count();
-    workspace.sync(directory.session()).await?;
-    Ok(Recovered { recovery_words: next.words(), kept })
+    show(&Recovered { recovery_words: next.words(), kept });
+    workspace.learn(vec![LogEntry::Recovery(signed)]).await?;
+    workspace.sync(directory.session()).await
 }

@@ -378,8 +378,8 @@ impl Home {
         )
     }
 
-    /// Writes the key of a founder, or of who recovered the workspace.
-    pub(crate) fn save_signer(&self, signer: &SignerKey) -> Result<()> {
+    /// Writes the key of a founder.
+    fn save_signer(&self, signer: &SignerKey) -> Result<()> {
         let mut keys = SecretFile::default();
         match signer {
             SignerKey::Open(key) => keys.put("signer", key.seed().as_slice()),

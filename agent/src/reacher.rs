@@ -357,6 +357,7 @@ async fn establish(
         return Err(Error::new(ErrorKind::Refused, "the hub does not allow this encoding")
             .hint("leave out `--encoding`"));
     }
+    keeper::check_policy(core, &identity, &service.exposer)?;
     let request = TunnelRequest {
         tunnel_id: TunnelId(random::bytes()),
         service_id: service.record.service_id,
@@ -390,7 +391,6 @@ async fn establish(
     let presented = payload.presented.clone();
     let peer = judge(name, &identity, service.exposer.agent_id(), presented)?;
     core.check_noise_key(&peer)?;
-    keeper::check_policy(core, &identity, &peer)?;
     let claims = Claims { own: identity.trust.head(), peer: payload.head };
     let transport = reply.confirm(&peer).map_err(|error| untrusted(name, &error))?;
     let socket = open_data_socket(&core.hub, &ticket, encoding).await?;

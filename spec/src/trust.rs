@@ -965,6 +965,10 @@ impl TrustState {
         if certificate.agent_id() != expected {
             return Err(TrustError::Agent);
         }
+        // First, so that people hear of it whatever else is wrong by now.
+        if self.is_revoked(&expected, certificate.serial) {
+            return Err(TrustError::Revoked);
+        }
         if noise_key.agent_id != expected
             || presented.noise_key.verify_by(&certificate.identity_key).is_err()
         {
@@ -1017,9 +1021,6 @@ impl TrustState {
                     return Err(TrustError::Expired);
                 }
             }
-        }
-        if self.is_revoked(&expected, certificate.serial) {
-            return Err(TrustError::Revoked);
         }
         let ended = |end: UnixTime| now > end.saturating_add(CLOCK_TOLERANCE.as_secs());
         if certificate.not_after.is_some_and(ended) {

@@ -17,4 +17,5 @@ mod secrets;
 mod shape;
 mod tidy;
 mod tls;
+mod trust;
 mod verify;

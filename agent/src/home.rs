@@ -494,14 +494,18 @@ impl Home {
     }
 
     /// Takes over a certificate that a signer made for this agent.
+    ///
+    /// The NoiseKey stays: another process of this home may have rotated it.
     pub(crate) fn save_certificate(&self, identity: &Identity) -> Result<()> {
         let _lock = self.lock_trust()?;
         let membership: Membership = self.read_json("membership.json")?;
-        let presented = identity.noise.presented.to_blobs();
+        let noise_key = membership.presented.noise_key.clone();
+        let presented = PresentedBlobs { noise_key, ..identity.noise.presented.to_blobs() };
         self.write_json("membership.json", &Membership { presented, ..membership })
     }
 
-    /// Writes what a rotation changed.
+    /// Writes what a rotation changed, and nothing else: another process of this home may have taken over
+    /// a certificate.
     ///
     /// The secrets come first: a crash in between leaves a secret that no NoiseKey names yet, or a
     /// retired NoiseKey without its secret, and both are passed over.
@@ -509,10 +513,11 @@ impl Home {
         let _lock = self.lock_trust()?;
         let membership: Membership = self.read_json("membership.json")?;
         self.save_keys(identity)?;
+        let noise_key = Blob(identity.noise.presented.noise_key.encode());
         self.write_json(
             "membership.json",
             &Membership {
-                presented: identity.noise.presented.to_blobs(),
+                presented: PresentedBlobs { noise_key, ..membership.presented },
                 noise_key_made: identity.noise.made,
                 retired_noise_key: identity.retired_noise.as_ref().map(SavedRetired::of),
                 ..membership

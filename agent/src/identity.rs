@@ -114,11 +114,17 @@ impl Identity {
 
     /// This agent with a certificate that a signer made for it.
     pub(crate) fn with_certificate(&self, certificate: Signed<Certificate>) -> Self {
-        let old = &self.noise;
-        let static_keypair = StaticKeypair::from_secret(old.static_keypair.secret().clone());
-        let presented = Presented { certificate, credential: None, ..old.presented.clone() };
-        let noise = NoiseIdentity { static_keypair, presented, made: old.made };
-        Self { noise: Arc::new(noise), ..self.clone() }
+        let certify = |old: &NoiseIdentity| {
+            let static_keypair = StaticKeypair::from_secret(old.static_keypair.secret().clone());
+            let certificate = certificate.clone();
+            let presented = Presented { certificate, credential: None, ..old.presented.clone() };
+            Arc::new(NoiseIdentity { static_keypair, presented, made: old.made })
+        };
+        let retired = self
+            .retired_noise
+            .as_ref()
+            .map(|retired| RetiredNoise { noise: certify(&retired.noise), until: retired.until });
+        Self { noise: certify(&self.noise), retired_noise: retired, ..self.clone() }
     }
 
     /// Opens the signer key of this home; `passphrase` is asked for only if it is locked.
@@ -300,10 +306,14 @@ impl Epochs {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use connect_crypto::founding::Founding;
+    use connect_spec::control::PresentedBlobs;
     use connect_spec::objects::{AgentRole, SUITE_1};
 
     use super::*;
+    use crate::home::Home;
 
     /// A founder.
     fn identity() -> Identity {
@@ -349,6 +359,40 @@ mod tests {
             trust: Arc::new(trust),
             signer: Some(SignerKey::Open(Arc::new(signer))),
         }
+    }
+
+    #[test]
+    fn certificate_and_rotation_of_two_processes_do_not_undo_each_other() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let home = Home::at(dir.path().join("home"));
+        let identity = identity();
+        home.save(&identity).expect("our own directory");
+        let certificate = identity.noise.presented.certificate.object().clone();
+        let certificate = identity.signing.sign(&Certificate { serial: 2, ..certificate });
+        // Each knows nothing of what the other does.
+        let rotated = identity.rotated(1000);
+        let certified = identity.with_certificate(certificate.clone());
+        let expected = Presented { certificate, ..rotated.noise.presented.clone() };
+        let check = || {
+            let text = fs::read(home.dir().join("membership.json")).expect("saved");
+            let blobs: PresentedBlobs = serde_json::from_slice(&text).expect("JSON");
+            assert_eq!(Presented::from_blobs(&blobs).expect("sound"), expected);
+        };
+        home.save_noise(&rotated).expect("saved");
+        home.save_certificate(&certified).expect("saved");
+        check();
+        home.save(&identity).expect("saved");
+        home.save_certificate(&certified).expect("saved");
+        home.save_noise(&rotated).expect("saved");
+        check();
+
+        // A retired key presents what the current one does.
+        let both = rotated.with_certificate(expected.certificate.clone());
+        let shown: Vec<_> = both
+            .answering(1000)
+            .map(|noise| (noise.counter(), noise.presented.certificate.object().serial))
+            .collect();
+        assert_eq!(shown, [(2, 2), (1, 2)]);
     }
 
     /// Whether a secret is in a text, as digits or as a list of bytes.

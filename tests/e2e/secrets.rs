@@ -17,7 +17,7 @@ use connect_tests::{
 
 /// Everything in a home that must stay there, as bytes.
 fn secrets_of(home: &Home) -> Vec<Vec<u8>> {
-    ["agent.key", "signer.key"]
+    ["agent.key", "epochs.key", "signer.key"]
         .iter()
         .filter_map(|name| fs::read_to_string(home.dir().join(name)).ok())
         .flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>())

@@ -365,7 +365,7 @@ impl Exposer {
         let peer = verified?;
         core.check_noise_key(&peer).map_err(|error| Refusal::new(ErrorCode::Refused, error))?;
         authorise(&service, &peer, &payload.attrs.tags)?;
-        keeper::check_policy(core, &identity, &peer).map_err(|error| {
+        keeper::check_policy(core, session, &identity, &peer).await.map_err(|error| {
             let frozen = identity.trust.is_frozen();
             Refusal::new(if frozen { ErrorCode::UpgradeNeeded } else { ErrorCode::Refused }, error)
         })?;

@@ -225,6 +225,9 @@ impl Host {
         keep: Keep,
     ) -> Result<ReachedStatus> {
         if accept_new {
+            // Begun anew: what is running may have given up on the other agent.
+            self.forwards.lock().await.remove(&name);
+            self.agent.unreach(&name);
             self.agent.core().unpin(&name);
         }
         let found = self.agent.find(&name).await?;

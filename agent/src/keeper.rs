@@ -168,7 +168,12 @@ fn is_signer(identity: &Identity) -> bool {
 /// # Errors
 /// [`ErrorKind::Refused`] when this version cannot read the log; under the policy `strict` also when the
 /// log forked, or nobody but the peer confirmed it lately.
-pub(crate) fn check_policy(core: &Core, identity: &Identity, peer: &VerifiedPeer) -> Result<()> {
+pub(crate) async fn check_policy(
+    core: &Core,
+    session: &Session,
+    identity: &Identity,
+    peer: &VerifiedPeer,
+) -> Result<()> {
     let trust = &identity.trust;
     if trust.is_frozen() {
         return Err(Error::new(
@@ -186,6 +191,10 @@ pub(crate) fn check_policy(core: &Core, identity: &Identity, peer: &VerifiedPeer
             .hint("an owner settles it: `connect trust settle`"));
         }
         tracing::warn!(event = "fork", "the trust log forked; a tunnel is opened none the less");
+    }
+    if trust.policy().strict && is_stale(core, identity, peer) {
+        // A witness may have come online since the beats were last asked for.
+        exchange_beats(core, session).await?;
     }
     if trust.policy().strict && is_stale(core, identity, peer) {
         return Err(Error::new(

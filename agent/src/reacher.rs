@@ -357,7 +357,7 @@ async fn establish(
         return Err(Error::new(ErrorKind::Refused, "the hub does not allow this encoding")
             .hint("leave out `--encoding`"));
     }
-    keeper::check_policy(core, &identity, &service.exposer)?;
+    keeper::check_policy(core, session, &identity, &service.exposer).await?;
     let request = TunnelRequest {
         tunnel_id: TunnelId(random::bytes()),
         service_id: service.record.service_id,

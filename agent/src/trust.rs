@@ -216,6 +216,15 @@ impl TrustLog {
         Ok(())
     }
 
+    /// As [`TrustLog::refresh`], on its own.
+    ///
+    /// # Errors
+    /// When the files cannot be read.
+    pub(crate) fn reload(&mut self) -> Result<()> {
+        let _lock = self.home.lock_trust()?;
+        self.refresh()
+    }
+
     /// What the log says.
     pub(crate) fn state(&self) -> &Arc<TrustState> {
         &self.state

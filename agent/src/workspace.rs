@@ -190,6 +190,8 @@ impl Workspace {
     /// # Errors
     /// [`ErrorKind::TrustViolation`] when the hub shows an entry that does not hold.
     pub(crate) async fn sync(self: &Arc<Self>, session: &Session) -> Result<()> {
+        // A command in the same home may know more than this process.
+        self.with_log(TrustLog::reload).await?;
         let mut have = self.log().locator();
         let mut branch: Vec<LogEntry> = Vec::new();
         let mut bytes = 0;

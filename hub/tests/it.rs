@@ -18,6 +18,8 @@ mod template;
 mod isolation;
 #[path = "it/operation.rs"]
 mod operation;
+#[path = "it/revocation.rs"]
+mod revocation;
 #[path = "it/sessions.rs"]
 mod sessions;
 #[path = "it/trust.rs"]

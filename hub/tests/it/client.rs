@@ -21,7 +21,7 @@ use connect_spec::{
         IdentityKey, ML_KEM_768_EK_BYTES, Signature, StaticPublicKey, WrapPublicKey, signed_text,
     },
     limits::MAX_CERTS,
-    log::{Beat, Change, Entry, EntryHash, Head, LogEntry, Recovery},
+    log::{Beat, Change, Entry, EntryHash, Head, LogEntry, ObjectHash, Recovery},
     objects::{
         AgentRole, Certificate, Credential, CredentialKind, Founder, Genesis, Issuer, NoiseKey,
         SUITE_1, SignerRole,
@@ -198,11 +198,32 @@ impl Workspace {
         Invite { credential: signed(&self.signer, &credential), key }
     }
 
-    /// An agent that makes its own certificate with an invite.
+    /// A share of one service.
+    pub(crate) fn share(&self, service: ServiceId) -> Invite {
+        let key = new_key();
+        let credential = Credential {
+            workspace_id: self.id,
+            kind: CredentialKind::Share,
+            invite_key: public(&key),
+            role: AgentRole::Guest,
+            attrs: [3; 32],
+            services: Some(vec![service]),
+            uses: 1,
+            join_until: NEVER,
+            certs_end: NEVER,
+            issuer: public(&self.signer),
+            wrap_key_hash: wrap_key(9).hash(),
+        };
+        Invite { credential: signed(&self.signer, &credential), key }
+    }
+
+    /// An agent that makes its own certificate with an invite or a share.
     pub(crate) fn joiner(&self, invite: &Invite) -> Agent {
         let key = new_key();
-        let certificate =
-            self.certificate(&key, Issuer::Credential(invite.credential.hash()), AgentRole::Member);
+        let credential = invite.credential.object();
+        let issuer = Issuer::Credential(invite.credential.hash());
+        let mut certificate = self.certificate(&key, issuer, credential.role);
+        certificate.services.clone_from(&credential.services);
         let certificate = signed(&invite.key, &certificate);
         Agent::new(self.id, key, certificate, Some(invite.credential.clone()))
     }
@@ -259,6 +280,11 @@ impl Agent {
 
     pub(crate) fn certificate(&self) -> Blob {
         self.certificate.encode().into()
+    }
+
+    /// By which a closure keeps it.
+    pub(crate) fn certificate_hash(&self) -> ObjectHash {
+        ObjectHash(self.certificate.hash())
     }
 
     pub(crate) fn beat(&self, head: Head, time: u64) -> Blob {

@@ -28,8 +28,8 @@ use crate::{
     template::place,
 };
 
-const SERVICE: ServiceId = ServiceId([0xd1; 16]);
-const TAG: LookupTag = LookupTag([0xd2; 16]);
+pub(crate) const SERVICE: ServiceId = ServiceId([0xd1; 16]);
+pub(crate) const TAG: LookupTag = LookupTag([0xd2; 16]);
 
 pub(crate) fn open(tunnel: u8, service_id: ServiceId, responder: AgentId) -> TunnelRequest {
     TunnelRequest {
@@ -45,19 +45,20 @@ pub(crate) fn open(tunnel: u8, service_id: ServiceId, responder: AgentId) -> Tun
 }
 
 /// A hub with an exposer and a reacher.
-struct World {
-    hub: HubProcess,
-    dialer: Dialer,
-    exposer: Agent,
-    exposing: Control,
-    reaching: Control,
+pub(crate) struct World {
+    pub(crate) hub: HubProcess,
+    pub(crate) dialer: Dialer,
+    pub(crate) workspace: Workspace,
+    pub(crate) exposer: Agent,
+    pub(crate) exposing: Control,
+    pub(crate) reaching: Control,
     next_tunnel: u8,
 }
 
-type Data = WebSocketStream<Stream>;
+pub(crate) type Data = WebSocketStream<Stream>;
 
 impl World {
-    async fn start(data_dir: &Path) -> Self {
+    pub(crate) async fn start(data_dir: &Path) -> Self {
         let hub = HubProcess::start(data_dir).await;
         let dialer = Dialer::plain(hub.agents);
         Self::populate(hub, dialer, None).await
@@ -91,11 +92,11 @@ impl World {
         let welcome = reaching.try_log_in(&reacher, |_| ()).await;
         assert!(matches!(welcome, FromHub::Welcome { .. }), "{welcome:?}");
         exposing.done(expose(SERVICE, TAG, 1)).await;
-        Self { hub, dialer, exposer, exposing, reaching, next_tunnel: 0 }
+        Self { hub, dialer, workspace, exposer, exposing, reaching, next_tunnel: 0 }
     }
 
     /// Opens and accepts a tunnel: the reacher's and the exposer's tickets.
-    async fn tickets(&mut self, encoding: Encoding) -> (Ticket, Ticket) {
+    pub(crate) async fn tickets(&mut self, encoding: Encoding) -> (Ticket, Ticket) {
         self.next_tunnel += 1;
         let request =
             TunnelRequest { encoding, ..open(self.next_tunnel, SERVICE, self.exposer.id) };
@@ -118,7 +119,7 @@ impl World {
         }
     }
 
-    async fn tunnel(&mut self, encoding: Encoding) -> (Data, Data) {
+    pub(crate) async fn tunnel(&mut self, encoding: Encoding) -> (Data, Data) {
         let (reacher, exposer) = self.tickets(encoding).await;
         let subprotocol = encoding.subprotocol();
         let (reacher, exposer) = tokio::join!(
@@ -130,7 +131,7 @@ impl World {
 }
 
 /// Opens a data socket, or gives the status of the refusal.
-async fn dial(
+pub(crate) async fn dial(
     hub: &Dialer,
     ticket: Option<&Ticket>,
     subprotocol: &'static str,
@@ -152,7 +153,7 @@ async fn dial(
     }
 }
 
-async fn expect_close(socket: &mut Data, code: u16) {
+pub(crate) async fn expect_close(socket: &mut Data, code: u16) {
     match socket.next().await {
         Some(Ok(Message::Close(Some(frame)))) => assert_eq!(u16::from(frame.code), code),
         other => panic!("expected a close with {code}, got {other:?}"),
@@ -286,6 +287,20 @@ async fn tunnels_outlive_the_control_sockets_and_end_with_their_peers() {
     expect_close(&mut exposer, close::UNSUPPORTED).await;
     expect_close(&mut reacher, close::PEER_GONE).await;
     hub.stop().await;
+}
+
+#[tokio::test]
+async fn a_reacher_that_goes_before_it_came_is_not_waited_for() {
+    let (_dir, data_dir) = place().await;
+    let mut world = World::start(&data_dir).await;
+    let (reacher, exposer) = world.tickets(Encoding::Base64).await;
+    let hub = &world.dialer.clone();
+    let base64 = Encoding::Base64.subprotocol();
+    let mut exposer = dial(hub, Some(&exposer), base64).await.unwrap();
+    world.reaching.socket.close(None).await.unwrap();
+    expect_close(&mut exposer, close::PEER_GONE).await;
+    assert_eq!(dial(hub, Some(&reacher), base64).await.err(), Some(StatusCode::UNAUTHORIZED));
+    world.hub.stop().await;
 }
 
 #[tokio::test]

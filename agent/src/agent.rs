@@ -3,45 +3,64 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use connect_spec::{
     control::{Request, SessionKind},
     encoding::Encoding,
     ids::{AgentId, ServiceId, ServiceName},
+    objects::UnixTime,
     trust::VerifiedPeer,
 };
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{Notify, mpsc, watch},
     task::{AbortHandle, JoinSet},
 };
 
 use crate::{
     clock,
     directory::{Directory, FoundService},
-    engine::backoff::Backoff,
+    engine::{backoff::Backoff, freshness::Freshness},
     error::{Error, ErrorKind, Result},
     exposer::{Exposed, Exposer},
     home::{Home, HomeLock, Peers, SeenNoiseKey, State},
     identity::Identity,
     io::{
         dial::HubUrl,
-        hub::{Credentials, Ended, Greeted, Incoming, Session},
+        hub::{Ended, Greeted, Incoming, Session},
         tunnel::ChannelHandle,
     },
-    random,
+    keeper, random,
     reacher::Reached,
+    workspace::Workspace,
 };
 
+/// Between looks at the age of the keys. The clock may be set meanwhile, so it is looked at often.
+const LOOK_AT_KEYS: Duration = Duration::from_secs(600);
+/// A rotation is reported without the hub's word when that takes longer.
+const ANNOUNCE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long [`Agent::stop`] waits for last words.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How an agent runs.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub struct Options {
     /// How records travel in the tunnels that this agent opens.
     pub encoding: Encoding,
+    /// A static key of this age is rotated.
+    pub rotate_after: Duration,
+}
+
+impl Options {
+    /// The age at which a static key is rotated, unless another one is asked for.
+    pub const ROTATE_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { encoding: Encoding::default(), rotate_after: Self::ROTATE_AFTER }
+    }
 }
 
 /// A running agent. Clones share it; it stops when [`Agent::stop`] is called or the last one is dropped.
@@ -56,6 +75,8 @@ pub struct Agent {
 struct Running {
     core: Arc<Core>,
     _supervisor: AbortOnDrop,
+    _key_keeper: AbortOnDrop,
+    _judge: AbortOnDrop,
 }
 
 impl Drop for Running {
@@ -74,11 +95,24 @@ impl Drop for AbortOnDrop {
     }
 }
 
+/// What became of a rotation.
+#[derive(Debug, Clone, Copy, serde::Serialize, serde::Deserialize)]
+pub struct Rotated {
+    /// Counter of the new key.
+    pub counter: u64,
+    /// Whether hub and records show it; if not yet, they will after the next login.
+    pub announced: bool,
+}
+
 /// What all parts of the agent share.
 #[derive(Debug)]
 pub(crate) struct Core {
     pub(crate) home: Home,
-    identity: watch::Sender<Arc<Identity>>,
+    pub(crate) workspace: Arc<Workspace>,
+    /// What the beats of others say.
+    fresh: Mutex<Freshness>,
+    /// Counter of the NoiseKey that the hub and every published record show.
+    announced: watch::Sender<u64>,
     pub(crate) hub: HubUrl,
     pub(crate) options: Options,
     pub(crate) exposer: Exposer,
@@ -106,7 +140,8 @@ impl Agent {
     /// # Errors
     /// [`ErrorKind::NotEnrolled`], or what is wrong with the home.
     pub fn start(home: Home, lock: HomeLock, options: Options) -> Result<Self> {
-        let identity = home.load()?;
+        let workspace = Workspace::open(&home)?;
+        let identity = workspace.identity();
         let core = Arc::new(Core {
             hub: HubUrl::parse(&identity.hub)?,
             options,
@@ -115,12 +150,21 @@ impl Agent {
             link: watch::Sender::new(Link::Down(None)),
             state: Mutex::new(home.load_state()?),
             peers: Mutex::new(home.load_peers()?),
-            identity: watch::Sender::new(Arc::new(identity)),
+            workspace,
+            fresh: Mutex::new(Freshness::new(Instant::now())),
+            announced: watch::Sender::new(0),
             home,
             _lock: lock,
         });
         let supervisor = AbortOnDrop(tokio::spawn(supervise(core.clone())).abort_handle());
-        let running = Running { core: core.clone(), _supervisor: supervisor };
+        let key_keeper = AbortOnDrop(tokio::spawn(keep_keys_fresh(core.clone())).abort_handle());
+        let judge = AbortOnDrop(tokio::spawn(judge_again(core.clone())).abort_handle());
+        let running = Running {
+            core: core.clone(),
+            _supervisor: supervisor,
+            _key_keeper: key_keeper,
+            _judge: judge,
+        };
         Ok(Self { core, _running: Arc::new(running) })
     }
 
@@ -162,7 +206,7 @@ impl Agent {
     /// [`ErrorKind::Refused`] when the name is taken; why the hub cannot be reached.
     pub async fn expose(&self, service: Exposed, take_over: bool) -> Result<()> {
         let session = self.core.session().await?;
-        let directory = Directory::new(self.core.identity(), session);
+        let directory = Directory::new(self.core.workspace.clone(), session);
         match directory.find(&service.name).await {
             Ok(other) if other.record.agent_id != self.agent_id() && other.online => {
                 return Err(Error::new(
@@ -231,7 +275,25 @@ impl Agent {
     /// # Errors
     /// [`ErrorKind::ServiceNotFound`], [`ErrorKind::TrustViolation`], or why there is no hub.
     pub(crate) async fn find(&self, name: &ServiceName) -> Result<FoundService> {
-        Directory::new(self.core.identity(), self.core.session().await?).find(name).await
+        Directory::new(self.core.workspace.clone(), self.core.session().await?).find(name).await
+    }
+
+    /// Makes a new static key, and waits a little until the hub and the records show it.
+    ///
+    /// Tunnels live on. The old key answers for one more day, unless it is rotated again.
+    ///
+    /// # Errors
+    /// The home cannot be written; nothing changed then.
+    pub async fn rotate(&self) -> Result<Rotated> {
+        let counter = self.core.rotate()?;
+        let mut announced = self.core.announced.subscribe();
+        let told = announced.wait_for(|announced| *announced >= counter);
+        let mut link = self.core.link.subscribe();
+        let announced = tokio::select! {
+            told = tokio::time::timeout(ANNOUNCE_TIMEOUT, told) => matches!(told, Ok(Ok(_))),
+            _ = link.wait_for(|link| matches!(link, Link::Down(Some(_)) | Link::Displaced)) => false,
+        };
+        Ok(Rotated { counter, announced })
     }
 
     /// Stops the agent: every tunnel is closed with a word to its peer, for up to two seconds.
@@ -255,13 +317,49 @@ impl Core {
 
     /// What the agent knows of itself at this moment. An operation takes it once.
     pub(crate) fn identity(&self) -> Arc<Identity> {
-        self.identity.borrow().clone()
+        self.workspace.identity()
+    }
+
+    pub(crate) fn fresh(&self) -> MutexGuard<'_, Freshness> {
+        self.fresh.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How old the newest word of a witness is, that of `peer` aside.
+    pub(crate) fn beat_age(&self, peer: Option<AgentId>) -> Option<Duration> {
+        self.fresh().age(Instant::now(), peer.as_ref())
+    }
+
+    /// Makes a new static key; returns its counter. The supervisor tells the hub.
+    fn rotate(&self) -> Result<u64> {
+        let identity = self.workspace.change_identity(|identity| {
+            let rotated = identity.rotated(clock::now());
+            self.home.save_noise(&rotated)?;
+            Ok(rotated)
+        })?;
+        let counter = identity.noise.counter();
+        tracing::info!(counter, "made a new static key");
+        Ok(counter)
+    }
+
+    /// Does what the age of the static keys asks for.
+    fn look_at_keys(&self, now: UnixTime) -> Result<()> {
+        let identity = self.identity();
+        let age = now.saturating_sub(identity.noise.made);
+        if age >= self.options.rotate_after.as_secs() {
+            self.rotate()?;
+        } else if identity.retired_noise.as_ref().is_some_and(|retired| retired.until <= now) {
+            self.workspace.change_identity(|identity| {
+                let changed = Identity { retired_noise: None, ..identity.clone() };
+                self.home.save_noise(&changed)?;
+                Ok(changed)
+            })?;
+        }
+        Ok(())
     }
 
     /// What the agent knows of itself, as it changes.
-    #[expect(dead_code, reason = "nothing changes it yet")]
     pub(crate) fn identity_changes(&self) -> watch::Receiver<Arc<Identity>> {
-        self.identity.subscribe()
+        self.workspace.changes()
     }
 
     /// The session, once there is one.
@@ -335,6 +433,33 @@ impl Core {
 
     async fn publish(&self, session: &Session, service: &Exposed, take_over: bool) -> Result<()> {
         let target_ok = service.probe().await;
+        self.publish_as(session, service, target_ok, take_over).await
+    }
+
+    /// Publishes the agent's own record and those of its services.
+    pub(crate) async fn publish_all(&self, session: &Arc<Session>) -> Result<()> {
+        let counter = self.next_counter()?;
+        let directory = Directory::new(self.workspace.clone(), session.clone());
+        directory.publish_agent(counter).await?;
+        for service in self.exposer.all() {
+            match self.publish(session, &service, false).await {
+                // One service that is refused must not keep the others away.
+                Err(error) if error.kind != ErrorKind::HubUnreachable => {
+                    tracing::error!(service = %service.name, %error, "not exposed");
+                }
+                other => other?,
+            }
+        }
+        Ok(())
+    }
+
+    async fn publish_as(
+        &self,
+        session: &Session,
+        service: &Exposed,
+        target_ok: bool,
+        take_over: bool,
+    ) -> Result<()> {
         let counter = self.next_counter()?;
         let identity = self.identity();
         let record = service
@@ -361,13 +486,29 @@ impl Core {
                 "agent {} shows an older static key than it did before",
                 peer.agent_id().short()
             ))),
-            std::cmp::Ordering::Equal if !same => Err(Error::trust(format_args!(
-                "agent {} runs on two machines: one of them is a copy",
-                peer.agent_id().short()
-            ))
-            .hint("stop the copy; if you made none, revoke the agent")),
+            std::cmp::Ordering::Equal if !same => {
+                tracing::error!(
+                    event = "clone",
+                    agent = %peer.agent_id(),
+                    counter = seen.counter,
+                    "two machines use the identity of one agent: its home was copied; stop the copy, \
+                     or let that agent join anew"
+                );
+                Err(Error::trust(format_args!(
+                    "agent {} runs on two machines: one of them is a copy",
+                    peer.agent_id().short()
+                ))
+                .hint("stop the copy; if you made none, somebody has the keys of that agent"))
+            }
             std::cmp::Ordering::Equal | std::cmp::Ordering::Greater => Ok(()),
         }
+    }
+
+    /// Whether a newer static key of a peer than the one that it shows was seen.
+    pub(crate) fn has_newer_key_than(&self, peer: &VerifiedPeer) -> bool {
+        let peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        let seen = peers.noise_keys.get(&peer.agent_id());
+        seen.is_some_and(|seen| seen.counter > peer.noise_key_counter())
     }
 
     /// Remembers a peer whose keys a first record has confirmed.
@@ -385,9 +526,40 @@ impl Core {
         }
     }
 
+    /// Forgets which agent a name stood for: whoever exposes it next is taken for the right one.
+    pub(crate) fn unpin(&self, name: &ServiceName) {
+        let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        if peers.pins.remove(name).is_some()
+            && let Err(error) = self.home.save_peers(&peers)
+        {
+            tracing::warn!(%error, "what is known of peers was not saved");
+        }
+    }
+
     /// The agent that a name stood for when it was last reached.
     pub(crate) fn pinned(&self, name: &ServiceName) -> Option<AgentId> {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner).pins.get(name).copied()
+    }
+}
+
+/// Makes a new static key in a home whose agent does not run, and shows it to the hub.
+///
+/// # Errors
+/// [`ErrorKind::NotEnrolled`], or what is wrong with the home; a hub that is away is no error.
+pub async fn rotate(home: &Home, _lock: &HomeLock) -> Result<Rotated> {
+    let workspace = Workspace::open(home)?;
+    let rotated = workspace.change_identity(|identity| {
+        let rotated = identity.rotated(clock::now());
+        home.save_noise(&rotated)?;
+        Ok(rotated)
+    })?;
+    let counter = rotated.noise.counter();
+    match Directory::connect(workspace).await {
+        Ok(_) => Ok(Rotated { counter, announced: true }),
+        Err(error) if error.kind == ErrorKind::HubUnreachable => {
+            Ok(Rotated { counter, announced: false })
+        }
+        Err(error) => Err(error),
     }
 }
 
@@ -402,13 +574,16 @@ fn displaced() -> Error {
 /// Keeps the agent connected, for ever.
 async fn supervise(core: Arc<Core>) {
     let mut backoff = Backoff::default();
+    let mut identities = core.identity_changes();
     loop {
-        let wait = match connect(&core).await {
+        // A change from here on is seen when the session is served.
+        let identity = identities.borrow_and_update().clone();
+        let wait = match connect(&core, identity).await {
             Ok((session, incoming)) => {
                 backoff.reset();
                 tracing::info!(hub = %core.hub, "connected");
                 core.link.send_replace(Link::Up(session.clone()));
-                let ended = serve(&core, &session, incoming).await;
+                let ended = serve(&core, &session, incoming, &mut identities).await;
                 match ended {
                     Ended::Displaced => {
                         tracing::error!("{}", displaced());
@@ -438,25 +613,70 @@ async fn supervise(core: Arc<Core>) {
 }
 
 /// Logs in and publishes what this agent exposes.
-async fn connect(core: &Arc<Core>) -> Result<(Arc<Session>, mpsc::Receiver<Incoming>)> {
+async fn connect(
+    core: &Arc<Core>,
+    identity: Arc<Identity>,
+) -> Result<(Arc<Session>, mpsc::Receiver<Incoming>)> {
     let greeted = Greeted::dial(&core.hub).await?;
-    let identity = core.identity();
-    let credentials = Credentials::of(&identity);
-    let (session, incoming) = greeted.login(&credentials, SessionKind::Agent, None).await?;
+    let shown = identity.noise.counter();
+    let (session, incoming) = greeted.login(&core.workspace, SessionKind::Agent, None).await?;
     let session = Arc::new(session);
-    let counter = core.next_counter()?;
-    Directory::new(identity, session.clone()).publish_agent(counter).await?;
+    // What is published next must be under the newest epoch, and not by a log that is behind.
+    match core.workspace.sync(&session).await {
+        Err(error) if error.kind == ErrorKind::TrustViolation => {
+            tracing::error!(event = "hub_log", %error, "the hub's word does not hold; it is not heeded");
+        }
+        other => other?,
+    }
+    core.workspace.fetch_epoch(&session).await?;
     core.withdraw(&session).await?;
+    core.publish_all(&session).await?;
+    core.announced.send_replace(shown);
+    Ok((session, incoming))
+}
+
+/// Shows the hub a static key that was made during a session, then everybody else.
+///
+/// A short session beside the running one proves it, so that no request for a tunnel is missed.
+async fn announce(core: &Arc<Core>, session: &Arc<Session>, identity: Arc<Identity>) -> Result<()> {
+    let shown = identity.noise.counter();
+    Directory::connect(core.workspace.clone()).await?;
     for service in core.exposer.all() {
-        match core.publish(&session, &service, false).await {
-            // One service that is refused must not keep the others away.
+        // Reachers refuse an old key next to a new one, so no target is waited for.
+        match core.publish_as(session, &service, service.target_ok(), false).await {
             Err(error) if error.kind != ErrorKind::HubUnreachable => {
                 tracing::error!(service = %service.name, %error, "not exposed");
             }
             other => other?,
         }
     }
-    Ok((session, incoming))
+    core.announced.send_replace(shown);
+    Ok(())
+}
+
+/// Rotates the static key when its time has come, and forgets the one before.
+async fn keep_keys_fresh(core: Arc<Core>) {
+    loop {
+        if let Err(error) = core.look_at_keys(clock::now()) {
+            tracing::error!(%error, "the static key was not rotated");
+        }
+        tokio::time::sleep(LOOK_AT_KEYS).await;
+    }
+}
+
+/// Judges every live peer again whenever the trust log changes.
+async fn judge_again(core: Arc<Core>) {
+    let mut identities = core.identity_changes();
+    let mut judged = identities.borrow_and_update().trust.clone();
+    // The sender lives as long as the core, which is here.
+    while identities.changed().await.is_ok() {
+        let identity = identities.borrow_and_update().clone();
+        if identity.trust != judged {
+            judged = identity.trust.clone();
+            core.exposer.judge_again(&identity);
+            core.fresh().retain(|witness| !identity.trust.is_revoked(witness, UnixTime::MAX));
+        }
+    }
 }
 
 /// Serves a session until it ends. Tunnels that it brought live on their own sockets, beyond it.
@@ -464,12 +684,23 @@ async fn serve(
     core: &Arc<Core>,
     session: &Arc<Session>,
     mut incoming: mpsc::Receiver<Incoming>,
+    identities: &mut watch::Receiver<Arc<Identity>>,
 ) -> Ended {
     // Handshakes die with the session that brought them.
     let mut handshakes = JoinSet::new();
+    let mut announcing = JoinSet::new();
+    let hint = Arc::new(Notify::new());
+    let keeping = tokio::spawn(keeper::keep(core.clone(), session.clone(), hint.clone()));
+    let _keeping = AbortOnDrop(keeping.abort_handle());
     loop {
         tokio::select! {
             next = incoming.recv() => match next {
+                Some(Incoming::LogGrew(head)) => {
+                    if head != core.identity().trust.head() {
+                        hint.notify_one();
+                    }
+                }
+                Some(Incoming::WrapStored) => hint.notify_one(),
                 Some(Incoming::Tunnel { initiator, request, ticket }) => {
                     let (core, session) = (core.clone(), session.clone());
                     handshakes.spawn(async move {
@@ -480,6 +711,19 @@ async fn serve(
                 None => return Ended::Lost("session dropped".into()),
             },
             Some(_) = handshakes.join_next() => {}
+            Ok(()) = identities.changed(), if announcing.is_empty() => {
+                let identity = identities.borrow_and_update().clone();
+                if identity.noise.counter() > *core.announced.borrow() {
+                    let (core, session) = (core.clone(), session.clone());
+                    announcing.spawn(async move { announce(&core, &session, identity).await });
+                }
+            }
+            Some(announced) = announcing.join_next() => {
+                // The next login shows everything again.
+                if let Ok(Err(error)) = announced {
+                    return Ended::Lost(format!("a new static key was not announced: {error}"));
+                }
+            }
         }
     }
 }

@@ -1,9 +1,9 @@
 //! The command line, and nothing that acts on it.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use connect_spec::ids::{Label, ServiceName};
+use connect_spec::ids::{CredentialId, Label, ServiceName};
 
 /// Reach private services by name, end to end encrypted through a hub that cannot read them.
 #[derive(Debug, Parser)]
@@ -15,6 +15,9 @@ pub(crate) struct Cli {
     /// Print results only.
     #[arg(long, short, global = true)]
     pub(crate) quiet: bool,
+    /// Read the passphrase of the signer key from the first line of this file; `-` is stdin.
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) passphrase_file: Option<PathBuf>,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -60,6 +63,30 @@ pub(crate) enum Command {
     Services,
     /// List the agents of the workspace.
     Agents,
+    /// Look after the workspace's trust log and the keys that sign it.
+    #[command(subcommand)]
+    Trust(Trust),
+    /// Print words of the workspace, or with an agent digits, to compare with what others see.
+    Verify {
+        /// Label or id of an agent.
+        agent: Option<String>,
+    },
+    /// List the invites that are open, or close one.
+    Invites {
+        /// Close the invite of this id: nobody joins by it any more; who joined stays.
+        #[arg(long, value_name = "ID")]
+        revoke: Option<CredentialId>,
+    },
+    /// End an agent: its tunnels are closed, and no member trusts it again.
+    Revoke {
+        /// Label or id of the agent.
+        agent: String,
+        /// Do not ask.
+        #[arg(long, short)]
+        yes: bool,
+    },
+    /// Make a new static key for this agent; connections go on.
+    Rotate,
     /// Show how the running agent is doing; exits 0 only when it is connected.
     Status,
 }
@@ -83,11 +110,88 @@ pub(crate) struct Invite {
     #[arg(long, default_value = "1h", value_parser = duration)]
     pub(crate) expires: Duration,
     /// How many machines may join by it.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) uses: u32,
     /// Tag of whoever joins, for `connect expose --allow`; repeatable.
     #[arg(long = "tag")]
     pub(crate) tags: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Trust {
+    /// Show who signed what, and when.
+    Log,
+    /// Let an agent sign: revoke, invite and close invites; an owner also names signers.
+    AddSigner {
+        /// Label or id of the agent.
+        agent: String,
+        /// What it may do.
+        #[arg(long, value_enum, default_value_t)]
+        role: Signer,
+    },
+    /// Let an agent sign no longer; it stays a member, and so does whom it admitted.
+    RemoveSigner {
+        /// Label or id of the agent.
+        agent: String,
+    },
+    /// Give an agent another role: what it had before ends.
+    Role {
+        /// Label or id of the agent.
+        agent: String,
+        /// What it may do.
+        #[arg(value_enum)]
+        role: Role,
+    },
+    /// Set what the workspace demands: strict refuses new tunnels when news may have been held back.
+    Policy {
+        /// The policy.
+        #[arg(value_enum)]
+        policy: PolicyName,
+    },
+    /// Settle a fork of the trust log for the branch that this agent follows.
+    Settle,
+    /// Make this agent the only signer by the 24 recovery words, which are read from stdin.
+    Recover,
+    /// Put the signer key of this home under a passphrase, or under another one.
+    Passphrase(Passphrase),
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Signer {
+    /// Invites, revokes and closes invites.
+    #[default]
+    Admin,
+    /// Everything.
+    Owner,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Role {
+    /// Reaches and exposes.
+    Member,
+    /// Reaches only.
+    Reacher,
+    /// Exposes only.
+    Exposer,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PolicyName {
+    /// Refuse new tunnels without a fresh beat, in a fork, and to a name that changed hands.
+    Strict,
+    /// Warn, and go on.
+    Relaxed,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Passphrase {
+    /// Take the passphrase away.
+    #[arg(long, conflicts_with = "new_passphrase_file")]
+    pub(crate) remove: bool,
+    /// Read the new passphrase from the first line of this file; `-` is stdin [default: ask; for the
+    /// first one also `--passphrase-file`].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) new_passphrase_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -108,6 +212,9 @@ pub(crate) struct Up {
     /// Go on in the background; logs to `agent.log` in the home.
     #[arg(long)]
     pub(crate) detach: bool,
+    /// Age at which the agent makes a new static key: `1h` to `90d`.
+    #[arg(long, default_value = "30d", value_parser = rotation)]
+    pub(crate) rotate_after: Duration,
     #[command(flatten)]
     pub(crate) run: Run,
 }
@@ -152,6 +259,9 @@ pub(crate) struct Reach {
     /// Local port [default: the one of last time, else the service's own, else a free one].
     #[arg(long)]
     pub(crate) port: Option<u16>,
+    /// Take it as it is that another agent exposes the name than when it was last reached.
+    #[arg(long)]
+    pub(crate) accept_new: bool,
     #[command(flatten)]
     pub(crate) run: Run,
 }
@@ -171,6 +281,15 @@ fn duration(text: &str) -> Result<Duration, String> {
         Some(time) if !time.is_zero() && time <= connect_spec::limits::MAX_CERTS => Ok(time),
         _ => Err("the time must be between 1 second and 90 days".to_owned()),
     }
+}
+
+fn rotation(text: &str) -> Result<Duration, String> {
+    // Whoever looked a service up must have time to use what was found.
+    let time = duration(text)?;
+    if time < Duration::from_secs(3600) {
+        return Err("the time must be at least 1 hour".to_owned());
+    }
+    Ok(time)
 }
 
 #[cfg(test)]

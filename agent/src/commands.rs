@@ -2,8 +2,9 @@
 
 use std::{
     fs,
-    io::Read,
+    io::{BufRead, IsTerminal, Read},
     os::unix::{fs::OpenOptionsExt, process::CommandExt},
+    path::Path,
     process::{Child, Stdio},
     sync::Arc,
     time::Duration,
@@ -11,16 +12,23 @@ use std::{
 
 use clap::CommandFactory;
 use connect_agent::{
-    Directory, Error, ErrorKind, Home, HomeLock, Host, Keep, Options, Result,
+    Directory, Error, ErrorKind, Governor, Home, HomeLock, Host, Keep, Options, Result,
     local::{self, Answer, Command as Ask},
 };
-use connect_spec::ids::{Label, ServiceName};
+use connect_crypto::words::workspace_words;
+use connect_spec::{
+    ids::{CredentialId, Label, ServiceName},
+    log::Policy,
+    objects::{AgentRole, SignerRole},
+};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
+use zeroize::Zeroizing;
 
 use crate::{
-    cli::{self, Cli, Command, Encoding},
+    cli::{self, Cli, Command, Encoding, Trust},
     output::{self, Output},
+    passphrase::Source,
 };
 
 /// Another process that holds the lock has its socket, or is gone, within this time.
@@ -32,12 +40,16 @@ const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// A foreground command that finds no hub tries again after this time.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// More than 24 words of any list.
+const MAX_WORDS_BYTES: usize = 1024;
+
 /// Runs one command.
-pub(crate) async fn run(command: Command, output: Output) -> Result<()> {
+pub(crate) async fn run(cli: Cli, output: Output) -> Result<()> {
     let home = Home::from_env()?;
-    match command {
+    let passphrase = Source { file: cli.passphrase_file };
+    match cli.command {
         Command::Init(init) => run_init(&home, init, output).await,
-        Command::Invite(invite) => run_invite(&home, invite, output).await,
+        Command::Invite(invite) => run_invite(&home, invite, &passphrase, output).await,
         Command::Join(join) => run_join(&home, join, output).await,
         Command::Up(up) => run_up(home, up, output).await,
         Command::Down => run_down(&home, output).await,
@@ -46,15 +58,18 @@ pub(crate) async fn run(command: Command, output: Output) -> Result<()> {
         Command::Reach(reach) => run_reach(home, reach, output).await,
         Command::Unreach { name } => tell(&home, &Ask::Unreach { name }).await,
         Command::Services => {
-            let identity = Arc::new(home.load()?);
-            output.services(&Directory::connect(identity).await?.services().await?);
+            output.services(&Directory::open(&home).await?.services().await?);
             Ok(())
         }
         Command::Agents => {
-            let identity = Arc::new(home.load()?);
-            output.agents(&Directory::connect(identity).await?.agents().await?);
+            output.agents(&Directory::open(&home).await?.agents().await?);
             Ok(())
         }
+        Command::Invites { revoke } => run_invites(&home, revoke, &passphrase, output).await,
+        Command::Revoke { agent, yes } => run_revoke(&home, &agent, yes, &passphrase, output).await,
+        Command::Trust(trust) => run_trust(&home, trust, &passphrase, output).await,
+        Command::Verify { agent } => run_verify(&home, agent.as_deref(), output).await,
+        Command::Rotate => run_rotate(&home, output).await,
         Command::Status => run_status(&home, output).await,
     }
 }
@@ -71,14 +86,199 @@ async fn run_init(home: &Home, init: cli::Init, output: Output) -> Result<()> {
     Ok(())
 }
 
-async fn run_invite(home: &Home, invite: cli::Invite, output: Output) -> Result<()> {
+async fn run_invite(
+    home: &Home,
+    invite: cli::Invite,
+    passphrase: &Source,
+    output: Output,
+) -> Result<()> {
+    let governor = govern(home, passphrase).await?;
+    let cli::Invite { expires, uses, tags } = invite;
+    output.invite(&governor.invite(expires, uses, tags).await?);
+    close_due(&governor).await;
+    Ok(())
+}
+
+/// Lets the signer of this home work.
+async fn govern(home: &Home, passphrase: &Source) -> Result<Governor> {
     output::log_to_stderr("warn");
-    let identity = Arc::new(home.load()?);
-    let directory = Directory::connect(identity.clone()).await?;
-    let code =
-        connect_agent::invite(&identity, &directory, invite.expires, invite.uses, invite.tags)
-            .await?;
-    output.invite(&code);
+    Governor::new(Directory::open(home).await?, || passphrase.current())
+}
+
+/// Closes invites that are over while the signer key is at hand; a signer whose key is under a passphrase
+/// has no agent that does.
+async fn close_due(governor: &Governor) {
+    if let Err(error) = governor.close_due().await {
+        tracing::warn!(%error, "invites that are over were not closed");
+    }
+}
+
+async fn run_invites(
+    home: &Home,
+    revoke: Option<CredentialId>,
+    passphrase: &Source,
+    output: Output,
+) -> Result<()> {
+    let Some(id) = revoke else {
+        output::log_to_stderr("warn");
+        let directory = Directory::open(home).await?;
+        output.invites(&connect_agent::invites(&directory).await?);
+        return Ok(());
+    };
+    let governor = govern(home, passphrase).await?;
+    let seq = governor.close_invite(id).await?;
+    close_due(&governor).await;
+    output.signed(seq, format_args!("The invite is closed; who joined by it stays."));
+    Ok(())
+}
+
+async fn run_revoke(
+    home: &Home,
+    agent: &str,
+    yes: bool,
+    passphrase: &Source,
+    output: Output,
+) -> Result<()> {
+    let governor = govern(home, passphrase).await?;
+    let member = governor.directory().member(agent).await?;
+    let own = home.load()?.agent_id();
+    if member.info.agent_id == own {
+        return Err(Error::new(ErrorKind::Usage, "that is this agent itself")
+            .hint("another signer can revoke it"));
+    }
+    if !yes {
+        confirm(&format!(
+            "Revoke {} ({}) for ever? [y/N] ",
+            member.info.label, member.info.agent_id
+        ))?;
+    }
+    let revoked = governor.revoke(&member).await?;
+    close_due(&governor).await;
+    output.revoked(&revoked);
+    Ok(())
+}
+
+/// Asks a question on the terminal; without one, the flag must have answered it.
+fn confirm(question: &str) -> Result<()> {
+    if !std::io::stdin().is_terminal() {
+        return Err(Error::new(
+            ErrorKind::Usage,
+            "this is for ever, and there is no terminal to ask",
+        )
+        .hint("say `--yes` if it is meant"));
+    }
+    output::prompt(question);
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer)?;
+    if matches!(answer.trim(), "y" | "Y" | "yes") {
+        Ok(())
+    } else {
+        Err(Error::new(ErrorKind::Other, "nothing was changed"))
+    }
+}
+
+async fn run_trust(home: &Home, trust: Trust, passphrase: &Source, output: Output) -> Result<()> {
+    match trust {
+        Trust::Passphrase(args) => run_passphrase(home, &args, passphrase, output),
+        Trust::Log => {
+            output::log_to_stderr("warn");
+            let directory = Directory::open(home).await?;
+            output.log(&connect_agent::log(&directory).await?);
+            Ok(())
+        }
+        Trust::AddSigner { agent, role } => {
+            let governor = govern(home, passphrase).await?;
+            let member = governor.directory().member(&agent).await?;
+            let role = match role {
+                cli::Signer::Admin => SignerRole::Admin,
+                cli::Signer::Owner => SignerRole::Owner,
+            };
+            let seq = governor.add_signer(&member, role).await?;
+            output.signed(seq, format_args!("{} is a signer now.", member.info.label));
+            Ok(())
+        }
+        Trust::RemoveSigner { agent } => {
+            let governor = govern(home, passphrase).await?;
+            let member = governor.directory().member(&agent).await?;
+            let seq = governor.remove_signer(&member).await?;
+            output.signed(
+                seq,
+                format_args!(
+                    "{} signs no longer; whom it admitted stays, and so does it.",
+                    member.info.label
+                ),
+            );
+            Ok(())
+        }
+        Trust::Role { agent, role } => {
+            let governor = govern(home, passphrase).await?;
+            let member = governor.directory().member(&agent).await?;
+            let role = match role {
+                cli::Role::Member => AgentRole::Member,
+                cli::Role::Reacher => AgentRole::Reacher,
+                cli::Role::Exposer => AgentRole::Exposer,
+            };
+            let seq = governor.change_role(&member, role).await?;
+            output.signed(seq, format_args!("{} has another role now.", member.info.label));
+            Ok(())
+        }
+        Trust::Policy { policy } => {
+            let governor = govern(home, passphrase).await?;
+            let policy = Policy { strict: policy == cli::PolicyName::Strict };
+            let seq = governor.set_policy(policy).await?;
+            output.signed(seq, format_args!("The policy is set."));
+            Ok(())
+        }
+        Trust::Settle => {
+            let governor = govern(home, passphrase).await?;
+            let seq = governor.settle().await?;
+            output.signed(seq, format_args!("The fork is settled."));
+            Ok(())
+        }
+        Trust::Recover => run_recover(home, output).await,
+    }
+}
+
+async fn run_recover(home: &Home, output: Output) -> Result<()> {
+    output::log_to_stderr("warn");
+    let directory = Directory::open(home).await?;
+    if std::io::stdin().is_terminal() {
+        output::prompt("The 24 recovery words: ");
+    }
+    // Reserved at once, so that growing leaves no copy.
+    let mut words = Zeroizing::new(String::with_capacity(MAX_WORDS_BYTES));
+    let limit = u64::try_from(MAX_WORDS_BYTES).unwrap_or(u64::MAX);
+    std::io::stdin().lock().take(limit).read_line(&mut words)?;
+    output.recovered(&connect_agent::recover(&directory, &words).await?);
+    Ok(())
+}
+
+fn run_passphrase(
+    home: &Home,
+    args: &cli::Passphrase,
+    passphrase: &Source,
+    output: Output,
+) -> Result<()> {
+    let identity = home.load()?;
+    let was_locked = identity.signer_is_locked()?;
+    let stdin = |file: &Option<_>| file.as_deref() == Some(Path::new("-"));
+    if was_locked && stdin(&passphrase.file) && stdin(&args.new_passphrase_file) {
+        return Err(Error::new(ErrorKind::Usage, "stdin holds one passphrase, not two"));
+    }
+    let signer = identity.unlock_signer(|| passphrase.current())?;
+    if args.remove {
+        home.set_passphrase(&identity, &signer, None)?;
+        output.note("The signer key has no passphrase: whoever can read the file can sign.");
+        return Ok(());
+    }
+    // There is none yet that `--passphrase-file` could hold.
+    let first = passphrase.file.as_deref().filter(|_| !was_locked);
+    let new = Source::new_one(args.new_passphrase_file.as_deref().or(first))?;
+    home.set_passphrase(&identity, &signer, Some(&new))?;
+    output.note(
+        "The signer key is under the passphrase. Nothing restores it when that is forgotten.",
+    );
+    output.note("An agent that is running knows the key as it was until it is started again.");
     Ok(())
 }
 
@@ -116,27 +316,28 @@ async fn run_up(home: Home, up: cli::Up, output: Output) -> Result<()> {
     };
     if up.detach {
         drop(lock);
-        return detach(&home, up.run.encoding, output).await;
+        return detach(&home, &up, output).await;
     }
     output::log_to_stderr("info");
-    let host = start(home, lock, up.run.encoding).await?;
+    let host = start(home, lock, up.run.encoding, up.rotate_after).await?;
     let served = serve(&host, output).await;
     host.stop().await;
     served
 }
 
 /// Starts the agent in a process of its own and waits until it answers.
-async fn detach(home: &Home, encoding: Encoding, output: Output) -> Result<()> {
+async fn detach(home: &Home, up: &cli::Up, output: Output) -> Result<()> {
     // What is wrong with the home is said here, not in a log.
     home.load()?;
     let log_path = home.dir().join("agent.log");
     let log = fs::OpenOptions::new().create(true).append(true).mode(0o600).open(&log_path)?;
-    let encoding = match encoding {
+    let encoding = match up.run.encoding {
         Encoding::Base64 => "base64",
         Encoding::Binary => "binary",
     };
     let mut child = std::process::Command::new(std::env::current_exe()?)
         .args(["up", "--encoding", encoding])
+        .arg(format!("--rotate-after={}s", up.rotate_after.as_secs()))
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log)
@@ -196,6 +397,33 @@ async fn run_status(home: &Home, output: Output) -> Result<()> {
         .hint("it goes on trying; is the hub up?"))
 }
 
+async fn run_verify(home: &Home, agent: Option<&str>, output: Output) -> Result<()> {
+    let words = workspace_words(&home.load()?.workspace_id()).join(" ");
+    let verified = match agent {
+        Some(agent) => Some(Directory::open(home).await?.verify(agent).await?),
+        None => None,
+    };
+    output.verify(&words, verified.as_ref());
+    Ok(())
+}
+
+async fn run_rotate(home: &Home, output: Output) -> Result<()> {
+    let rotated = match attach_or_lock(home, &Ask::Rotate).await? {
+        Attached::Answer(answer) => {
+            let Answer::Rotated(rotated) = *answer else {
+                return Err(misunderstood());
+            };
+            rotated
+        }
+        Attached::Lock(lock) => {
+            output::log_to_stderr("warn");
+            connect_agent::rotate(home, &lock).await?
+        }
+    };
+    output.rotated(&rotated);
+    Ok(())
+}
+
 async fn run_expose(home: Home, expose: cli::Expose, output: Output) -> Result<()> {
     let target: connect_agent::Target = expose.target.parse()?;
     let name = match expose.name {
@@ -231,7 +459,7 @@ async fn run_expose(home: Home, expose: cli::Expose, output: Output) -> Result<(
         }
     };
     output::log_to_stderr("warn");
-    let host = start(home, lock, expose.run.encoding).await?;
+    let host = start(home, lock, expose.run.encoding, Options::ROTATE_AFTER).await?;
     let expose_it = async || {
         let allow = expose.allow.clone();
         host.expose(name.clone(), &target, allow, expose.take_over, Keep::ThisRun).await
@@ -256,7 +484,8 @@ fn default_name(target: &connect_agent::Target) -> ServiceName {
 }
 
 async fn run_reach(home: Home, reach: cli::Reach, output: Output) -> Result<()> {
-    let command = Ask::Reach { name: reach.name.clone(), port: reach.port };
+    let command =
+        Ask::Reach { name: reach.name.clone(), port: reach.port, accept_new: reach.accept_new };
     let lock = match attach_or_lock(&home, &command).await? {
         Attached::Lock(lock) => lock,
         Attached::Answer(answer) => {
@@ -268,8 +497,9 @@ async fn run_reach(home: Home, reach: cli::Reach, output: Output) -> Result<()> 
         }
     };
     output::log_to_stderr("warn");
-    let host = start(home, lock, reach.run.encoding).await?;
-    let reach_it = async || host.reach(reach.name.clone(), reach.port, Keep::ThisRun).await;
+    let host = start(home, lock, reach.run.encoding, Options::ROTATE_AFTER).await?;
+    let reach_it =
+        async || host.reach(reach.name.clone(), reach.port, reach.accept_new, Keep::ThisRun).await;
     let served = foreground(&host, output, reach_it, |reached| output.reached(reached)).await;
     host.stop().await;
     served
@@ -373,13 +603,18 @@ fn misunderstood() -> Error {
         .hint("it may be of another version: `connect down`, then `connect up`")
 }
 
-async fn start(home: Home, lock: HomeLock, encoding: Encoding) -> Result<Arc<Host>> {
+async fn start(
+    home: Home,
+    lock: HomeLock,
+    encoding: Encoding,
+    rotate_after: Duration,
+) -> Result<Arc<Host>> {
     raise_file_limit();
     let encoding = match encoding {
         Encoding::Base64 => connect_spec::encoding::Encoding::Base64,
         Encoding::Binary => connect_spec::encoding::Encoding::Binary,
     };
-    Host::start(home, lock, Options { encoding }).await
+    Host::start(home, lock, Options { encoding, rotate_after }).await
 }
 
 /// A thousand connections are a thousand files, more than systems allow by default.

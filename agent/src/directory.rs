@@ -6,26 +6,30 @@ use std::{collections::BTreeMap, sync::Arc};
 use connect_spec::{
     control::{ListedAgent, ListedService, Reply, Request, SealedRecord, SessionKind},
     ids::{AgentId, Label, ServiceId, ServiceName},
-    objects::{AgentRecord, AgentRole, Attributes, ServiceRecord},
-    trust::{Presented, VerifiedPeer},
+    objects::{AgentRecord, AgentRole, Attributes, Credential, ServiceRecord, UnixTime},
+    signed::Signed,
+    trust::{Presented, TrustError, VerifiedPeer},
+    verify::SafetyNumber,
 };
 use serde::Serialize;
 
 use crate::{
     clock,
     error::{Error, ErrorKind, Result},
+    home::Home,
     identity::{Epoch, Identity},
     io::{
         dial::HubUrl,
-        hub::{Credentials, Greeted, Session},
+        hub::{Greeted, Session},
     },
     random,
+    workspace::Workspace,
 };
 
 /// A session through which one agent asks the hub for names, services and agents.
 #[derive(Debug)]
 pub struct Directory {
-    identity: Arc<Identity>,
+    workspace: Arc<Workspace>,
     session: Arc<Session>,
 }
 
@@ -73,23 +77,55 @@ pub struct AgentInfo {
     pub revoked: bool,
 }
 
+/// What two people compare: see [`Directory::verify`].
+#[derive(Debug, Clone)]
+pub struct Verification {
+    /// The other agent.
+    pub agent_id: AgentId,
+    /// The same on both sides, if nobody is in between.
+    pub number: SafetyNumber,
+}
+
+/// An agent with what it shows of itself.
+#[derive(Debug, Clone)]
+pub struct ListedMember {
+    /// For people.
+    pub info: AgentInfo,
+    /// Its label as it chose it, which others may have chosen too.
+    pub(crate) own_label: String,
+    pub(crate) presented: Presented,
+    /// When it first logged in, as the hub says.
+    pub(crate) joined_at: UnixTime,
+}
+
 /// A list that a hub never ends is cut here.
 const MAX_LISTED: usize = 100_000;
 
 impl Directory {
-    /// Opens a short session of its own, beside that of a running agent.
+    /// Opens a short session of its own, beside that of an agent that may be running in the same home.
     ///
     /// # Errors
-    /// [`ErrorKind::HubUnreachable`], or what the hub has against this agent.
-    pub async fn connect(identity: Arc<Identity>) -> Result<Self> {
-        let greeted = Greeted::dial(&HubUrl::parse(&identity.hub)?).await?;
-        let credentials = Credentials::of(&identity);
-        let (session, _) = greeted.login(&credentials, SessionKind::Command, None).await?;
-        Ok(Self::new(identity, Arc::new(session)))
+    /// [`ErrorKind::HubUnreachable`], or what the hub has against this agent;
+    /// [`ErrorKind::TrustViolation`] when it shows a trust log that does not hold.
+    pub async fn open(home: &Home) -> Result<Self> {
+        let directory = Self::connect(Workspace::open(home)?).await?;
+        directory.workspace.sync(&directory.session).await?;
+        directory.workspace.fetch_epoch(&directory.session).await?;
+        Ok(directory)
     }
 
-    pub(crate) fn new(identity: Arc<Identity>, session: Arc<Session>) -> Self {
-        Self { identity, session }
+    pub(crate) async fn connect(workspace: Arc<Workspace>) -> Result<Self> {
+        let greeted = Greeted::dial(&HubUrl::parse(&workspace.identity().hub)?).await?;
+        let (session, _) = greeted.login(&workspace, SessionKind::Command, None).await?;
+        Ok(Self::new(workspace, Arc::new(session)))
+    }
+
+    pub(crate) fn new(workspace: Arc<Workspace>, session: Arc<Session>) -> Self {
+        Self { workspace, session }
+    }
+
+    pub(crate) fn workspace(&self) -> &Arc<Workspace> {
+        &self.workspace
     }
 
     pub(crate) fn session(&self) -> &Session {
@@ -98,7 +134,7 @@ impl Directory {
 
     /// Publishes this agent's label and tags, sealed.
     pub(crate) async fn publish_agent(&self, counter: u32) -> Result<()> {
-        let identity = &self.identity;
+        let identity = self.workspace.identity();
         let epoch = identity.epochs.current();
         let record = identity.signing.sign(&AgentRecord {
             workspace_id: identity.workspace_id(),
@@ -121,11 +157,12 @@ impl Directory {
     /// [`ErrorKind::ServiceNotFound`]; [`ErrorKind::TrustViolation`] when the hub shows a record under
     /// the name that does not hold.
     pub(crate) async fn find(&self, name: &ServiceName) -> Result<FoundService> {
-        let epochs = &self.identity.epochs;
-        let mut services = self.lookup(epochs.current(), name).await?;
-        // An exposer that was away since the epoch changed is still listed under the one before.
-        if let Some(previous) = epochs.previous().filter(|_| services.is_empty()) {
-            services = self.lookup(previous, name).await?;
+        let mut services = self.listed(name).await?;
+        if services.is_empty() {
+            // Perhaps its exposer is in an epoch that this agent has not heard of yet.
+            self.workspace.sync(&self.session).await?;
+            self.workspace.fetch_epoch(&self.session).await?;
+            services = self.listed(name).await?;
         }
         let mut found = None;
         for listed in services {
@@ -146,6 +183,17 @@ impl Directory {
         })
     }
 
+    async fn listed(&self, name: &ServiceName) -> Result<Vec<ListedService>> {
+        let identity = self.workspace.identity();
+        let epochs = &identity.epochs;
+        let services = self.lookup(epochs.current(), name).await?;
+        // An exposer that was away since the epoch changed is still listed under the one before.
+        match epochs.previous().filter(|previous| self.workspace.accepts_epoch(previous.number)) {
+            Some(previous) if services.is_empty() => self.lookup(previous, name).await,
+            Some(_) | None => Ok(services),
+        }
+    }
+
     async fn lookup(&self, epoch: &Epoch, name: &ServiceName) -> Result<Vec<ListedService>> {
         let tag = epoch.names.tag(name);
         let Reply::Services { services, .. } =
@@ -156,11 +204,13 @@ impl Directory {
         Ok(services)
     }
 
-    /// The epoch that a record names. The hub may name any.
-    fn epoch_of(&self, record: &SealedRecord) -> Result<&Epoch> {
-        self.identity.epochs.get(record.epoch).ok_or_else(|| {
+    /// The epoch that a record names. The hub may name any: only the current one and, for a while, the
+    /// one before are good.
+    fn epoch_of<'i>(&self, identity: &'i Identity, record: &SealedRecord) -> Result<&'i Epoch> {
+        let held = identity.epochs.get(record.epoch);
+        held.filter(|epoch| self.workspace.accepts_epoch(epoch.number)).ok_or_else(|| {
             Error::trust(format_args!(
-                "it belongs to epoch {}, which is unknown here",
+                "it belongs to epoch {}, which does not count here",
                 record.epoch
             ))
         })
@@ -168,7 +218,7 @@ impl Directory {
 
     /// Opens and verifies a listed service.
     fn open_service(&self, listed: &ListedService) -> Result<FoundService> {
-        let identity = &self.identity;
+        let identity = self.workspace.identity();
         let does_not_hold = |error: &dyn std::fmt::Display| {
             Error::trust(format_args!(
                 "the record of service {} does not hold: {error}",
@@ -176,7 +226,7 @@ impl Directory {
             ))
         };
         let record = self
-            .epoch_of(&listed.record)
+            .epoch_of(&identity, &listed.record)
             .map_err(|error| does_not_hold(&error))?
             .names
             .open_service(
@@ -252,11 +302,63 @@ impl Directory {
         Ok(all)
     }
 
-    /// All agents of the workspace whose certificates hold, by label.
+    /// All agents of the workspace whose certificates hold, and those that are revoked, by label.
     ///
     /// # Errors
     /// As a request to the hub.
     pub async fn agents(&self) -> Result<Vec<AgentInfo>> {
+        Ok(self.members().await?.into_iter().map(|member| member.info).collect())
+    }
+
+    /// The agent of a label or an id.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] when there is none, or several have the label.
+    pub async fn member(&self, wanted: &str) -> Result<ListedMember> {
+        let members = self.members().await?;
+        let mut found: Vec<_> = members
+            .into_iter()
+            .filter(|member| {
+                member.info.agent_id.to_string() == wanted || member.own_label == wanted
+            })
+            .collect();
+        if found.len() > 1 {
+            let ids: Vec<_> = found.iter().map(|member| member.info.agent_id.to_string()).collect();
+            return Err(Error::new(
+                ErrorKind::Usage,
+                format_args!("{} agents are called `{wanted}`: {}", ids.len(), ids.join(", ")),
+            )
+            .hint("name one of them by its id"));
+        }
+        found.pop().ok_or_else(|| {
+            Error::new(ErrorKind::Usage, format_args!("no agent is called `{wanted}`"))
+                .hint("`connect agents` lists them, with their ids")
+        })
+    }
+
+    /// The number that this agent and another one, named by its id or label, have in common.
+    ///
+    /// # Errors
+    /// As [`Directory::member`]; [`ErrorKind::Usage`] when it is this agent itself.
+    pub async fn verify(&self, agent: &str) -> Result<Verification> {
+        let other = self.member(agent).await?;
+        let identity = self.workspace.identity();
+        if other.info.agent_id == identity.agent_id {
+            return Err(Error::new(ErrorKind::Usage, "that is this agent itself")
+                .hint("name the agent of the person you compare with"));
+        }
+        Ok(Verification {
+            agent_id: other.info.agent_id,
+            number: SafetyNumber::of(
+                &identity.workspace_id(),
+                &identity.signing.public(),
+                &other.presented.certificate.object().identity_key,
+            ),
+        })
+    }
+
+    /// The agents, with what they show of themselves.
+    pub(crate) async fn members(&self) -> Result<Vec<ListedMember>> {
         let mut all = Vec::new();
         let mut after = None;
         loop {
@@ -268,7 +370,7 @@ impl Directory {
             let last = agents.last().map(|agent| agent.agent_id);
             for listed in agents {
                 match self.open_agent(&listed) {
-                    Ok(agent) => all.push(agent),
+                    Ok(member) => all.push(member),
                     Err(error) => tracing::warn!(%error, "an agent was left out"),
                 }
             }
@@ -281,68 +383,109 @@ impl Directory {
         Ok(all)
     }
 
-    fn open_agent(&self, listed: &ListedAgent) -> Result<AgentInfo> {
-        let identity = &self.identity;
+    /// The credentials that are not closed and that a signer made, and how often each was used.
+    pub(crate) async fn credentials(&self) -> Result<Vec<(Signed<Credential>, u32)>> {
+        let mut all = Vec::new();
+        let mut after = None;
+        loop {
+            let Reply::Credentials { credentials, more } =
+                self.session().request(Request::Credentials { after }).await?
+            else {
+                return Err(unexpected_reply());
+            };
+            let trust = self.workspace.identity().trust.clone();
+            let before = after;
+            for listed in credentials {
+                let Ok(credential) = Signed::<Credential>::decode(&listed.credential.0) else {
+                    continue;
+                };
+                let id = credential.object().id();
+                after = after.max(Some(id));
+                if trust.verify_credential(&credential).is_ok() && !trust.is_closed(&id) {
+                    all.push((credential, listed.used));
+                }
+            }
+            if !more || after == before || all.len() > MAX_LISTED {
+                return Ok(all);
+            }
+        }
+    }
+
+    fn open_agent(&self, listed: &ListedAgent) -> Result<ListedMember> {
+        let identity = self.workspace.identity();
         let does_not_hold = |what: &dyn std::fmt::Display| {
             Error::trust(format_args!("agent {}: {what}", listed.agent_id.short()))
         };
         let presented =
             Presented::from_blobs(&listed.presented).map_err(|error| does_not_hold(&error))?;
-        let peer = identity
-            .trust
-            .verify_peer(listed.agent_id, presented, clock::now())
-            .map_err(|error| does_not_hold(&error))?;
-        let record = listed.record.as_ref().map(|record| self.open_agent_record(&peer, record));
-        let (label, attrs) = match record.transpose().map_err(|error| does_not_hold(&error))? {
+        let verified = identity.trust.verify_peer(listed.agent_id, presented.clone(), clock::now());
+        let revoked = match verified {
+            Ok(_) => false,
+            Err(TrustError::Revoked | TrustError::Closed) => true,
+            Err(error) => return Err(does_not_hold(&error)),
+        };
+        // The id of an agent is a hash of the key that signs its record, revoked or not.
+        let record = listed.record.as_ref().and_then(|record| {
+            let epoch = identity.epochs.get(record.epoch)?;
+            Some(open_agent_record(&identity, epoch, &presented, record))
+        });
+        let (own_label, tags) = match record.transpose().map_err(|error| does_not_hold(&error))? {
             Some((label, attrs)) => (label.to_string(), attrs.tags),
             None => (listed.agent_id.short(), Vec::new()),
         };
-        let role = match peer.certificate().role {
+        let role = match presented.certificate.object().role {
             AgentRole::Member => "member",
             AgentRole::Reacher => "reacher",
             AgentRole::Exposer => "exposer",
             AgentRole::Guest => "guest",
         };
-        Ok(AgentInfo {
+        let info = AgentInfo {
             agent_id: listed.agent_id,
-            label,
+            label: own_label.clone(),
             role,
-            tags: attrs,
+            tags,
             online: listed.online,
-            // Entries that revoke come with the trust log; at its genesis nobody is revoked.
-            revoked: false,
-        })
-    }
-
-    fn open_agent_record(
-        &self,
-        peer: &VerifiedPeer,
-        record: &SealedRecord,
-    ) -> Result<(Label, Attributes)> {
-        let identity = &self.identity;
-        let record = self
-            .epoch_of(record)?
-            .names
-            .open_agent(&identity.workspace_id(), peer.agent_id(), &peer.identity_key(), record)
-            .map_err(Error::trust)?;
-        let record = record.object();
-        if record.attrs.hash() != peer.certificate().attrs {
-            return Err(Error::trust("its tags are not those of its certificate"));
-        }
-        Ok((record.label.clone(), record.attrs.clone()))
+            revoked,
+        };
+        Ok(ListedMember { info, own_label, presented, joined_at: listed.joined_at })
     }
 }
 
-fn unexpected_reply() -> Error {
+fn open_agent_record(
+    identity: &Identity,
+    epoch: &Epoch,
+    presented: &Presented,
+    record: &SealedRecord,
+) -> Result<(Label, Attributes)> {
+    let certificate = presented.certificate.object();
+    let record = epoch
+        .names
+        .open_agent(
+            &identity.workspace_id(),
+            certificate.agent_id(),
+            &certificate.identity_key,
+            record,
+        )
+        .map_err(Error::trust)?;
+    let record = record.object();
+    if record.attrs.hash() != certificate.attrs {
+        return Err(Error::trust("its tags are not those of its certificate"));
+    }
+    Ok((record.label.clone(), record.attrs.clone()))
+}
+
+pub(crate) fn unexpected_reply() -> Error {
     Error::new(ErrorKind::HubUnreachable, "the hub answers something else than was asked")
         .hint("update the older of the hub and this program")
 }
 
 /// `web`, `web-2`, `web-3`: by label, then by id, so that everybody sees the same.
-fn make_labels_unique(agents: &mut [AgentInfo]) {
-    agents.sort_by(|left, right| (&left.label, left.agent_id).cmp(&(&right.label, right.agent_id)));
+fn make_labels_unique(members: &mut [ListedMember]) {
+    members.sort_by(|left, right| {
+        (&left.own_label, left.info.agent_id).cmp(&(&right.own_label, right.info.agent_id))
+    });
     let mut count: BTreeMap<String, u32> = BTreeMap::new();
-    for agent in agents {
+    for agent in members.iter_mut().map(|member| &mut member.info) {
         let seen = count.entry(agent.label.clone()).or_default();
         *seen += 1;
         if *seen > 1 {

@@ -13,13 +13,13 @@ use connect_spec::{
     bytes::Blob,
     control::{CreateWorkspace, RegistrationToken, Request, SessionKind},
     ids::{AgentId, Label, WorkspaceId},
-    limits::MAX_CERTS,
+    limits::{MAX_CERTS, MAX_LOG_BYTES},
+    log::LogEntry,
     objects::{
-        AgentRole, Attributes, Certificate, Credential, CredentialKind, Genesis, Issuer, NoiseKey,
-        SUITE_1,
+        AgentRole, Attributes, Certificate, Credential, CredentialKind, Issuer, NoiseKey, SUITE_1,
     },
     signed::Signed,
-    trust::{Presented, TrustState},
+    trust::Presented,
 };
 use zeroize::Zeroizing;
 
@@ -28,12 +28,11 @@ use crate::{
     directory::Directory,
     error::{Error, ErrorKind, Result},
     home::{Home, HomeLock},
-    identity::{Epochs, Identity, NoiseIdentity},
-    io::{
-        dial::HubUrl,
-        hub::{Credentials, Greeted},
-    },
+    identity::{Epochs, Identity, NoiseIdentity, SignerKey},
+    io::{dial::HubUrl, hub::Greeted},
     random,
+    trust::{Taken, TrustLog},
+    workspace::Workspace,
 };
 
 /// The invite that `init` prints is good for this long.
@@ -68,9 +67,8 @@ pub async fn init(
     let greeted = Greeted::dial(&url).await?;
 
     let Founding { genesis, signer, recovery, epoch } = Founding::create(&mut random::rng());
-    let trust = TrustState::from_genesis(WorkspaceId(genesis.hash()), &genesis)
-        .expect("a genesis that was just signed is sound");
-    let workspace_id = trust.workspace_id();
+    let workspace_id = WorkspaceId(genesis.hash());
+    let log = TrustLog::create(home, workspace_id, Arc::new(genesis.clone()))?;
     let attrs = Attributes::new(random::bytes(), Vec::new()).expect("no tag is no bad tag");
     let keys = AgentKeys::generate();
     let certificate = signer.sign(&Certificate {
@@ -90,17 +88,14 @@ pub async fn init(
     let presented =
         Presented { certificate, credential: None, noise_key: keys.noise_key(workspace_id) };
     let epochs = Epochs::only(0, epoch);
-    let joined = Joined { hub: hub.clone(), epochs, presented, attrs, genesis, trust };
-    let signer = Some(Arc::new(signer));
-    let identity = Arc::new(Identity { signer, ..keys.into_identity(joined, label) });
-    let directory = register(home, &identity, greeted, Some(create)).await?;
-    let invite = invite(&identity, &directory, FIRST_INVITE, 1, Vec::new()).await?;
-    Ok(Founded {
-        workspace_id,
-        agent_id: identity.agent_id,
-        recovery_words: recovery.words(),
-        invite,
-    })
+    let joined = Joined { hub: hub.clone(), epochs, presented, attrs, log };
+    let (identity, log) = keys.into_identity(joined, label);
+    let agent_id = identity.agent_id;
+    let signer = Arc::new(signer);
+    let identity = Identity { signer: Some(SignerKey::Open(signer.clone())), ..identity };
+    let directory = register(home, identity, log, greeted, Some(create)).await?;
+    let invite = invite(&directory, &signer, FIRST_INVITE, 1, Vec::new()).await?;
+    Ok(Founded { workspace_id, agent_id, recovery_words: recovery.words(), invite })
 }
 
 /// Joins the workspace of an invite.
@@ -114,6 +109,14 @@ pub async fn join(home: &Home, code: &str, label: &Label) -> Result<Arc<Identity
         Error::new(ErrorKind::Usage, error).hint("paste the whole code, from `pc1` to its end")
     })?;
     let _lock = claim(home)?;
+    let joined = join_claimed(home, invite, label).await;
+    if joined.is_err() {
+        home.forget();
+    }
+    joined
+}
+
+async fn join_claimed(home: &Home, invite: Invite, label: &Label) -> Result<Arc<Identity>> {
     let url = HubUrl::parse(&invite.hub)?;
     let mut greeted = Greeted::dial(&url).await?;
     let invite_keys = InviteKeys::derive(&invite.seed);
@@ -122,12 +125,15 @@ pub async fn join(home: &Home, code: &str, label: &Label) -> Result<Arc<Identity
     // Everything that the hub handed out is held against the anchor in the invite.
     let genesis = Signed::decode(&invitation.genesis.0)
         .map_err(|_| Error::trust("the hub shows a malformed genesis"))?;
-    let trust = TrustState::from_genesis(invite.workspace_id, &genesis).map_err(Error::trust)?;
-    if trust.head() != invite.head {
+    let mut log = TrustLog::create(home, invite.workspace_id, Arc::new(genesis))?;
+    fetch_log(&mut greeted, &mut log).await?;
+    if !log.knows(&invite.head) {
         return Err(Error::trust(
-            "the hub shows a trust log that does not contain the place that the invite names",
+            "the hub shows a trust log that does not contain the place that the invite names: it is \
+             older than the invite, or another one",
         ));
     }
+    let trust = log.state().clone();
     let credential: Signed<Credential> = Signed::decode(&invitation.credential.0)
         .map_err(|_| Error::trust("the hub shows a malformed credential"))?;
     trust.verify_credential(&credential).map_err(Error::trust)?;
@@ -144,17 +150,20 @@ pub async fn join(home: &Home, code: &str, label: &Label) -> Result<Arc<Identity
         )
         .hint("update `connect`"));
     }
+    if trust.is_closed(&granted.id()) {
+        return Err(Error::new(ErrorKind::Refused, "the invite was closed by a signer")
+            .hint("ask for a new code: `connect invite` on a machine of the workspace"));
+    }
     if clock::now() > granted.join_until {
         return Err(Error::new(ErrorKind::Refused, "the invite has expired")
             .hint("ask for a new code: `connect invite` on a machine of the workspace"));
     }
-    let epoch = EpochSecrets::open(
-        &invitation.wrap,
-        &invite.workspace_id,
-        &invite_keys.wrap,
-        trust.epoch_commit(0).expect("every log has the first epoch"),
-    )
-    .map_err(|_: CryptoError| Error::trust("the workspace's secrets in the invite do not open"))?;
+    let unopened = || Error::trust("the workspace's secrets in the invite do not open");
+    let number = invitation.wrap.epoch;
+    let commit = trust.epoch_commit(number).ok_or_else(unopened)?;
+    let epoch =
+        EpochSecrets::open(&invitation.wrap, &invite.workspace_id, &invite_keys.wrap, commit)
+            .map_err(|_: CryptoError| unopened())?;
     let attrs =
         invite.attributes().ok().filter(|attrs| attrs.hash() == granted.attrs).ok_or_else(
             || Error::trust("the tags in the invite are not those of its credential"),
@@ -178,27 +187,45 @@ pub async fn join(home: &Home, code: &str, label: &Label) -> Result<Arc<Identity
     };
     // The wrap opens for its own epoch alone.
     let epochs = Epochs::only(invitation.wrap.epoch, epoch);
-    let joined = Joined { hub: invite.hub, epochs, presented, attrs, genesis, trust };
-    let identity = Arc::new(keys.into_identity(joined, label));
-    register(home, &identity, greeted, None).await?;
-    Ok(identity)
+    let joined = Joined { hub: invite.hub, epochs, presented, attrs, log };
+    let (identity, log) = keys.into_identity(joined, label);
+    let directory = register(home, identity, log, greeted, None).await?;
+    Ok(directory.workspace().identity())
 }
 
-/// Makes an invite and leaves its public half at the hub. Returns the code, which is a secret.
+/// Fetches the whole trust log for a new agent, which verifies it entry by entry.
+async fn fetch_log(greeted: &mut Greeted, log: &mut TrustLog) -> Result<()> {
+    let mut bytes = 0;
+    loop {
+        let (wires, more) = greeted.fetch_log(log.locator()).await?;
+        bytes += wires.iter().map(|wire| wire.0.len() as u64).sum::<u64>();
+        let entries: std::result::Result<Vec<_>, _> =
+            wires.iter().map(|wire| LogEntry::decode(&wire.0)).collect();
+        let entries = entries
+            .map_err(|_| Error::trust("the hub shows a malformed entry of the trust log"))?;
+        let taken = log.take(&entries)?;
+        if !more {
+            return Ok(());
+        }
+        if taken != Taken::Grew || bytes > 2 * MAX_LOG_BYTES {
+            return Err(Error::trust("the hub shows a trust log without an end"));
+        }
+    }
+}
+
+/// Makes an invite, signed by `signer` ([`Identity::signing_key`]), and leaves its public half at the hub.
+/// Returns the code, which is a secret.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`] when this agent holds no signer key; [`ErrorKind::Usage`] for a bad tag.
+/// [`ErrorKind::Usage`] for a bad tag; as a request to the hub.
 pub async fn invite(
-    identity: &Identity,
     directory: &Directory,
+    signer: &SigningKey,
     expires: Duration,
     uses: u32,
     tags: Vec<String>,
 ) -> Result<Zeroizing<String>> {
-    let signer = identity.signer.as_ref().ok_or_else(|| {
-        Error::new(ErrorKind::Refused, "this agent holds no signer key, so it cannot invite")
-            .hint("run `connect invite` on the machine that ran `connect init`")
-    })?;
+    let identity = directory.workspace().identity();
     let invite = Invite {
         hub: identity.hub.clone(),
         workspace_id: identity.workspace_id(),
@@ -248,8 +275,7 @@ struct Joined {
     epochs: Epochs,
     presented: Presented,
     attrs: Attributes,
-    genesis: Signed<Genesis>,
-    trust: TrustState,
+    log: TrustLog,
 }
 
 /// The keys of a new agent.
@@ -270,21 +296,28 @@ impl AgentKeys {
     }
 
     /// The member with these keys; it holds no signer key.
-    fn into_identity(self, joined: Joined, label: &Label) -> Identity {
-        let Joined { hub, epochs, presented, attrs, genesis, trust } = joined;
-        Identity {
+    fn into_identity(self, joined: Joined, label: &Label) -> (Identity, TrustLog) {
+        let Joined { hub, epochs, presented, attrs, log } = joined;
+        let trust = log.state().clone();
+        let identity = Identity {
             hub,
             label: label.clone(),
             agent_id: AgentId::of(&trust.workspace_id(), &self.signing.public()),
             signing: Arc::new(self.signing),
             wrap: Arc::new(self.wrap),
-            noise: Arc::new(NoiseIdentity { static_keypair: self.static_keypair, presented }),
+            noise: Arc::new(NoiseIdentity {
+                static_keypair: self.static_keypair,
+                presented,
+                made: clock::now(),
+            }),
+            retired_noise: None,
             epochs: Arc::new(epochs),
             attrs: Arc::new(attrs),
-            genesis: Arc::new(genesis),
-            trust: Arc::new(trust),
+            genesis: log.genesis().clone(),
+            trust,
             signer: None,
-        }
+        };
+        (identity, log)
     }
 
     fn noise_key(&self, workspace_id: WorkspaceId) -> Signed<NoiseKey> {
@@ -331,15 +364,16 @@ fn claim(home: &Home) -> Result<HomeLock> {
 /// and not a spent invite with nothing to show for it.
 async fn register(
     home: &Home,
-    identity: &Arc<Identity>,
+    identity: Identity,
+    log: TrustLog,
     greeted: Greeted,
     create: Option<CreateWorkspace>,
 ) -> Result<Directory> {
-    home.save(identity)?;
-    let credentials = Credentials::of(identity);
+    home.save(&identity)?;
+    let workspace = Workspace::new(home, identity, log);
     let registered = async {
-        let (session, _) = greeted.login(&credentials, SessionKind::Command, create).await?;
-        let directory = Directory::new(identity.clone(), Arc::new(session));
+        let (session, _) = greeted.login(&workspace, SessionKind::Command, create).await?;
+        let directory = Directory::new(workspace.clone(), Arc::new(session));
         directory.publish_agent(1).await?;
         Ok(directory)
     };

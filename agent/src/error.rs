@@ -118,6 +118,12 @@ impl Error {
             | ErrorCode::UpgradeNeeded
             | ErrorCode::Unknown => ErrorKind::Refused,
         };
+        if report.code == ErrorCode::Clone {
+            tracing::error!(
+                event = "clone",
+                "the hub knows another key of this agent: its home was copied; stop the copy"
+            );
+        }
         let mut error =
             Self::new(kind, format_args!("the hub says: {}", one_line(&report.message)));
         error.busy = matches!(report.code, ErrorCode::Busy | ErrorCode::RateLimited);
@@ -141,6 +147,11 @@ fn hint(report: &ErrorReport) -> Option<String> {
          CONNECT_REGISTRATION_TOKEN to it"
     } else if code == ErrorCode::WrongAuthority {
         "dial the hub by a name that it was started with, or add this one with `--public-url`"
+    } else if code == ErrorCode::Clone {
+        "stop the copy and remove it. If you made none, somebody has the keys of this agent: join again \
+         with an empty home"
+    } else if code == ErrorCode::Stale {
+        "was this home restored from an older copy? Use the newest one, or join again with an empty home"
     } else if code == ErrorCode::NameTaken {
         let agent = report.agent_id.map_or_else(|| "its agent".into(), |id| id.short());
         return Some(format!(

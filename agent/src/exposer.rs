@@ -10,7 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use connect_crypto::{CryptoError, handshake};
+use connect_crypto::{
+    CryptoError,
+    handshake::{self, HandshakeError, Received},
+};
 use connect_spec::{
     bytes::Blob,
     control::{ErrorCode, FromAgent, SealedRecord, Ticket, TunnelRequest},
@@ -19,23 +22,26 @@ use connect_spec::{
         HANDSHAKE_TIMEOUT, MAX_FIRST_MESSAGES_PER_SEC, MAX_HALF_OPEN, MAX_HALF_OPEN_PER_PEER,
         MAX_PARKED_PER_PEER, PARKED_AT_EXPOSER, REMEMBERED_TUNNELS,
     },
+    log::Head,
     objects::{AgentRole, ServiceRecord},
     prologue::{Prologue, Realm},
     record::{CloseCode, ResetCode},
-    trust::VerifiedPeer,
+    trust::{TrustError, VerifiedPeer},
 };
 use tokio::{net::TcpStream, sync::mpsc, task::JoinSet, time::timeout};
 
 use crate::{
     agent::Core,
+    catch_up::{Claims, catch_up},
     clock,
-    identity::Identity,
+    error::{Error, ErrorKind},
+    identity::{Identity, NoiseIdentity},
     io::{
         hub::Session,
         splice::splice,
         tunnel::{ChannelHandle, Status, Stream, TunnelEnd, open_data_socket},
     },
-    random,
+    keeper, random,
     target::Target,
 };
 
@@ -155,18 +161,67 @@ struct LiveChannel {
     handle: ChannelHandle,
     /// Number of its newest tunnel.
     tunnel_no: u32,
+    /// Who is at the other end, as it showed itself last.
+    guest: Guest,
+}
+
+/// A peer and what it uses: what is judged again whenever the trust log changes.
+#[derive(Debug)]
+struct Guest {
+    peer: VerifiedPeer,
+    tags: Vec<String>,
+    service: Arc<Exposed>,
+}
+
+impl Guest {
+    fn judge(&self, identity: &Identity) -> Result<(), Refusal> {
+        let presented = self.peer.presented().clone();
+        identity.trust.verify_peer(self.peer.agent_id(), presented, clock::now())?;
+        authorise(&self.service, &self.peer, &self.tags)
+    }
 }
 
 /// Why a tunnel is not accepted: what the peer is told, and what this agent's log says.
 struct Refusal {
     code: ErrorCode,
+    event: &'static str,
     why: String,
 }
 
 impl Refusal {
     fn new(code: ErrorCode, why: impl std::fmt::Display) -> Self {
-        Self { code, why: why.to_string() }
+        Self { code, event: "refused", why: why.to_string() }
     }
+}
+
+impl From<TrustError> for Refusal {
+    fn from(error: TrustError) -> Self {
+        // What exactly is wrong is for this agent's log: the hub, which carries the answer, need not know.
+        let code = match error {
+            TrustError::IssuerUnknown => ErrorCode::IssuerUnknown,
+            TrustError::Genesis
+            | TrustError::Workspace
+            | TrustError::Agent
+            | TrustError::NoiseKey
+            | TrustError::Credential
+            | TrustError::Certificate
+            | TrustError::Exceeds
+            | TrustError::Expired
+            | TrustError::Closed
+            | TrustError::Revoked => ErrorCode::Refused,
+        };
+        Self { code, event: error.code(), why: error.to_string() }
+    }
+}
+
+/// Whether a peer that could not be verified may be known to a newer log than this agent's.
+fn is_news(
+    verified: &Result<VerifiedPeer, TrustError>,
+    identity: &Identity,
+    claimed: Head,
+) -> bool {
+    let unknown = matches!(verified, Err(TrustError::IssuerUnknown | TrustError::Credential));
+    unknown && claimed.seq > identity.trust.head().seq
 }
 
 impl Exposer {
@@ -259,7 +314,12 @@ impl Exposer {
             Err(refusal) => Err(refusal),
         };
         if let Err(refusal) = answered {
-            tracing::warn!(peer = %initiator.short(), why = refusal.why, "tunnel refused");
+            tracing::warn!(
+                event = refusal.event,
+                peer = %initiator.short(),
+                why = refusal.why,
+                "tunnel refused"
+            );
             let refuse = FromAgent::RefuseTunnel { tunnel_id, code: refusal.code };
             // A session that is gone has forgotten the request too.
             let _ = session.tell(refuse).await;
@@ -275,10 +335,11 @@ impl Exposer {
         request: TunnelRequest,
         ticket: Ticket,
     ) -> Result<(), Refusal> {
-        let identity = core.identity();
         let service = self
             .find(request.service_id)
             .ok_or_else(|| Refusal::new(ErrorCode::NotFound, "no such service here"))?;
+        let begun = core.identity();
+        let mut identity = begun.clone();
         if request.responder != identity.agent_id {
             return Err(Refusal::new(ErrorCode::Refused, "meant for another agent"));
         }
@@ -286,22 +347,31 @@ impl Exposer {
             return Err(Refusal::new(ErrorCode::Refused, "shares are not served here"));
         }
         let prologue = prologue(&identity, initiator, &request);
-        let noise = &identity.noise;
-        let received = handshake::receive(&noise.static_keypair, &prologue, &request.message.0)
+        let (noise, received) = receive(&begun, &prologue, &request.message.0)
             .map_err(|error| Refusal::new(ErrorCode::Refused, error))?;
         let payload = received.payload();
-        let peer = identity
-            .trust
-            .verify_peer(initiator, payload.presented.clone(), clock::now())
-            .map_err(|error| Refusal::new(ErrorCode::Refused, error))?;
-        core.check_noise_key(&peer).map_err(|error| Refusal::new(ErrorCode::Refused, error))?;
-        if payload.head != identity.trust.head() {
-            return Err(Refusal::new(ErrorCode::Refused, "the trust logs of both sides differ"));
+        let presented = &payload.presented;
+        let verify = |identity: &Identity| {
+            identity.trust.verify_peer(initiator, presented.clone(), clock::now())
+        };
+        let mut verified = verify(&identity);
+        if is_news(&verified, &identity, payload.head) {
+            // Its issuer may be a signer that this agent has not heard of yet. A hub that does not say
+            // so is no reason to fail otherwise than before.
+            let _ = core.workspace.sync(session).await;
+            identity = core.identity();
+            verified = verify(&identity);
         }
+        let peer = verified?;
+        core.check_noise_key(&peer).map_err(|error| Refusal::new(ErrorCode::Refused, error))?;
         authorise(&service, &peer, &payload.attrs.tags)?;
+        keeper::check_policy(core, &identity, &peer)
+            .map_err(|error| Refusal::new(ErrorCode::UpgradeNeeded, error))?;
+        let tags = payload.attrs.tags.clone();
+        let claims = Claims { own: identity.trust.head(), peer: payload.head };
 
         let (transport, message) = received
-            .answer(&peer, &local(&identity), &mut random::rng())
+            .answer(&peer, &local(&identity, noise), &mut random::rng())
             .map_err(|error| Refusal::new(ErrorCode::Refused, error))?;
         let accept =
             FromAgent::AcceptTunnel { tunnel_id: request.tunnel_id, message: Blob(message) };
@@ -314,34 +384,63 @@ impl Exposer {
         let (sealer, opener) = transport.split();
         let encoding = request.encoding;
         let mut end = TunnelEnd { socket, encoding, sealer, opener };
+        let guest = Guest { peer, tags, service };
+        let judge = |identity: &Identity| {
+            guest.judge(identity).map_err(|refusal| Error::new(ErrorKind::Refused, refusal.why))
+        };
+        if let Err(error) = catch_up(&mut end, &core.workspace, claims, judge).await {
+            tracing::warn!(event = "peer_ended", peer = %initiator.short(), %error, "tunnel closed");
+            end.refuse(CloseCode::Forbidden).await;
+            return Ok(());
+        }
         // The initiator's first record proves that this is no replay; nothing is touched before.
-        let first = match timeout(HANDSHAKE_TIMEOUT, end.first_record()).await {
+        let first = match timeout(HANDSHAKE_TIMEOUT, end.read_record()).await {
             Ok(Ok(first)) => first,
             Ok(Err(ended)) => return Err(failed(&ended)),
             Err(_) => return Err(failed(&"the initiator says nothing")),
         };
-        core.remember(&peer, None);
-        match self.enter(core, service, initiator, &request) {
+        core.remember(&guest.peer, None);
+        match self.enter(core, guest, &request) {
             Some(channel) => {
                 // Lives exactly as long as the tunnel, which every way of stopping the agent closes.
                 tokio::spawn(async move {
                     let ended = channel.run(end, Some(first)).await;
                     tracing::debug!(peer = %initiator.short(), %ended, "tunnel ended");
                 });
+                // What was learned since it was judged was not held against it yet.
+                self.judge_again(&core.identity());
             }
             None => end.refuse(CloseCode::Stale).await,
         }
         Ok(())
     }
 
+    /// Ends the channels of those peers that are not trusted, or not allowed, any more.
+    pub(crate) fn judge_again(&self, identity: &Identity) {
+        for channel in self.channels().values() {
+            if let Err(refusal) = channel.guest.judge(identity) {
+                if *channel.handle.status().borrow() != Status::Closed {
+                    tracing::warn!(
+                        event = "peer_ended",
+                        code = refusal.event,
+                        peer = %channel.guest.peer.agent_id().short(),
+                        why = refusal.why,
+                        "a channel was closed"
+                    );
+                }
+                channel.handle.close(CloseCode::Forbidden);
+            }
+        }
+    }
+
     /// The channel that a tunnel is for, begun if it is new; `None` for a tunnel that comes too late.
     fn enter(
         &self,
         core: &Arc<Core>,
-        service: Arc<Exposed>,
-        peer: AgentId,
+        guest: Guest,
         request: &TunnelRequest,
     ) -> Option<ChannelHandle> {
+        let peer = guest.peer.agent_id();
         let key = ChannelKey {
             peer,
             service_id: request.service_id,
@@ -354,11 +453,14 @@ impl Exposer {
                 return None;
             }
             channel.tunnel_no = request.tunnel_no;
+            channel.guest = guest;
             return Some(channel.handle.clone());
         }
         make_room(&channels, peer);
         let (handle, streams) = ChannelHandle::exposer();
-        let channel = LiveChannel { handle: handle.clone(), tunnel_no: request.tunnel_no };
+        let service = guest.service.clone();
+        let tunnel_no = request.tunnel_no;
+        let channel = LiveChannel { handle: handle.clone(), tunnel_no, guest };
         channels.insert(key, channel);
         // Lives exactly as long as the channel.
         tokio::spawn({
@@ -475,11 +577,30 @@ pub(crate) fn prologue(
     }
 }
 
-/// This agent's own side of a handshake.
-pub(crate) fn local(identity: &Identity) -> handshake::Local<'_> {
+/// Reads message 1 with the static key that it was made for: the current one, or the one before.
+fn receive<'i>(
+    identity: &'i Identity,
+    prologue: &Prologue,
+    message1: &[u8],
+) -> Result<(&'i NoiseIdentity, Received), HandshakeError> {
+    let mut refused = HandshakeError::Decrypt;
+    for noise in identity.answering(clock::now()) {
+        match handshake::receive(&noise.static_keypair, prologue, message1) {
+            Ok(received) => return Ok((noise, received)),
+            Err(error) => refused = error,
+        }
+        if refused != HandshakeError::Decrypt {
+            break;
+        }
+    }
+    Err(refused)
+}
+
+/// This agent's own side of a handshake that uses the static key of `noise`.
+pub(crate) fn local<'i>(identity: &'i Identity, noise: &'i NoiseIdentity) -> handshake::Local<'i> {
     handshake::Local {
-        static_keypair: &identity.noise.static_keypair,
-        presented: &identity.noise.presented,
+        static_keypair: &noise.static_keypair,
+        presented: &noise.presented,
         attrs: &identity.attrs,
         head: identity.trust.head(),
         realm_secret: &identity.epochs.current().secrets.realm,

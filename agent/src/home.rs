@@ -1,6 +1,6 @@
 //! What an agent keeps on disk, in one directory: secrets 0600 under a 0700 home, replaced atomically.
 //!
-//! `agent.key` and `signer.key` hold secrets and nothing else; `membership.json` and `trust/` are
+//! `agent.key`, `epochs.key` and `signer.key` hold secrets and nothing else; `membership.json` and `trust/` are
 //! public; `state.json` and `ports.json` are what to restore. One home is one agent, by `agent.lock`.
 
 use std::{
@@ -14,6 +14,7 @@ use std::{
 };
 
 use connect_crypto::{
+    custody::{Passphrase, SealedKey},
     epoch::EpochSecrets,
     invite::HubAddress,
     keys::{SigningKey, StaticKeypair, WrapKeypair},
@@ -23,8 +24,8 @@ use connect_spec::{
     control::PresentedBlobs,
     hash::hash16,
     ids::{AgentId, Label, ServiceId, ServiceName, WorkspaceId},
-    log::Head,
-    objects::{Attributes, Genesis},
+    log::LogEntry,
+    objects::{Attributes, NoiseKey, UnixTime},
     signed::Signed,
     trust::{Presented, TrustState},
 };
@@ -33,7 +34,8 @@ use zeroize::Zeroizing;
 
 use crate::{
     error::{Error, ErrorKind, Result},
-    identity::{Epochs, Identity, NoiseIdentity},
+    identity::{Epochs, Identity, NoiseIdentity, RetiredNoise, SignerKey},
+    trust::{TrustLock, TrustLog},
 };
 
 /// Longest path of a Unix socket that every system takes.
@@ -62,6 +64,24 @@ struct Membership {
     tags: Vec<String>,
     #[serde(flatten)]
     presented: PresentedBlobs,
+    #[serde(default)]
+    noise_key_made: UnixTime,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    retired_noise_key: Option<SavedRetired>,
+}
+
+/// A NoiseKey that was rotated away, and until when it answers.
+#[derive(Debug, Serialize, Deserialize)]
+struct SavedRetired {
+    noise_key: Blob,
+    until: UnixTime,
+}
+
+impl SavedRetired {
+    fn of(retired: &RetiredNoise) -> Self {
+        let noise_key = Blob(retired.noise.presented.noise_key.encode());
+        Self { noise_key, until: retired.until }
+    }
 }
 
 /// A service that the agent offers whenever it runs.
@@ -148,13 +168,13 @@ impl Home {
         self.path("membership.json").exists()
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }
 
     /// Creates the directory, 0700, if it is not there.
     pub(crate) fn create(&self) -> Result<()> {
-        for dir in [&self.dir, &self.path("trust")] {
+        for dir in [&self.dir, &self.path("trust"), &self.path("evidence")] {
             fs::DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)
@@ -240,6 +260,11 @@ impl Home {
     /// [`ErrorKind::NotEnrolled`] when there is none; [`ErrorKind::TrustViolation`] when what is on
     /// disk does not hold together.
     pub fn load(&self) -> Result<Identity> {
+        self.load_with_log().map(|(identity, _)| identity)
+    }
+
+    /// As [`Home::load`], with the trust log.
+    pub(crate) fn load_with_log(&self) -> Result<(Identity, TrustLog)> {
         if !self.is_enrolled() {
             return Err(Error::new(
                 ErrorKind::NotEnrolled,
@@ -251,14 +276,8 @@ impl Home {
         let keys = SecretFile::read(&self.path("agent.key"))?;
         let damaged = |what: &str| self.damaged(what);
         let signing = SigningKey::from_seed(keys.fixed("identity")?);
-        let genesis = Signed::<Genesis>::decode(&self.read("trust/genesis")?)
-            .map_err(|_| damaged("trust/genesis"))?;
-        let trust = TrustState::from_genesis(membership.workspace_id, &genesis)
-            .map_err(|_| damaged("trust/genesis"))?;
-        let head: Head = self.read_json("trust/head.json")?;
-        if head != trust.head() {
-            return Err(damaged("trust/head.json"));
-        }
+        let log = TrustLog::load(self, membership.workspace_id)?;
+        let trust = log.state().clone();
         let presented =
             Presented::from_blobs(&membership.presented).map_err(|_| damaged("membership.json"))?;
         let attrs = Attributes::new(
@@ -270,35 +289,62 @@ impl Home {
         if presented.certificate.object().agent_id() != agent_id {
             return Err(damaged("agent.key"));
         }
-        let epochs = Epochs::new(
-            keys.numbered("epoch-")?
-                .into_iter()
-                .map(|(number, bytes)| (number, EpochSecrets::from_bytes(bytes))),
-        )
-        .ok_or_else(|| missing("epoch-0"))?;
-        let static_keypair = StaticKeypair::from_secret(keys.fixed("static-1")?);
+        let epochs = self.load_epochs(&trust)?.ok_or_else(|| damaged("epochs.key"))?;
+        let static_keypair = |noise_key: &Signed<NoiseKey>| {
+            let noise_key = noise_key.object();
+            let keypair = StaticKeypair::from_secret(keys.fixed(&static_line(noise_key.counter))?);
+            let bound = keypair.public() == noise_key.static_key;
+            if bound { Ok(keypair) } else { Err(damaged("agent.key")) }
+        };
+        let retired_noise = match membership.retired_noise_key {
+            Some(retired) => {
+                let noise_key =
+                    Signed::decode(&retired.noise_key.0).map_err(|_| damaged("membership.json"))?;
+                // The secret goes first when a key is forgotten: a crash may have come between.
+                static_keypair(&noise_key).ok().map(|static_keypair| {
+                    let presented = Presented { noise_key, ..presented.clone() };
+                    let noise = NoiseIdentity { static_keypair, presented, made: 0 };
+                    RetiredNoise { noise: Arc::new(noise), until: retired.until }
+                })
+            }
+            None => None,
+        };
+        let noise = NoiseIdentity {
+            static_keypair: static_keypair(&presented.noise_key)?,
+            presented,
+            made: membership.noise_key_made,
+        };
         let signer = if self.path("signer.key").exists() {
             let keys = SecretFile::read(&self.path("signer.key"))?;
-            Some(Arc::new(SigningKey::from_seed(keys.fixed("signer")?)))
+            Some(match keys.line("sealed") {
+                Some(digits) => {
+                    let sealed = hex::decode(digits).ok();
+                    let sealed = sealed.and_then(|bytes| SealedKey::from_bytes(&bytes).ok());
+                    SignerKey::Locked(Arc::new(sealed.ok_or_else(|| damaged("signer.key"))?))
+                }
+                None => SignerKey::Open(Arc::new(SigningKey::from_seed(keys.fixed("signer")?))),
+            })
         } else {
             None
         };
-        Ok(Identity {
+        let identity = Identity {
             hub: HubAddress::from_str(&membership.hub).map_err(|_| damaged("membership.json"))?,
             label: membership.label,
             agent_id,
             signing: Arc::new(signing),
             wrap: Arc::new(WrapKeypair::from_seed(keys.fixed("wrap")?)),
-            noise: Arc::new(NoiseIdentity { static_keypair, presented }),
+            noise: Arc::new(noise),
+            retired_noise,
             epochs: Arc::new(epochs),
             attrs: Arc::new(attrs),
-            genesis: Arc::new(genesis),
-            trust: Arc::new(trust),
+            genesis: log.genesis().clone(),
+            trust,
             signer,
-        })
+        };
+        Ok((identity, log))
     }
 
-    fn damaged(&self, file: &str) -> Error {
+    pub(crate) fn damaged(&self, file: &str) -> Error {
         Error::new(
             ErrorKind::TrustViolation,
             format_args!("`{}` is damaged or was changed", self.path(file).display()),
@@ -309,22 +355,13 @@ impl Home {
     /// Writes a new identity; the file that makes the home enrolled comes last.
     pub(crate) fn save(&self, identity: &Identity) -> Result<()> {
         self.create()?;
-        let mut keys = SecretFile::default();
-        keys.put("identity", identity.signing.seed().as_slice());
-        keys.put("static-1", identity.noise.static_keypair.secret().as_slice());
-        keys.put("wrap", identity.wrap.seed().as_slice());
-        for epoch in identity.epochs.all() {
-            let name = format!("epoch-{}", epoch.number);
-            keys.put(&name, epoch.secrets.to_bytes().as_slice());
-        }
-        self.write("agent.key", keys.0.as_bytes())?;
+        self.save_keys(identity)?;
         if let Some(signer) = &identity.signer {
-            let mut keys = SecretFile::default();
-            keys.put("signer", signer.seed().as_slice());
-            self.write("signer.key", keys.0.as_bytes())?;
+            self.save_signer(signer)?;
         }
-        self.write("trust/genesis", &identity.genesis.encode())?;
-        self.write_json("trust/head.json", &identity.trust.head())?;
+        for epoch in identity.epochs.all() {
+            self.save_epoch(epoch.number, &epoch.secrets)?;
+        }
         self.write_json(
             "membership.json",
             &Membership {
@@ -335,6 +372,150 @@ impl Home {
                 salt: Blob(identity.attrs.salt.to_vec()),
                 tags: identity.attrs.tags.clone(),
                 presented: identity.noise.presented.to_blobs(),
+                noise_key_made: identity.noise.made,
+                retired_noise_key: identity.retired_noise.as_ref().map(SavedRetired::of),
+            },
+        )
+    }
+
+    /// Writes the key of a founder, or of who recovered the workspace.
+    pub(crate) fn save_signer(&self, signer: &SignerKey) -> Result<()> {
+        let mut keys = SecretFile::default();
+        match signer {
+            SignerKey::Open(key) => keys.put("signer", key.seed().as_slice()),
+            SignerKey::Locked(sealed) => keys.put("sealed", sealed.as_bytes()),
+        }
+        self.write("signer.key", keys.0.as_bytes())
+    }
+
+    /// Puts the signer key of this home under a passphrase, or takes its passphrase away.
+    ///
+    /// # Errors
+    /// The home cannot be written; the key in it stays as it was.
+    pub fn set_passphrase(
+        &self,
+        identity: &Identity,
+        signer: &Arc<SigningKey>,
+        passphrase: Option<&Passphrase>,
+    ) -> Result<()> {
+        let signer = match passphrase {
+            Some(passphrase) => SignerKey::lock(signer, &identity.workspace_id(), passphrase)?,
+            None => SignerKey::Open(signer.clone()),
+        };
+        self.save_signer(&signer)
+    }
+
+    fn save_keys(&self, identity: &Identity) -> Result<()> {
+        let mut keys = SecretFile::default();
+        keys.put("identity", identity.signing.seed().as_slice());
+        let retired = identity.retired_noise.as_ref().map(|retired| &retired.noise);
+        for noise in retired.into_iter().chain([&identity.noise]) {
+            let name = static_line(noise.counter());
+            keys.put(&name, noise.static_keypair.secret().as_slice());
+        }
+        keys.put("wrap", identity.wrap.seed().as_slice());
+        self.write("agent.key", keys.0.as_bytes())
+    }
+
+    /// The epochs that are held here and that the log confirms; a signer also keeps one that it has not
+    /// brought into the log yet.
+    pub(crate) fn load_epochs(&self, trust: &TrustState) -> Result<Option<Epochs>> {
+        let keys = SecretFile::read(&self.path("epochs.key"))?;
+        let held = keys.numbered("epoch-")?.into_iter();
+        let held = held.map(|(number, bytes)| (number, EpochSecrets::from_bytes(bytes)));
+        Ok(Epochs::new(
+            held.filter(|(number, secrets)| trust.epoch_commit(*number) == Some(&secrets.commit())),
+        ))
+    }
+
+    /// Adds the secrets of an epoch, in place of others of the same number; the oldest go.
+    pub(crate) fn save_epoch(&self, number: u32, secrets: &EpochSecrets) -> Result<()> {
+        let _lock = self.lock_trust()?;
+        let mut held: BTreeMap<u32, _> = if self.path("epochs.key").exists() {
+            SecretFile::read(&self.path("epochs.key"))?.numbered("epoch-")?.into_iter().collect()
+        } else {
+            BTreeMap::new()
+        };
+        held.insert(number, secrets.to_bytes());
+        while held.len() > KEPT_EPOCHS {
+            held.pop_first();
+        }
+        let mut keys = SecretFile::default();
+        for (number, secrets) in &held {
+            keys.put(&format!("epoch-{number}"), secrets.as_slice());
+        }
+        self.write("epochs.key", keys.0.as_bytes())
+    }
+
+    /// Waits for the right to sign an entry: two processes of one home must not sign for one place.
+    pub(crate) fn lock_signing(&self) -> Result<TrustLock> {
+        self.lock_file("trust/signing")
+    }
+
+    /// Remembers an entry that is signed and not yet in the log, or forgets it.
+    pub(crate) fn save_pending(&self, entry: Option<&LogEntry>) -> Result<()> {
+        match entry {
+            Some(entry) => self.write("trust/pending", &entry.encode()),
+            None => match fs::remove_file(self.path("trust/pending")) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    Err(self.unwritable(&error))
+                }
+                Ok(()) | Err(_) => Ok(()),
+            },
+        }
+    }
+
+    /// The entry that was signed and perhaps not sent.
+    pub(crate) fn load_pending(&self) -> Result<Option<LogEntry>> {
+        if !self.path("trust/pending").exists() {
+            return Ok(None);
+        }
+        let entry = LogEntry::decode(&self.read("trust/pending")?);
+        entry.map(Some).map_err(|_| self.damaged("trust/pending"))
+    }
+
+    /// Waits for the right to change what several processes of this home share: the trust log, the
+    /// epochs and the membership.
+    pub(crate) fn lock_trust(&self) -> Result<TrustLock> {
+        self.lock_file("trust/lock")
+    }
+
+    fn lock_file(&self, name: &str) -> Result<TrustLock> {
+        self.create()?;
+        let file = fs::OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(self.path(name))
+            .map_err(|error| self.unwritable(&error))?;
+        file.lock().map_err(|error| self.unwritable(&error))?;
+        Ok(TrustLock::held_by(file))
+    }
+
+    /// Takes over a certificate that a signer made for this agent.
+    pub(crate) fn save_certificate(&self, identity: &Identity) -> Result<()> {
+        let _lock = self.lock_trust()?;
+        let membership: Membership = self.read_json("membership.json")?;
+        let presented = identity.noise.presented.to_blobs();
+        self.write_json("membership.json", &Membership { presented, ..membership })
+    }
+
+    /// Writes what a rotation changed.
+    ///
+    /// The secrets come first: a crash in between leaves a secret that no NoiseKey names yet, or a
+    /// retired NoiseKey without its secret, and both are passed over.
+    pub(crate) fn save_noise(&self, identity: &Identity) -> Result<()> {
+        let _lock = self.lock_trust()?;
+        let membership: Membership = self.read_json("membership.json")?;
+        self.save_keys(identity)?;
+        self.write_json(
+            "membership.json",
+            &Membership {
+                presented: identity.noise.presented.to_blobs(),
+                noise_key_made: identity.noise.made,
+                retired_noise_key: identity.retired_noise.as_ref().map(SavedRetired::of),
+                ..membership
             },
         )
     }
@@ -351,9 +532,15 @@ impl Home {
 
     /// Takes back an enrolment that the hub refused.
     pub(crate) fn forget(&self) {
-        for file in
-            ["membership.json", "agent.key", "signer.key", "trust/genesis", "trust/head.json"]
-        {
+        for file in [
+            "membership.json",
+            "agent.key",
+            "epochs.key",
+            "signer.key",
+            "trust/genesis",
+            "trust/head.json",
+            "trust/log-0",
+        ] {
             // What cannot be removed was not written, or is reported at the next start.
             let _ = fs::remove_file(self.path(file));
         }
@@ -383,7 +570,7 @@ impl Home {
         self.write_json("trust/peers.json", peers)
     }
 
-    fn read(&self, name: &str) -> Result<Vec<u8>> {
+    pub(crate) fn read(&self, name: &str) -> Result<Vec<u8>> {
         fs::read(self.path(name)).map_err(|error| {
             Error::new(
                 ErrorKind::Other,
@@ -392,22 +579,26 @@ impl Home {
         })
     }
 
-    fn read_json<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
+    pub(crate) fn read_json<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
         serde_json::from_slice(&self.read(name)?).map_err(|_| self.damaged(name))
     }
 
     fn read_json_or_default<T: DeserializeOwned + Default>(&self, name: &str) -> Result<T> {
-        if self.path(name).exists() { self.read_json(name) } else { Ok(T::default()) }
+        self.read_json_if_there(name).map(Option::unwrap_or_default)
     }
 
-    fn write_json<T: Serialize>(&self, name: &str, value: &T) -> Result<()> {
+    pub(crate) fn read_json_if_there<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>> {
+        if self.path(name).exists() { self.read_json(name).map(Some) } else { Ok(None) }
+    }
+
+    pub(crate) fn write_json<T: Serialize>(&self, name: &str, value: &T) -> Result<()> {
         let mut text = serde_json::to_vec_pretty(value).expect("plain data becomes JSON");
         text.push(b'\n');
         self.write(name, &text)
     }
 
     /// Replaces a file atomically: a reader, or a crash, sees the old one or the new one.
-    fn write(&self, name: &str, content: &[u8]) -> Result<()> {
+    pub(crate) fn write(&self, name: &str, content: &[u8]) -> Result<()> {
         let path = self.path(name);
         let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
         let written = (|| {
@@ -430,9 +621,11 @@ impl Home {
 #[derive(Default)]
 struct SecretFile(Zeroizing<String>);
 
-/// Longest content of a secret file: some hundred epochs. Its buffer is reserved at once, so that
+/// Longest content of a secret file. Its buffer is reserved at once, so that
 /// growing leaves no copy.
-const SECRET_FILE_BYTES: usize = 64 * 1024;
+const SECRET_FILE_BYTES: usize = 4096;
+/// Epochs whose secrets are kept: the current one, the one before, and two that were not needed lately.
+const KEPT_EPOCHS: usize = 4;
 
 impl SecretFile {
     fn put(&mut self, name: &str, secret: &[u8]) {
@@ -474,11 +667,13 @@ impl SecretFile {
         self.0.lines().filter_map(|line| line.split_once(' '))
     }
 
+    fn line(&self, name: &str) -> Option<&str> {
+        self.lines().find(|(key, _)| *key == name).map(|(_, digits)| digits)
+    }
+
     /// The secret of a name.
     fn fixed<const N: usize>(&self, name: &str) -> Result<Zeroizing<[u8; N]>> {
-        let (_, digits) =
-            self.lines().find(|(key, _)| *key == name).ok_or_else(|| missing(name))?;
-        digits_of(name, digits)
+        digits_of(name, self.line(name).ok_or_else(|| missing(name))?)
     }
 
     /// The secrets whose names are `prefix` and a number.
@@ -497,6 +692,11 @@ fn digits_of<const N: usize>(name: &str, digits: &str) -> Result<Zeroizing<[u8; 
     let mut secret = Zeroizing::new([0; N]);
     hex::decode_to_slice(digits, secret.as_mut_slice()).map_err(|_| missing(name))?;
     Ok(secret)
+}
+
+/// The name of a static key's line.
+fn static_line(counter: u64) -> String {
+    format!("static-{counter}")
 }
 
 fn missing(name: &str) -> Error {

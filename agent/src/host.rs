@@ -137,11 +137,12 @@ impl Host {
             Command::Expose { name, target, allow, take_over } => {
                 self.expose(name, &target, allow, take_over, Keep::Saved).await.map(Answer::Exposed)
             }
-            Command::Reach { name, port } => {
-                self.reach(name, port, Keep::Saved).await.map(Answer::Reached)
+            Command::Reach { name, port, accept_new } => {
+                self.reach(name, port, accept_new, Keep::Saved).await.map(Answer::Reached)
             }
             Command::Unexpose { name } => self.unexpose(&name).await.map(|()| Answer::Done),
             Command::Unreach { name } => self.unreach(&name).await.map(|()| Answer::Done),
+            Command::Rotate => self.agent.rotate().await.map(Answer::Rotated),
             Command::Down => {
                 self.down.notify_one();
                 Ok(Answer::Done)
@@ -220,8 +221,12 @@ impl Host {
         &self,
         name: ServiceName,
         port: Option<u16>,
+        accept_new: bool,
         keep: Keep,
     ) -> Result<ReachedStatus> {
+        if accept_new {
+            self.agent.core().unpin(&name);
+        }
         let found = self.agent.find(&name).await?;
         // The port of a target that is down may be free because the exposer is on this very machine: taken
         // here, the exposer would dial this agent, and so on without end.
@@ -341,8 +346,11 @@ impl Host {
             trust: TrustStatus {
                 seq: head.seq,
                 head: head.hash.to_string(),
-                beat_age_s: None,
-                frozen: false,
+                beat_age_s: self.agent.core().beat_age(None).map(|age| age.as_secs()),
+                frozen: identity.trust.is_frozen(),
+                forked: identity.trust.is_forked(),
+                strict: identity.trust.policy().strict,
+                epoch: identity.epochs.current().number,
             },
             exposed: self.exposed(),
             reached: self.all_reached().await,

@@ -1,8 +1,9 @@
 //! What an enrolled agent knows of itself: one version at a time, shared by whoever works with it.
 
-use std::{collections::BTreeMap, fmt, sync::Arc};
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use connect_crypto::{
+    custody::{Cost, CustodyError, Passphrase, SealedKey},
     epoch::EpochSecrets,
     invite::HubAddress,
     keys::{SigningKey, StaticKeypair, WrapKeypair},
@@ -10,10 +11,20 @@ use connect_crypto::{
 };
 use connect_spec::{
     ids::{AgentId, Label, WorkspaceId},
-    objects::{Attributes, Genesis},
+    keys::IdentityKey,
+    objects::{Attributes, Certificate, Genesis, Issuer, NoiseKey, UnixTime},
     signed::Signed,
     trust::{Presented, TrustState},
 };
+
+use crate::{
+    error::{Error, ErrorKind, Result},
+    random,
+};
+
+/// A static key answers first messages for so long after its rotation: they come from reachers that
+/// looked the service up before.
+pub(crate) const KEPT_AFTER_ROTATION: Duration = Duration::from_secs(24 * 3600);
 
 /// Everything that an enrolled agent knows of itself, at one moment.
 ///
@@ -28,11 +39,12 @@ pub struct Identity {
     pub(crate) signing: Arc<SigningKey>,
     pub(crate) wrap: Arc<WrapKeypair>,
     pub(crate) noise: Arc<NoiseIdentity>,
+    pub(crate) retired_noise: Option<RetiredNoise>,
     pub(crate) epochs: Arc<Epochs>,
     pub(crate) attrs: Arc<Attributes>,
     pub(crate) genesis: Arc<Signed<Genesis>>,
     pub(crate) trust: Arc<TrustState>,
-    pub(crate) signer: Option<Arc<SigningKey>>,
+    pub(crate) signer: Option<SignerKey>,
 }
 
 impl fmt::Debug for Identity {
@@ -56,6 +68,154 @@ impl Identity {
     pub fn workspace_id(&self) -> WorkspaceId {
         self.trust.workspace_id()
     }
+
+    /// The key by which this agent is a signer; `passphrase` is asked for only if nothing else helps.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] when it is none; [`ErrorKind::Other`] when the passphrase is wrong; that of
+    /// `passphrase`.
+    pub fn signing_key(
+        &self,
+        passphrase: impl FnOnce() -> Result<Passphrase>,
+    ) -> Result<Arc<SigningKey>> {
+        let is_signer = |key: &Arc<SigningKey>| self.trust.is_signer(&key.public());
+        let open = match &self.signer {
+            Some(SignerKey::Open(key)) => Some(key.clone()),
+            Some(SignerKey::Locked(_)) | None => None,
+        };
+        if let Some(key) = open.into_iter().chain([self.signing.clone()]).find(is_signer) {
+            return Ok(key);
+        }
+        let unlocked = match &self.signer {
+            Some(SignerKey::Locked(_)) => Some(self.unlock_signer(passphrase)?),
+            Some(SignerKey::Open(_)) | None => None,
+        };
+        unlocked.filter(is_signer).ok_or_else(|| {
+            Error::new(ErrorKind::Refused, "this agent is no signer of the workspace").hint(
+                "run this on a machine of a signer, such as the one that ran `connect init`; an \
+                 owner can add this one: `connect trust add-signer AGENT`",
+            )
+        })
+    }
+
+    /// The keys by which this agent may be a signer: that of a founder is known by its certificate.
+    pub(crate) fn own_signer_keys(&self) -> impl Iterator<Item = IdentityKey> {
+        let certificate = self.noise.presented.certificate.object();
+        let founder = match certificate.issuer {
+            Issuer::Signer(key) if certificate.serial == 1 => Some(key),
+            Issuer::Signer(_) | Issuer::Credential(_) => None,
+        };
+        let open = match &self.signer {
+            Some(SignerKey::Open(key)) => Some(key.public()),
+            Some(SignerKey::Locked(_)) | None => None,
+        };
+        founder.into_iter().chain(open).chain([self.signing.public()])
+    }
+
+    /// This agent with a certificate that a signer made for it.
+    pub(crate) fn with_certificate(&self, certificate: Signed<Certificate>) -> Self {
+        let old = &self.noise;
+        let static_keypair = StaticKeypair::from_secret(old.static_keypair.secret().clone());
+        let presented = Presented { certificate, credential: None, ..old.presented.clone() };
+        let noise = NoiseIdentity { static_keypair, presented, made: old.made };
+        Self { noise: Arc::new(noise), ..self.clone() }
+    }
+
+    /// Opens the signer key of this home; `passphrase` is asked for only if it is locked.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] when this home holds no signer key; [`ErrorKind::Other`] when the passphrase
+    /// is wrong; that of `passphrase`.
+    pub fn unlock_signer(
+        &self,
+        passphrase: impl FnOnce() -> Result<Passphrase>,
+    ) -> Result<Arc<SigningKey>> {
+        match self.signer()? {
+            SignerKey::Open(key) => Ok(key.clone()),
+            SignerKey::Locked(sealed) => {
+                let key = sealed.open(&self.workspace_id(), &passphrase()?).map_err(custody)?;
+                Ok(Arc::new(key))
+            }
+        }
+    }
+
+    /// Whether the signer key needs a passphrase.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] when this home holds no signer key.
+    pub fn signer_is_locked(&self) -> Result<bool> {
+        self.signer().map(|signer| matches!(signer, SignerKey::Locked(_)))
+    }
+
+    fn signer(&self) -> Result<&SignerKey> {
+        self.signer.as_ref().ok_or_else(|| {
+            Error::new(
+                ErrorKind::Refused,
+                "this agent holds no signer key, so it cannot sign for the workspace",
+            )
+            .hint("run this on the machine that ran `connect init`")
+        })
+    }
+
+    /// This agent with a new static key; the one that it had is retired.
+    pub(crate) fn rotated(&self, now: UnixTime) -> Self {
+        let static_keypair = StaticKeypair::generate(&mut random::rng());
+        let old = &self.noise.presented;
+        let noise_key = self.signing.sign(&NoiseKey {
+            counter: self.noise.counter().saturating_add(1),
+            static_key: static_keypair.public(),
+            ..old.noise_key.object().clone()
+        });
+        let presented = Presented { noise_key, ..old.clone() };
+        Self {
+            noise: Arc::new(NoiseIdentity { static_keypair, presented, made: now }),
+            retired_noise: Some(RetiredNoise {
+                noise: self.noise.clone(),
+                until: now.saturating_add(KEPT_AFTER_ROTATION.as_secs()),
+            }),
+            ..self.clone()
+        }
+    }
+
+    /// The static keys that answer a first message, the one to try first before the other.
+    pub(crate) fn answering(&self, now: UnixTime) -> impl Iterator<Item = &Arc<NoiseIdentity>> {
+        let retired = self.retired_noise.iter().filter(move |retired| now < retired.until);
+        [&self.noise].into_iter().chain(retired.map(|retired| &retired.noise))
+    }
+}
+
+/// A signer's key as this home holds it.
+#[derive(Debug, Clone)]
+pub(crate) enum SignerKey {
+    /// As it is.
+    Open(Arc<SigningKey>),
+    /// Under a passphrase.
+    Locked(Arc<SealedKey>),
+}
+
+impl SignerKey {
+    /// Puts a key under a passphrase.
+    pub(crate) fn lock(
+        key: &SigningKey,
+        workspace: &WorkspaceId,
+        passphrase: &Passphrase,
+    ) -> Result<Self> {
+        SealedKey::seal(key, workspace, passphrase, Cost::DEFAULT, &mut random::rng())
+            .map(|sealed| Self::Locked(Arc::new(sealed)))
+            .map_err(custody)
+    }
+}
+
+fn custody(error: CustodyError) -> Error {
+    match error {
+        CustodyError::TooShort | CustodyError::TooLong => Error::new(ErrorKind::Usage, error),
+        CustodyError::Open => Error::new(ErrorKind::Other, error)
+            .hint("if it is not, `signer.key` was changed or is that of another workspace"),
+        CustodyError::Malformed | CustodyError::Cost => {
+            Error::new(ErrorKind::TrustViolation, format_args!("`signer.key`: {error}"))
+                .hint("restore the file from a backup")
+        }
+    }
 }
 
 /// A Noise static key, and what shows that it is this agent's.
@@ -64,6 +224,23 @@ pub(crate) struct NoiseIdentity {
     pub(crate) static_keypair: StaticKeypair,
     /// Its NoiseKey is that of `static_keypair`.
     pub(crate) presented: Presented,
+    /// When the key was made; 0 when that is not known.
+    pub(crate) made: UnixTime,
+}
+
+impl NoiseIdentity {
+    /// The counter of the NoiseKey.
+    pub(crate) fn counter(&self) -> u64 {
+        self.presented.noise_key.object().counter
+    }
+}
+
+/// A static key that was rotated away.
+#[derive(Debug, Clone)]
+pub(crate) struct RetiredNoise {
+    pub(crate) noise: Arc<NoiseIdentity>,
+    /// It answers nobody from then on, and is forgotten.
+    pub(crate) until: UnixTime,
 }
 
 /// The secrets of one epoch, and the keys that hide names in it.
@@ -123,8 +300,112 @@ impl Epochs {
 
 #[cfg(test)]
 mod tests {
+    use connect_crypto::founding::Founding;
+    use connect_spec::objects::{AgentRole, SUITE_1};
+
     use super::*;
-    use crate::random;
+
+    /// A founder.
+    fn identity() -> Identity {
+        let mut rng = random::rng();
+        let Founding { genesis, signer, epoch, .. } = Founding::create(&mut rng);
+        let trust = TrustState::from_genesis(WorkspaceId(genesis.hash()), &genesis).expect("sound");
+        let workspace_id = trust.workspace_id();
+        let signing = SigningKey::generate(&mut rng);
+        let wrap = WrapKeypair::generate(&mut rng);
+        let static_keypair = StaticKeypair::generate(&mut rng);
+        let attrs = Attributes::new([0; 16], Vec::new()).expect("no tag");
+        let agent_id = AgentId::of(&workspace_id, &signing.public());
+        let certificate = signer.sign(&Certificate {
+            workspace_id,
+            identity_key: signing.public(),
+            role: AgentRole::Member,
+            attrs: attrs.hash(),
+            serial: 1,
+            not_after: None,
+            issuer: Issuer::Signer(signer.public()),
+            services: None,
+        });
+        let noise_key = signing.sign(&NoiseKey {
+            workspace_id,
+            agent_id,
+            suite: SUITE_1,
+            counter: 1,
+            static_key: static_keypair.public(),
+            wrap_key_hash: wrap.public().hash(),
+        });
+        let presented = Presented { certificate, credential: None, noise_key };
+        Identity {
+            hub: "http://127.0.0.1:7420".parse().expect("a hub"),
+            label: "agent".parse().expect("a label"),
+            agent_id,
+            signing: Arc::new(signing),
+            wrap: Arc::new(wrap),
+            noise: Arc::new(NoiseIdentity { static_keypair, presented, made: 0 }),
+            retired_noise: None,
+            epochs: Arc::new(Epochs::only(0, epoch)),
+            attrs: Arc::new(attrs),
+            genesis: Arc::new(genesis),
+            trust: Arc::new(trust),
+            signer: Some(SignerKey::Open(Arc::new(signer))),
+        }
+    }
+
+    /// Whether a secret is in a text, as digits or as a list of bytes.
+    #[track_caller]
+    fn check_absent(text: &str, secret: &[u8]) {
+        let listed = format!("{:?}", &secret[..8]);
+        assert!(!text.contains(listed.trim_matches(['[', ']'])), "{text}");
+        assert!(!text.contains(&hex::encode(&secret[..8])), "{text}");
+    }
+
+    #[test]
+    fn debug_text_shows_no_secret() {
+        let identity = identity();
+        let Some(SignerKey::Open(signer)) = identity.signer.clone() else {
+            panic!("the founder's key is open");
+        };
+        let passphrase =
+            Passphrase::new("correct horse".to_owned().into()).expect("it is long enough");
+        let locked =
+            SignerKey::lock(&signer, &identity.workspace_id(), &passphrase).expect("sealed");
+        let identity = identity.rotated(1);
+        let retired = identity.retired_noise.as_ref().expect("it was rotated");
+        let texts = [
+            format!("{identity:?} {identity:#?}"),
+            format!("{:?} {:?}", identity.noise, retired),
+            format!("{:?} {:?}", identity.epochs, identity.epochs.current()),
+            format!("{:?} {locked:?} {passphrase:?}", identity.signer),
+            format!("{:?} {:?}", identity.signing, identity.wrap),
+        ];
+        let epoch = identity.epochs.current().secrets.to_bytes();
+        for text in &texts {
+            check_absent(text, identity.signing.seed().as_slice());
+            check_absent(text, identity.wrap.seed().as_slice());
+            check_absent(text, identity.noise.static_keypair.secret().as_slice());
+            check_absent(text, retired.noise.static_keypair.secret().as_slice());
+            check_absent(text, signer.seed().as_slice());
+            check_absent(text, &epoch[..32]);
+            check_absent(text, &epoch[32..]);
+            assert!(!text.contains("correct horse"), "{text}");
+        }
+        assert!(texts[2].contains("EpochSecrets(..)") && texts[3].contains("Passphrase(..)"));
+    }
+
+    #[test]
+    fn retired_key_answers_until_its_time_is_over() {
+        let identity = identity();
+        assert_eq!(identity.answering(0).count(), 1);
+        let rotated = identity.rotated(1000);
+        let day = KEPT_AFTER_ROTATION.as_secs();
+        let counters =
+            |now| -> Vec<_> { rotated.answering(now).map(|noise| noise.counter()).collect() };
+        assert_eq!(counters(1000 + day - 1), [2, 1]);
+        assert_eq!(counters(1000 + day), [2]);
+        let twice: Vec<_> =
+            rotated.rotated(2000).answering(2000).map(|noise| noise.counter()).collect();
+        assert_eq!(twice, [3, 2]);
+    }
 
     #[test]
     fn newest_epoch_is_current_and_each_is_found_by_its_number() {

@@ -21,6 +21,7 @@
 //! Deliberately absent: a way to speak without encryption, and any key that the hub could have chosen.
 
 mod agent;
+mod catch_up;
 mod clock;
 mod directory;
 mod engine;
@@ -28,20 +29,27 @@ mod enrol;
 mod error;
 mod exposer;
 mod forward;
+mod govern;
 mod home;
 mod host;
 mod identity;
 mod io;
+mod keeper;
 pub mod local;
 mod random;
 mod reacher;
 mod target;
+mod trust;
+mod workspace;
 
-pub use agent::{Agent, Options};
-pub use directory::{AgentInfo, Directory, ServiceInfo};
+pub use connect_crypto::custody::Passphrase;
+
+pub use agent::{Agent, Options, Rotated, rotate};
+pub use directory::{AgentInfo, Directory, ListedMember, ServiceInfo, Verification};
 pub use enrol::{FIRST_INVITE, Founded, init, invite, join};
 pub use error::{Error, ErrorKind, Result};
 pub use exposer::Exposed;
+pub use govern::{EntryInfo, Governor, InviteInfo, Recovered, Revoked, invites, log, recover};
 pub use home::{Home, HomeLock};
 pub use host::{Host, Keep};
 pub use identity::Identity;

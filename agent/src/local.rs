@@ -13,6 +13,7 @@ use tokio::{
 };
 
 use crate::{
+    agent::Rotated,
     error::{Error, ErrorKind, Result},
     home::Home,
 };
@@ -50,12 +51,17 @@ pub enum Command {
         name: ServiceName,
         /// On this local port, if given.
         port: Option<u16>,
+        /// Even if another agent exposes the name than when it was last reached.
+        #[serde(default)]
+        accept_new: bool,
     },
     /// Reach it no longer.
     Unreach {
         /// The service.
         name: ServiceName,
     },
+    /// Make a new static key.
+    Rotate,
     /// Stop.
     Down,
 }
@@ -70,6 +76,8 @@ pub enum Answer {
     Exposed(ExposedStatus),
     /// To [`Command::Reach`].
     Reached(ReachedStatus),
+    /// To [`Command::Rotate`].
+    Rotated(Rotated),
     /// To the rest.
     Done,
     /// Not done.
@@ -104,10 +112,19 @@ pub struct TrustStatus {
     pub seq: u64,
     /// Hash of the last one.
     pub head: String,
-    /// Seconds since a witness last confirmed the head; nobody does before there are beats.
+    /// Seconds since a witness last confirmed the head, if one did since the agent started.
     pub beat_age_s: Option<u64>,
-    /// Whether the log holds something that this version cannot read.
+    /// Whether the log holds something that this version cannot read: no new tunnels then.
     pub frozen: bool,
+    /// Whether the log forked and nobody settled it yet.
+    #[serde(default)]
+    pub forked: bool,
+    /// Whether the policy of the workspace is strict.
+    #[serde(default)]
+    pub strict: bool,
+    /// The epoch under whose key names are sealed.
+    #[serde(default)]
+    pub epoch: u32,
 }
 
 /// An exposed service.

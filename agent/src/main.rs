@@ -3,6 +3,7 @@
 mod cli;
 mod commands;
 mod output;
+mod passphrase;
 
 use std::process::ExitCode;
 
@@ -20,7 +21,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match runtime.block_on(commands::run(cli.command, output)) {
+    match runtime.block_on(commands::run(cli, output)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             output.error(&error);

@@ -3,11 +3,14 @@
 use std::io::{IsTerminal, Write};
 
 use connect_agent::{
-    AgentInfo, Error, Founded, ServiceInfo,
-    local::{AgentStatus, ExposedStatus, ReachedStatus},
+    AgentInfo, EntryInfo, Error, Founded, InviteInfo, Recovered, Revoked, Rotated, ServiceInfo,
+    Verification,
+    local::{AgentStatus, ExposedStatus, ReachedStatus, TrustStatus},
 };
+use connect_spec::objects::UnixTime;
 use serde::Serialize;
 use serde_json::json;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 // In place of the standard library's, which panic when the reader is gone, as in `connect agents | head`.
 macro_rules! println {
@@ -56,10 +59,7 @@ impl Output {
         }
         self.note("Workspace created. These 24 words restore it when every signer is lost.");
         self.note("Write them down; they are shown once and stored nowhere:\n");
-        let words: Vec<_> = founded.recovery_words.split(' ').collect();
-        for line in words.chunks(6) {
-            println!("  {}", line.join(" "));
-        }
+        print_words(&founded.recovery_words);
         self.note("\nOn the next machine (1 use, within 1 hour):\n");
         println!("  connect join {}", *founded.invite);
         self.note("\nHere: connect up --detach, then connect expose HOST:PORT --name NAME");
@@ -136,7 +136,11 @@ impl Output {
             return;
         }
         table(agents.iter().map(|agent| {
-            let state = if agent.online { "online" } else { "offline" };
+            let state = match (agent.revoked, agent.online) {
+                (true, _) => "revoked",
+                (false, true) => "online",
+                (false, false) => "offline",
+            };
             let tags = agent.tags.join(",");
             [agent.label.clone(), agent.agent_id.to_string(), agent.role.into(), state.into(), tags]
         }));
@@ -151,7 +155,7 @@ impl Output {
         println!("agent      {} ({})", status.label, status.agent_id.short());
         println!("workspace  {}", status.workspace_id);
         println!("hub        {} ({connected})", status.hub);
-        println!("trust      entry {}", status.trust.seq);
+        println!("trust      {}", trust_line(&status.trust));
         for exposed in &status.exposed {
             let health = if exposed.target_ok { "target ok" } else { "target down" };
             println!(
@@ -169,9 +173,162 @@ impl Output {
         }
     }
 
+    pub(crate) fn verify(self, workspace_words: &str, agent: Option<&Verification>) {
+        if self.json {
+            print_json(&json!({
+                "workspace_words": workspace_words,
+                "agent_id": agent.map(|agent| agent.agent_id),
+                "digits": agent.map(|agent| agent.number.digits()),
+            }));
+            return;
+        }
+        match agent {
+            None => {
+                println!("{workspace_words}");
+                self.note("Every agent of this workspace shows these words.");
+            }
+            Some(agent) => {
+                println!("{}", agent.number);
+                self.note(format_args!(
+                    "The same digits at agent {} mean that nobody is in between. Compare them by voice or in person.",
+                    agent.agent_id
+                ));
+            }
+        }
+    }
+
+    pub(crate) fn rotated(self, rotated: &Rotated) {
+        if self.json {
+            print_json(rotated);
+            return;
+        }
+        println!("{}", rotated.counter);
+        self.note("This agent has a new static key. Others accept the old one for one more day.");
+        if !rotated.announced {
+            self.note("The hub does not know it yet; the agent tells it when it connects next.");
+        }
+    }
+
+    pub(crate) fn invites(self, invites: &[InviteInfo]) {
+        if self.json {
+            print_json(invites);
+            return;
+        }
+        if invites.is_empty() {
+            self.note("No invite is open.");
+        }
+        table(invites.iter().map(|invite| {
+            let state = if invite.over { "over" } else { "open" };
+            [
+                invite.id.to_string(),
+                format!("{} of {} used", invite.used, invite.uses),
+                format!("until {}", date(invite.join_until)),
+                state.to_owned(),
+            ]
+        }));
+    }
+
+    pub(crate) fn log(self, entries: &[EntryInfo]) {
+        if self.json {
+            print_json(entries);
+            return;
+        }
+        if entries.is_empty() {
+            self.note("Nothing was signed since the workspace began.");
+        }
+        table(entries.iter().map(|entry| {
+            [
+                entry.seq.to_string(),
+                date(entry.time),
+                entry.signed_by.join(", "),
+                entry.changes.join("; "),
+            ]
+        }));
+    }
+
+    pub(crate) fn signed(self, seq: u64, what: impl std::fmt::Display) {
+        if self.json {
+            print_json(&json!({ "seq": seq }));
+        } else {
+            self.note(format_args!("{what} (entry {seq})"));
+        }
+    }
+
+    pub(crate) fn revoked(self, revoked: &Revoked) {
+        if self.json {
+            print_json(revoked);
+            return;
+        }
+        self.note(format_args!(
+            "{} ({}) is revoked by entry {}. Names made from now on are sealed under a new key.",
+            revoked.label,
+            revoked.agent_id.short(),
+            revoked.seq
+        ));
+    }
+
+    pub(crate) fn recovered(self, recovered: &Recovered) {
+        if self.json {
+            print_json(&json!({
+                "recovery_words": *recovered.recovery_words,
+                "kept": recovered.kept,
+            }));
+            return;
+        }
+        self.note(format_args!(
+            "Recovered: this agent is the only signer now; {} agents stay members.",
+            recovered.kept
+        ));
+        self.note(
+            "The old words are spent. These take their place, shown once and stored nowhere:\n",
+        );
+        print_words(&recovered.recovery_words);
+    }
+
     pub(crate) fn stopped(self) {
         self.note("The agent is stopped.");
     }
+}
+
+/// Recovery words, six a line.
+fn print_words(words: &str) {
+    let words: Vec<_> = words.split(' ').collect();
+    for line in words.chunks(6) {
+        println!("  {}", line.join(" "));
+    }
+}
+
+fn trust_line(trust: &TrustStatus) -> String {
+    let mut line = format!("entry {}, epoch {}", trust.seq, trust.epoch);
+    line.push_str(&match trust.beat_age_s {
+        Some(age) => format!(", confirmed {age} s ago"),
+        None => ", not confirmed by a witness yet".to_owned(),
+    });
+    for (is_so, word) in [
+        (trust.strict, ", policy strict"),
+        (trust.forked, ", FORKED: see `connect trust log`, `connect trust settle`"),
+        (trust.frozen, ", FROZEN: this version cannot read it, update `connect`"),
+    ] {
+        if is_so {
+            line.push_str(word);
+        }
+    }
+    line
+}
+
+/// Seconds since 1970 as RFC 3339 writes them.
+fn date(time: UnixTime) -> String {
+    i64::try_from(time)
+        .ok()
+        .and_then(|time| OffsetDateTime::from_unix_timestamp(time).ok())
+        .and_then(|time| time.format(&Rfc3339).ok())
+        .unwrap_or_else(|| "at no time".to_owned())
+}
+
+/// Asks something on the terminal.
+pub(crate) fn prompt(question: &str) {
+    let mut stderr = std::io::stderr();
+    let _ = write!(stderr, "{question}").and_then(|()| stderr.flush());
 }
 
 fn print_json<T: Serialize + ?Sized>(value: &T) {

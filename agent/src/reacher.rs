@@ -10,28 +10,32 @@ use connect_spec::{
     ids::{AgentId, ChannelId, CredentialId, ServiceId, ServiceName, TunnelId},
     limits::PARKED_AT_REACHER,
     record::CloseCode,
-    trust::VerifiedPeer,
+    trust::{Presented, VerifiedPeer},
 };
 use tokio::{sync::watch, time::timeout};
 
 use crate::{
     agent::{AbortOnDrop, Core, Link},
+    catch_up::{Claims, catch_up},
     clock,
     directory::{Directory, FoundService},
     engine::{backoff::Backoff, channel::CloseReason},
     error::{Error, ErrorKind, Result},
     exposer::{local, prologue},
+    identity::Identity,
     io::{
         hub::Session,
         tunnel::{ChannelHandle, End, Status, Stream, TunnelEnd, open_data_socket},
     },
-    random,
+    keeper, random,
 };
 
 /// A client that connects while there is no channel waits this long for one.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between tries to reach an exposer that is offline: it may come back at any time.
 const OFFLINE_RETRY: Duration = Duration::from_secs(3);
+/// A record that shows an older static key than was seen is looked up once more after this time.
+const REPUBLISHED_WITHIN: Duration = Duration::from_secs(1);
 /// So often a peer that has too much to do is asked again before anybody is told.
 const BUSY_TRIES: u32 = 8;
 
@@ -256,12 +260,24 @@ async fn connect(
     conversation: &mut Option<Conversation>,
     backoff: &mut Backoff,
 ) -> Result<()> {
-    let service = find(core, &session, name).await?;
+    let mut service = find(core, &session, name).await?;
     if let Some(old) = conversation.take_if(|going| !going.goes_on_with(&service)) {
         old.channel.close(CloseCode::Lost);
     }
     let conversation = conversation.get_or_insert_with(|| Conversation::begin(&service));
-    let end = establish(core, &session, name, &service, conversation).await?;
+    let end = match establish(core, &session, name, &service, conversation).await {
+        Err(error) if matches!(error.kind, ErrorKind::Refused | ErrorKind::TrustViolation) => {
+            // The exposer may have rotated its static key since it was looked up.
+            let again = find(core, &session, name).await?;
+            let is_newer = again.exposer.noise_key_counter() > service.exposer.noise_key_counter();
+            if !is_newer || !conversation.goes_on_with(&again) {
+                return Err(error);
+            }
+            service = again;
+            establish(core, &session, name, &service, conversation).await?
+        }
+        established => established?,
+    };
     drop(session);
 
     let channel = conversation.channel.clone();
@@ -278,26 +294,51 @@ async fn connect(
         backoff.reset();
     };
     // The confirmation is waited for only as long as the tunnel lives.
-    let mut running = std::pin::pin!(channel.run(end, None));
+    let run = async {
+        let mut running = std::pin::pin!(channel.run(end, None));
+        tokio::select! {
+            end = &mut running => end,
+            () = confirming => running.await,
+        }
+    };
     let end = tokio::select! {
-        end = &mut running => end,
-        () = confirming => running.await,
+        end = run => end,
+        error = distrusted(core, name, &service.exposer) => {
+            tracing::warn!(event = "peer_ended", service = %name, %error, "the channel was closed");
+            channel.close(CloseCode::Forbidden);
+            return Err(error);
+        }
     };
     if state.borrow().stopped { Ok(()) } else { Err(why_ended(name, &end)) }
 }
 
 /// Finds the service and holds its exposer against what is known of it.
 async fn find(core: &Core, session: &Arc<Session>, name: &ServiceName) -> Result<FoundService> {
-    let service = Directory::new(core.identity(), session.clone()).find(name).await?;
+    let directory = Directory::new(core.workspace.clone(), session.clone());
+    let mut service = directory.find(name).await?;
+    if core.has_newer_key_than(&service.exposer) {
+        // An exposer that rotates its static key publishes one service after the other.
+        tokio::time::sleep(REPUBLISHED_WITHIN).await;
+        service = directory.find(name).await?;
+    }
     core.check_noise_key(&service.exposer)?;
     let exposer = service.exposer.agent_id();
     if let Some(pinned) = core.pinned(name).filter(|pinned| *pinned != exposer) {
         tracing::warn!(
+            event = "name_taken_over",
             service = %name,
             before = %pinned.short(),
             now = %exposer.short(),
             "the name stands for another agent than when it was last reached"
         );
+        if core.identity().trust.policy().strict {
+            return Err(Error::trust(format_args!(
+                "`{name}` was exposed by agent {} and is now by agent {}; the policy is strict",
+                pinned.short(),
+                exposer.short()
+            ))
+            .hint("if that is as it should be: `connect reach NAME --accept-new`"));
+        }
     }
     if service.online { Ok(service) } else { Err(offline(name)) }
 }
@@ -330,7 +371,7 @@ async fn establish(
     conversation.next_tunnel = conversation.next_tunnel.saturating_add(1);
     let prologue = prologue(&identity, identity.agent_id, &request);
     let (waiting, message) = handshake::initiate(
-        &local(&identity),
+        &local(&identity, &identity.noise),
         &prologue,
         &service.exposer.static_key(),
         &mut random::rng(),
@@ -346,21 +387,58 @@ async fn establish(
     };
     let reply = waiting.read(&message.0).map_err(|error| untrusted(name, &error))?;
     let payload = reply.payload();
-    let peer: VerifiedPeer = identity
-        .trust
-        .verify_peer(service.exposer.agent_id(), payload.presented.clone(), clock::now())
-        .map_err(|error| untrusted(name, &error))?;
+    let presented = payload.presented.clone();
+    let peer = judge(name, &identity, service.exposer.agent_id(), presented)?;
     core.check_noise_key(&peer)?;
-    if !peer.certificate().role.may_expose() {
-        return Err(untrusted(name, &"its role may not expose"));
-    }
-    if payload.head != identity.trust.head() {
-        return Err(untrusted(name, &"the trust logs of both sides differ"));
-    }
+    keeper::check_policy(core, &identity, &peer)?;
+    let claims = Claims { own: identity.trust.head(), peer: payload.head };
     let transport = reply.confirm(&peer).map_err(|error| untrusted(name, &error))?;
     let socket = open_data_socket(&core.hub, &ticket, encoding).await?;
     let (sealer, opener) = transport.split();
-    Ok(TunnelEnd { socket, encoding, sealer, opener })
+    let mut end = TunnelEnd { socket, encoding, sealer, opener };
+    let still_good = |identity: &Identity| {
+        judge(name, identity, peer.agent_id(), peer.presented().clone()).map(|_| ())
+    };
+    if let Err(error) = catch_up(&mut end, &core.workspace, claims, still_good).await {
+        tracing::warn!(event = "peer_ended", service = %name, %error, "tunnel closed");
+        end.refuse(CloseCode::Forbidden).await;
+        return Err(error);
+    }
+    Ok(end)
+}
+
+/// Whether an agent is an exposer, by what is known now.
+fn judge(
+    name: &ServiceName,
+    identity: &Identity,
+    exposer: AgentId,
+    presented: Presented,
+) -> Result<VerifiedPeer> {
+    let peer = identity
+        .trust
+        .verify_peer(exposer, presented, clock::now())
+        .map_err(|error| untrusted(name, &error))?;
+    if peer.certificate().role.may_expose() {
+        Ok(peer)
+    } else {
+        Err(untrusted(name, &"its role may not expose"))
+    }
+}
+
+/// Waits until the trust log says that the exposer is none any more.
+async fn distrusted(core: &Core, name: &ServiceName, exposer: &VerifiedPeer) -> Error {
+    let mut identities = core.identity_changes();
+    loop {
+        let identity = identities.borrow_and_update().clone();
+        let presented = exposer.presented().clone();
+        if let Err(error) = judge(name, &identity, exposer.agent_id(), presented) {
+            return error;
+        }
+        if identities.changed().await.is_err() {
+            // The sender lives as long as the core.
+            std::future::pending::<()>().await;
+        }
+    }
 }
 
 fn offline(name: &ServiceName) -> Error {

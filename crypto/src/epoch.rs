@@ -52,6 +52,13 @@ impl EpochSecrets {
         Self { realm: RealmSecret::generate(rng), names: NameSource::generate(rng) }
     }
 
+    /// The secrets of the next epoch: the same M, another W.
+    #[must_use]
+    pub fn next(&self, rng: &mut impl CryptoRng) -> Self {
+        let realm = RealmSecret(secret::boxed(self.realm.as_bytes()));
+        Self { realm, names: NameSource::generate(rng) }
+    }
+
     /// Takes `M || W` out of custody.
     #[must_use]
     pub fn from_bytes(bytes: Zeroizing<[u8; SECRETS_BYTES]>) -> Self {

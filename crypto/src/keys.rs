@@ -3,6 +3,7 @@
 use bip39::{Language, Mnemonic};
 use connect_spec::{
     keys::{IdentityKey, Signature, StaticPublicKey, WrapPublicKey, signed_text},
+    log::Recovery,
     signed::{Body, ObjectError, Signed},
 };
 use ed25519_dalek::Signer;
@@ -242,7 +243,15 @@ impl RecoveryKey {
         Ok(Self(SigningKey::from_boxed(seed)))
     }
 
-    /// The public half, which the genesis names.
+    /// Signs the entry that starts a trust log anew.
+    ///
+    /// # Errors
+    /// [`ObjectError`] when no reader would accept the entry.
+    pub fn sign(&self, recovery: &Recovery) -> Result<Signed<Recovery>, ObjectError> {
+        self.0.try_sign(recovery)
+    }
+
+    /// The public half, which the genesis or the last recovery names.
     #[must_use]
     pub fn public(&self) -> IdentityKey {
         self.0.public()

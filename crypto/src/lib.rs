@@ -3,13 +3,14 @@
 //! Everything is sans IO. Randomness is an argument, time does not occur. Deliberately absent: tokio,
 //! sockets, files, the clock, and any judgement of who is a member, which is `connect_spec::trust`.
 //! The hub is never built on this crate. Start reading at [`handshake`], then [`transport`]; what
-//! lies at rest is in [`keys`], [`epoch`], [`names`] and [`invite`].
+//! lies at rest is in [`keys`], [`custody`], [`epoch`], [`names`] and [`invite`].
 //!
 //! Secrets wipe themselves on drop, are never cloned or compared, and print as `Type(..)`.
 
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod custody;
 pub mod epoch;
 mod error;
 pub mod founding;
@@ -22,6 +23,7 @@ pub mod names;
 mod resolver;
 mod secret;
 pub mod transport;
+pub mod words;
 
 pub use error::CryptoError;
 

@@ -19,15 +19,16 @@ use connect_spec::{
     ids::{CredentialId, ServiceId, WorkspaceId},
     keys::WrapPublicKey,
     log::Head,
-    objects::{Credential, Genesis, UnixTime},
+    objects::{Certificate, Credential, Genesis, UnixTime},
     signed::{Body, Signed},
-    trust::{Presented, TrustState, VerifiedPeer},
+    trust::{Presented, TrustError, TrustState, VerifiedPeer},
 };
 
 use crate::{
     config::Registration,
     router::Member,
-    store::{AgentLogin, Store, StoreError, Upserted, WorkspaceTx},
+    store::{AgentLogin, KnownAgent, NewCredential, Store, StoreError, Upserted, WorkspaceTx},
+    trust::TrustCache,
 };
 
 /// Why a login or a redemption came to nothing.
@@ -116,11 +117,22 @@ pub struct LoggedIn {
     pub head: Head,
 }
 
+/// What comes of a login that is not denied.
+#[derive(Debug)]
+pub enum Admission {
+    /// The agent is in.
+    In(LoggedIn),
+    /// It has to log in once more, with this newer certificate.
+    Renewed(Blob),
+}
+
 /// What the checks depend on besides the message.
 #[derive(Debug, Clone, Copy)]
 pub struct Context<'a> {
     /// Where workspaces are.
     pub store: &'a Store,
+    /// What their logs say.
+    pub trust: &'a TrustCache,
     /// Our names.
     pub authorities: &'a Authorities,
     /// Who may create a workspace.
@@ -151,14 +163,27 @@ pub async fn redeem(context: Context<'_>, redeem: &Redeem) -> Result<FromHub, De
         .map_err(|_| Denied::new(ErrorCode::Unauthorized, "the proof does not hold"))?;
 
     let mut tx = context.store.workspace(redeem.workspace_id).await?;
-    let Some(workspace) = tx.find_workspace().await? else {
+    let (Some(trust), Some(workspace)) =
+        (context.trust.current(&mut tx).await?, tx.find_workspace().await?)
+    else {
         return Err(unknown_workspace());
     };
+    if trust.state.is_closed(&id) {
+        return Err(invite_closed());
+    }
     let (Some(credential), Some(wrap)) =
         (tx.find_credential(id).await?, tx.newest_credential_wrap(id).await?)
     else {
-        return Err(Denied::new(ErrorCode::InviteUnknown, "this hub knows no such invite"));
+        return Err(invite_unknown());
     };
+    let signed =
+        Signed::decode(&credential.credential).map_err(|_| StoreError::Corrupt("credential"))?;
+    if trust.state.verify_credential(&signed).is_err() {
+        return Err(Denied::new(
+            ErrorCode::InviteExpired,
+            "the invite ended with the signer that made it",
+        ));
+    }
     if unix_now() > credential.join_until {
         return Err(Denied::new(ErrorCode::InviteExpired, "the invite has expired"));
     }
@@ -176,44 +201,53 @@ pub async fn redeem(context: Context<'_>, redeem: &Redeem) -> Result<FromHub, De
 ///
 /// # Errors
 /// [`Denied`]; nothing is stored then.
-pub async fn login(context: Context<'_>, login: &Login) -> Result<LoggedIn, Denied> {
+pub async fn login(context: Context<'_>, login: &Login) -> Result<Admission, Denied> {
     check_authority(context, &login.authority)?;
+    let presented = Presented {
+        certificate: object(&login.presented.certificate)?,
+        credential: login.presented.credential.as_ref().map(object::<Credential>).transpose()?,
+        noise_key: object(&login.presented.noise_key)?,
+    };
+    verify_proof(context, login, presented.certificate.object())?;
+    let agent_id = presented.certificate.object().agent_id();
     loop {
         let mut tx = context.store.workspace(login.workspace_id).await?;
-        let (trust, head) = match (tx.find_workspace().await?, &login.create) {
+        let trust = match (context.trust.current(&mut tx).await?, &login.create) {
             // Created before, perhaps by this very agent, whose answer got lost.
-            (Some(row), _) => {
-                let genesis =
-                    Signed::decode(&row.genesis).map_err(|_| StoreError::Corrupt("genesis"))?;
-                let trust = TrustState::from_genesis(login.workspace_id, &genesis)
-                    .map_err(|_| StoreError::Corrupt("genesis"))?;
-                (trust, row.head)
-            }
-            (None, Some(create)) => {
-                (verify_genesis(login.workspace_id, create)?, Head::genesis(login.workspace_id))
-            }
+            (Some(known), _) => known.state,
+            (None, Some(create)) => verify_genesis(login.workspace_id, create)?.into(),
             (None, None) => return Err(unknown_workspace()),
         };
-        let verified = verify(context, login, &trust)?;
+        let known = tx.lock_agent(agent_id).await?;
+        if let Some(certificate) = newer_certificate(&trust, known.as_ref(), &presented)? {
+            return Ok(Admission::Renewed(certificate));
+        }
+        let verified = trust
+            .verify_peer(agent_id, presented.clone(), unix_now())
+            .map_err(|error| not_a_member(error, known.is_some()))?;
+        check_wrap_key(login, &verified)?;
         if let Some(create) = &login.create {
             create_workspace(context.registration, &mut tx, create).await?;
         }
-        if store_agent(context, &mut tx, login, &verified).await? == Upserted::Raced {
+        if store_agent(context, &mut tx, login, &trust, &verified, known).await? == Upserted::Raced
+        {
             continue;
         }
-        let agent_id = verified.agent_id();
         let services = match login.session {
             SessionKind::Agent => tx.services_of(agent_id).await?,
             SessionKind::Command => HashSet::new(),
         };
         tx.commit().await?;
         let share = verified.credential_id().zip(verified.services().map(<[ServiceId]>::to_vec));
+        let certificate = verified.certificate();
         let member = Member {
             key: (login.workspace_id, agent_id),
-            role: verified.certificate().role,
+            identity: certificate.identity_key,
+            serial: certificate.serial,
+            role: certificate.role,
             share,
         };
-        return Ok(LoggedIn { member, services, head });
+        return Ok(Admission::In(LoggedIn { member, services, head: trust.head() }));
     }
 }
 
@@ -229,6 +263,32 @@ fn check_authority(context: Context<'_>, authority: &str) -> Result<(), Denied> 
 
 fn unknown_workspace() -> Denied {
     Denied::new(ErrorCode::UnknownWorkspace, "this hub does not know the workspace")
+}
+
+fn invite_unknown() -> Denied {
+    Denied::new(ErrorCode::InviteUnknown, "this hub knows no such invite")
+}
+
+fn invite_closed() -> Denied {
+    Denied::new(ErrorCode::InviteExpired, "the invite is closed")
+}
+
+/// What an agent is told that does not pass. One that was never here learns it of its invite.
+fn not_a_member(error: TrustError, was_member: bool) -> Denied {
+    let code = match error {
+        TrustError::Closed if !was_member => return invite_closed(),
+        TrustError::Closed | TrustError::Revoked => ErrorCode::Revoked,
+        TrustError::Genesis
+        | TrustError::Workspace
+        | TrustError::Agent
+        | TrustError::NoiseKey
+        | TrustError::IssuerUnknown
+        | TrustError::Credential
+        | TrustError::Certificate
+        | TrustError::Exceeds
+        | TrustError::Expired => ErrorCode::Unauthorized,
+    };
+    Denied::new(code, error.to_string())
 }
 
 fn invite_used() -> Denied {
@@ -247,35 +307,60 @@ fn verify_genesis(workspace: WorkspaceId, create: &CreateWorkspace) -> Result<Tr
         .map_err(|error| Denied::new(ErrorCode::Unauthorized, error.to_string()))
 }
 
-fn verify(context: Context<'_>, login: &Login, trust: &TrustState) -> Result<VerifiedPeer, Denied> {
-    let presented = Presented {
-        certificate: object(&login.presented.certificate)?,
-        credential: login.presented.credential.as_ref().map(object::<Credential>).transpose()?,
-        noise_key: object(&login.presented.noise_key)?,
-    };
-    let agent_id = presented.certificate.object().agent_id();
-    let verified = trust
-        .verify_peer(agent_id, presented, unix_now())
-        .map_err(|error| Denied::new(ErrorCode::Unauthorized, error.to_string()))?;
+/// The identity key of the certificate must have signed for this connection.
+fn verify_proof(
+    context: Context<'_>,
+    login: &Login,
+    certificate: &Certificate,
+) -> Result<(), Denied> {
     let text = proof_text(
         &login.authority,
         context.nonce,
         &login.agent_nonce,
-        agent_id.as_bytes(),
+        certificate.agent_id().as_bytes(),
         &login.workspace_id,
     );
-    verified
-        .identity_key()
+    certificate
+        .identity_key
         .verify(LOGIN_KIND, &text, &login.signature)
-        .map_err(|_| Denied::new(ErrorCode::Unauthorized, "the proof does not hold"))?;
-    let wrap_key_hash = WrapPublicKey::decode(&login.wrap_key.0).map(|key| key.hash());
-    if wrap_key_hash != Some(verified.presented().noise_key.object().wrap_key_hash) {
+        .map_err(|_| Denied::new(ErrorCode::Unauthorized, "the proof does not hold"))
+}
+
+fn check_wrap_key(login: &Login, verified: &VerifiedPeer) -> Result<(), Denied> {
+    let hash = WrapPublicKey::decode(&login.wrap_key.0).map(|key| key.hash());
+    if hash != Some(verified.presented().noise_key.object().wrap_key_hash) {
         return Err(Denied::new(
             ErrorCode::Unauthorized,
             "the wrap key is not the one that the NoiseKey binds",
         ));
     }
-    Ok(verified)
+    Ok(())
+}
+
+/// A certificate that the hub has for an agent and that follows the one presented, if it holds: one that
+/// a signer left for it, or the one of its last login, which it may have lost since.
+fn newer_certificate(
+    trust: &TrustState,
+    known: Option<&KnownAgent>,
+    presented: &Presented,
+) -> Result<Option<Blob>, StoreError> {
+    let Some(known) = known else {
+        return Ok(None);
+    };
+    let agent = presented.certificate.object().agent_id();
+    for wire in [known.renewal.as_ref(), Some(&known.certificate)].into_iter().flatten() {
+        let certificate: Signed<Certificate> =
+            Signed::decode(wire).map_err(|_| StoreError::Corrupt("certificate"))?;
+        if certificate.object().serial <= presented.certificate.object().serial {
+            continue;
+        }
+        let renewed =
+            Presented { certificate, credential: None, noise_key: presented.noise_key.clone() };
+        if trust.verify_peer(agent, renewed, unix_now()).is_ok() {
+            return Ok(Some(wire.clone().into()));
+        }
+    }
+    Ok(None)
 }
 
 async fn create_workspace(
@@ -305,7 +390,9 @@ async fn store_agent(
     context: Context<'_>,
     tx: &mut WorkspaceTx,
     login: &Login,
+    trust: &TrustState,
     verified: &VerifiedPeer,
+    known: Option<KnownAgent>,
 ) -> Result<Upserted, Denied> {
     let noise_key_counter = i64::try_from(verified.noise_key_counter()).map_err(|_| {
         Denied::new(ErrorCode::BadRequest, "the NoiseKey's counter is out of range")
@@ -321,7 +408,6 @@ async fn store_agent(
         wrap_key: &login.wrap_key.0,
         address: &address,
     };
-    let known = tx.lock_agent(row.agent_id).await?;
     if let Some(known) = &known {
         if noise_key_counter < known.noise_key_counter {
             return Err(Denied::new(
@@ -330,17 +416,27 @@ async fn store_agent(
             ));
         }
         if noise_key_counter == known.noise_key_counter && row.static_key != known.static_key {
-            tracing::warn!(agent = %row.agent_id, "two machines use one agent identity");
+            tracing::warn!(
+                event = "clone",
+                agent = %row.agent_id,
+                "two machines use one agent identity: its home was copied; have the copy stopped"
+            );
             return Err(Denied::new(
                 ErrorCode::Clone,
-                "another machine uses the identity of this agent: its home directory was copied",
+                "another machine uses the identity of this agent: its home directory was copied; stop the copy",
             ));
         }
     }
     if let Some(credential) = &verified.presented().credential {
         let id = credential.object().id();
         if known.as_ref().is_none_or(|known| known.credential_id != Some(id)) {
-            spend_credential(tx, credential).await?;
+            if trust.is_closed(&id) {
+                // And the certificate is one that its closure keeps: the agent joined before, and this
+                // hub forgot it, or was not the one.
+                remember_credential(tx, credential, login).await?;
+            } else {
+                spend_credential(tx, credential).await?;
+            }
         }
     }
     match known {
@@ -352,20 +448,59 @@ async fn store_agent(
     }
 }
 
+/// Whether the credential that is stored is the one presented; `None` when there is none. The id names the
+/// invite key only.
+async fn stored_credential(
+    tx: &mut WorkspaceTx,
+    presented: &Signed<Credential>,
+) -> Result<Option<bool>, StoreError> {
+    let stored = tx.find_credential(presented.object().id()).await?;
+    Ok(stored.map(|row| {
+        Signed::<Credential>::decode(&row.credential)
+            .is_ok_and(|stored| stored.hash() == presented.hash())
+    }))
+}
+
+/// Stores a closed credential that is not known here, for the chain of the agent that joined by it.
+async fn remember_credential(
+    tx: &mut WorkspaceTx,
+    credential: &Signed<Credential>,
+    login: &Login,
+) -> Result<(), Denied> {
+    match stored_credential(tx, credential).await? {
+        Some(true) => return Ok(()),
+        Some(false) => return Err(invite_unknown()),
+        None => {}
+    }
+    let object = credential.object();
+    let (Some(wire), Ok(join_until), Ok(certs_end)) = (
+        &login.presented.credential,
+        i64::try_from(object.join_until),
+        i64::try_from(object.certs_end),
+    ) else {
+        return Err(Denied::new(ErrorCode::BadRequest, "a time of the credential is out of range"));
+    };
+    let new = NewCredential {
+        id: object.id(),
+        credential: &wire.0,
+        kind: object.kind,
+        uses: object.uses,
+        join_until,
+        certs_end,
+        open: None,
+    };
+    tx.insert_credential(&new).await?;
+    Ok(())
+}
+
 /// Counts the join of one agent under a credential.
 async fn spend_credential(
     tx: &mut WorkspaceTx,
     credential: &Signed<Credential>,
 ) -> Result<(), Denied> {
     let id = credential.object().id();
-    let stored = tx.find_credential(id).await?;
-    // The id names the invite key only: what is counted must be what was presented.
-    let same = stored
-        .as_ref()
-        .and_then(|row| Signed::<Credential>::decode(&row.credential).ok())
-        .is_some_and(|stored| stored.hash() == credential.hash());
-    if !same {
-        return Err(Denied::new(ErrorCode::InviteUnknown, "this hub knows no such invite"));
+    if stored_credential(tx, credential).await? != Some(true) {
+        return Err(invite_unknown());
     }
     if unix_now() > credential.object().join_until {
         return Err(Denied::new(ErrorCode::InviteExpired, "the invite has expired"));

@@ -9,7 +9,7 @@ use connect_spec::{
         Request, SessionKind, TunnelRequest, close, decode, encode,
     },
     encoding::Encoding,
-    ids::{AgentId, ServiceId},
+    ids::{AgentId, ServiceId, WorkspaceId},
     keys::ML_KEM_768_CT_BYTES,
     limits::{DEAD_AFTER, KEEPALIVE, LOGIN_TIMEOUT, MAX_CONTROL_BYTES, MAX_HANDSHAKE_BYTES},
 };
@@ -17,7 +17,7 @@ use futures_util::{SinkExt as _, StreamExt as _};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::mpsc,
-    time::{Instant as TokioInstant, interval_at, sleep_until, timeout},
+    time::{Instant as TokioInstant, interval_at, sleep_until, timeout, timeout_at},
 };
 use tokio_tungstenite::{
     WebSocketStream,
@@ -28,13 +28,14 @@ use tokio_tungstenite::{
 };
 
 use crate::{
-    auth::{self, Denied, LoggedIn},
+    auth::{self, Admission, Denied, LoggedIn},
+    effects,
     hub::{Hub, Mail, random},
     limits::{
-        CONTROL_BUFFER_BYTES, FAREWELL_LIMIT, KEEPALIVE_JITTER, MAX_WAITING_REQUESTS,
-        RESTART_PAUSE, SEND_LIMIT,
+        CONTROL_BUFFER_BYTES, FAREWELL_LIMIT, KEEPALIVE_JITTER, MAX_LOG_READS,
+        MAX_WAITING_REQUESTS, RESTART_PAUSE, SEND_LIMIT,
     },
-    requests,
+    log, requests,
     router::{Member, OpenError, SessionId},
     server::Visitor,
 };
@@ -187,13 +188,7 @@ where
 {
     let mut socket = Socket::new(io, early).await;
     let admitted = tokio::select! {
-        admitted = timeout(LOGIN_TIMEOUT, authenticate(&hub, &mut socket, &visitor)) => match admitted {
-            Ok(admitted) => admitted,
-            Err(_) => {
-                let report = ErrorReport::new(ErrorCode::Timeout, "no login in time");
-                Err(Ending::report(report))
-            }
-        },
+        admitted = authenticate(&hub, &mut socket, &visitor) => admitted,
         () = hub.stopped() => Err(Ending::Close(close::RESTARTING, None)),
     };
     let ending = match admitted {
@@ -210,7 +205,8 @@ where
     socket.end(ending).await;
 }
 
-/// Challenge and proof. A redemption may come before the login.
+/// Challenge and proof. Before the login the holder of an invite may ask for its credential and for the
+/// trust log.
 async fn authenticate<S>(
     hub: &Hub,
     socket: &mut Socket<S>,
@@ -227,28 +223,67 @@ where
     };
     socket.say(&FromHub::Challenge { version: CONTROL_VERSION, nonce }).await?;
     let context = hub.context(&nonce, visitor.peer());
-    let mut redeemed = false;
+    let mut redeemed = None;
+    let mut log_reads = 0;
+    let mut renewed = false;
+    let mut deadline = TokioInstant::now() + LOGIN_TIMEOUT;
     loop {
-        match socket.receive().await? {
-            None => {}
-            // One invite a connection: whoever tries many pays for a connection each.
-            Some(FromAgent::Redeem(redeem)) if !redeemed => {
-                let invitation = Box::pin(auth::redeem(context, &redeem)).await.map_err(denied)?;
-                socket.say(&invitation).await?;
-                redeemed = true;
+        let until = deadline;
+        let step = async {
+            match socket.receive().await? {
+                None => {}
+                // One invite a connection: whoever tries many pays for a connection each.
+                Some(FromAgent::Redeem(redeem)) if redeemed.is_none() => {
+                    let redeeming = Box::pin(auth::redeem(context, &redeem));
+                    let invitation = redeeming.await.map_err(denied)?;
+                    socket.say(&invitation).await?;
+                    redeemed = Some(redeem.workspace_id);
+                }
+                Some(FromAgent::Request { id, request: Request::Log { have } })
+                    if log_reads < MAX_LOG_READS
+                        && let Some(workspace) = redeemed =>
+                {
+                    let reading = Box::pin(log::read(hub, workspace, &have));
+                    let reply = requests::reply(reading.await);
+                    socket.say(&FromHub::Reply { id, reply }).await?;
+                    log_reads += 1;
+                    // A long log takes longer than a login.
+                    deadline = TokioInstant::now() + LOGIN_TIMEOUT;
+                }
+                Some(FromAgent::Login(login)) => {
+                    let Login { session, .. } = *login;
+                    // Boxed, as everything that waits for the store: the session's own state stays small.
+                    match Box::pin(auth::login(context, &login)).await.map_err(denied)? {
+                        Admission::In(logged_in) => return Ok(Some((session, logged_in))),
+                        Admission::Renewed(certificate) if !renewed => {
+                            socket.say(&FromHub::Renewed { certificate }).await?;
+                            renewed = true;
+                        }
+                        Admission::Renewed(_) => {
+                            return Err(Ending::report(ErrorReport::new(
+                                ErrorCode::Stale,
+                                "the hub knows a newer certificate of this agent",
+                            )));
+                        }
+                    }
+                }
+                Some(
+                    FromAgent::Redeem(_)
+                    | FromAgent::Request { .. }
+                    | FromAgent::AcceptTunnel { .. }
+                    | FromAgent::RefuseTunnel { .. },
+                ) => return Err(Ending::bad_request("log in first")),
             }
-            Some(FromAgent::Login(login)) => {
-                let Login { session, .. } = *login;
-                // Boxed, as everything that waits for the store: the session's own state stays small.
-                let logged_in = Box::pin(auth::login(context, &login)).await.map_err(denied)?;
-                return Ok((session, logged_in));
+            Ok(None)
+        };
+        match timeout_at(until, step).await {
+            Ok(Ok(None)) => {}
+            Ok(Ok(Some(admitted))) => return Ok(admitted),
+            Ok(Err(ending)) => return Err(ending),
+            Err(_) => {
+                let report = ErrorReport::new(ErrorCode::Timeout, "no login in time");
+                return Err(Ending::report(report));
             }
-            Some(
-                FromAgent::Redeem(_)
-                | FromAgent::Request { .. }
-                | FromAgent::AcceptTunnel { .. }
-                | FromAgent::RefuseTunnel { .. },
-            ) => return Err(Ending::bad_request("log in first")),
         }
     }
 }
@@ -264,11 +299,12 @@ fn denied(denied: Denied) -> Ending {
 struct Session<'h> {
     hub: &'h Hub,
     id: SessionId,
+    workspace: WorkspaceId,
 }
 
 impl Drop for Session<'_> {
     fn drop(&mut self) {
-        self.hub.log_out(self.id);
+        self.hub.log_out(self.id, self.workspace);
     }
 }
 
@@ -278,9 +314,19 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let LoggedIn { member, services, head } = logged_in;
+    let (workspace, agent) = member.key;
     let (id, mut mailbox, displaced) = hub.log_in(member.clone(), kind, services);
-    let session = Session { hub, id };
-    tracing::debug!(agent = %member.key.1, ?kind, displaced, "logged in");
+    let session = Session { hub, id, workspace };
+    tracing::debug!(%agent, ?kind, displaced, "logged in");
+    // What was appended between the check of the login and this session's place in the router ended
+    // nobody that was not there: judge once more. A farewell waits in the mailbox then.
+    let newest = hub.trust().head(workspace);
+    if newest != Some(head)
+        && let Err(error) = Box::pin(effects::judge(hub, workspace, &[agent])).await
+    {
+        return Ending::report(requests::store_trouble(&error));
+    }
+    let head = newest.unwrap_or(head);
     let welcome =
         FromHub::Welcome { head, encodings: vec![Encoding::Base64, Encoding::Binary], displaced };
     if let Err(ending) = socket.say(&welcome).await {

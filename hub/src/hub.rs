@@ -8,19 +8,24 @@ use std::{
 };
 
 use connect_spec::{
+    bytes::Blob,
     control::{ErrorReport, FromHub, Nonce, SessionKind},
-    ids::ServiceId,
+    ids::{AgentId, ServiceId, WorkspaceId},
+    objects::UnixTime,
 };
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::{
     auth::{Authorities, Context},
+    beats::Beats,
     config::Registration,
+    effects::Queue,
     limits::MAX_OUTGOING,
     relay::Leg,
-    router::{Claim, Member, Output, Router, SessionId, TunnelSerial},
+    router::{AgentKey, Claim, Member, Output, Router, SessionId, TunnelSerial},
     server::Conn,
     store::Store,
+    trust::TrustCache,
 };
 
 /// What lies in a session's mailbox. Boxed: a channel allocates room for 32 of them at once.
@@ -37,19 +42,39 @@ pub enum Mail {
 struct State {
     router: Router,
     mailboxes: HashMap<SessionId, mpsc::Sender<Mail>>,
-    /// Ends of tunnels whose other end is not there yet.
-    waiting: HashMap<TunnelSerial, oneshot::Sender<Leg<Conn>>>,
+    /// Tunnels of which an end is there.
+    tunnels: HashMap<TunnelSerial, Place>,
+    beats: Beats,
+}
+
+/// How the end of a tunnel that came first is reached.
+#[derive(Debug)]
+struct Place {
+    /// Until the other end comes.
+    other: Option<oneshot::Sender<Leg<Conn>>>,
+    cut: oneshot::Sender<u16>,
 }
 
 /// What came of [`Hub::join`].
 #[derive(Debug)]
 pub enum Joined {
-    /// First here: the other end comes by this way.
-    First(Leg<Conn>, oneshot::Receiver<Leg<Conn>>),
+    /// First here.
+    First(First),
     /// The other end was waiting and takes over from here.
     HandedOver,
-    /// The other end was waiting, and left.
+    /// The tunnel is over: the other end left, or it was cut.
     TooLate(Leg<Conn>),
+}
+
+/// The end of a tunnel that came first.
+#[derive(Debug)]
+pub struct First {
+    /// Its socket.
+    pub leg: Leg<Conn>,
+    /// The other end comes by this way.
+    pub other: oneshot::Receiver<Leg<Conn>>,
+    /// Says with which code to close both ends, if the tunnel must end before its ends want it to.
+    pub cut: oneshot::Receiver<u16>,
 }
 
 /// One hub.
@@ -58,6 +83,9 @@ pub struct Hub {
     store: Store,
     authorities: Authorities,
     registration: Registration,
+    trust: TrustCache,
+    changed: Queue,
+    to_judge: Queue,
     state: Mutex<State>,
     /// Told when the router may have an earlier deadline.
     deadline_changed: Notify,
@@ -72,6 +100,9 @@ impl Hub {
             store,
             authorities,
             registration,
+            trust: TrustCache::default(),
+            changed: Queue::default(),
+            to_judge: Queue::default(),
             state: Mutex::default(),
             deadline_changed: Notify::new(),
             stopping: watch::Sender::new(false),
@@ -84,6 +115,24 @@ impl Hub {
         &self.store
     }
 
+    /// What the trust logs say.
+    #[must_use]
+    pub fn trust(&self) -> &TrustCache {
+        &self.trust
+    }
+
+    /// Changes of trust logs that nobody was told of yet.
+    #[must_use]
+    pub fn changed(&self) -> &Queue {
+        &self.changed
+    }
+
+    /// Changes after which those who are online are to be judged again.
+    #[must_use]
+    pub fn to_judge(&self) -> &Queue {
+        &self.to_judge
+    }
+
     /// What the checks of a connection depend on.
     #[must_use]
     pub fn context<'a>(&'a self, nonce: &'a Nonce, peer: IpAddr) -> Context<'a> {
@@ -91,6 +140,7 @@ impl Hub {
             store: &self.store,
             authorities: &self.authorities,
             registration: self.registration,
+            trust: &self.trust,
             nonce,
             peer,
         }
@@ -123,6 +173,13 @@ impl Hub {
                 Output::Close(session, report, code) => {
                     (session, Mail::Goodbye(report.into(), code))
                 }
+                Output::Cut(tunnel, code) => {
+                    if let Some(place) = state.tunnels.remove(&tunnel) {
+                        // An end that is gone by itself needs no telling.
+                        let _ = place.cut.send(code);
+                    }
+                    continue;
+                }
             };
             if let Some(mailbox) = state.mailboxes.get(&session)
                 && mailbox.try_send(mail).is_err()
@@ -150,32 +207,54 @@ impl Hub {
     }
 
     /// Forgets a session.
-    pub fn log_out(&self, session: SessionId) {
+    pub fn log_out(&self, session: SessionId, workspace: WorkspaceId) {
         let mut state = self.lock();
         self.route_in(&mut state, |router, out| router.handle_logout(session, out));
         state.mailboxes.remove(&session);
+        if !state.router.has_sessions(workspace) {
+            state.beats.forget(workspace);
+        }
+    }
+
+    /// Takes the beat of an agent, if it left one, and gives those of others.
+    pub fn exchange_beats(
+        &self,
+        (workspace, agent): AgentKey,
+        mine: Option<(UnixTime, Blob)>,
+    ) -> Vec<(AgentId, Blob)> {
+        let mut state = self.lock();
+        if let Some((time, beat)) = mine {
+            state.beats.keep(workspace, agent, time, beat);
+        }
+        state.beats.of_others(workspace, agent)
     }
 
     /// Brings the two ends of a tunnel together.
-    pub fn join(&self, tunnel: TunnelSerial, leg: Leg<Conn>) -> Joined {
+    pub fn join(&self, claim: &Claim, leg: Leg<Conn>) -> Joined {
         let mut state = self.lock();
-        if let Some(other) = state.waiting.remove(&tunnel) {
-            drop(state);
+        if !state.router.is_open(claim) {
+            return Joined::TooLate(leg);
+        }
+        if let Some(other) =
+            state.tunnels.get_mut(&claim.serial).and_then(|place| place.other.take())
+        {
             return match other.send(leg) {
                 Ok(()) => Joined::HandedOver,
                 Err(leg) => Joined::TooLate(leg),
             };
         }
-        let (sender, receiver) = oneshot::channel();
-        state.waiting.insert(tunnel, sender);
-        Joined::First(leg, receiver)
+        let (other_sender, other) = oneshot::channel();
+        let (cut_sender, cut) = oneshot::channel();
+        let place = Place { other: Some(other_sender), cut: cut_sender };
+        state.tunnels.insert(claim.serial, place);
+        Joined::First(First { leg, other, cut })
     }
 
     /// A tunnel is over, or came to nothing.
     pub fn close_tunnel(&self, claim: &Claim) {
         let mut state = self.lock();
         state.router.handle_closed(claim);
-        state.waiting.remove(&claim.serial);
+        state.tunnels.remove(&claim.serial);
     }
 
     /// Tells everybody to go.

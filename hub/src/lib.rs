@@ -4,16 +4,20 @@
 //! not among its dependencies, and a test says so. What it can verify, it verifies as a second lock.
 //!
 //! Start reading at [`router`] (who is online, which tunnels there are; no IO), then [`relay`] (the data
-//! plane), [`control`] and [`auth`] (one control socket), [`store`] and [`cluster`] (what it remembers).
+//! plane), [`control`] and [`auth`] (one control socket), [`log`] and [`effects`] (the trust log, and what
+//! becomes of those it ends), [`store`] and [`cluster`] (what it remembers).
 //! [`server`] and [`routes`] are the HTTP below them. Deliberately absent: anything that decodes a
 //! data frame, any state of a tunnel in the database, and any way to see two workspaces at once.
 
 pub mod auth;
+pub mod beats;
 pub mod cluster;
 pub mod config;
 pub mod control;
+pub mod effects;
 pub mod hub;
 pub mod limits;
+pub mod log;
 pub mod relay;
 pub mod requests;
 pub mod router;
@@ -21,7 +25,9 @@ pub mod routes;
 pub mod server;
 pub mod store;
 pub mod tls;
+pub mod trust;
 pub mod tunnel;
+pub mod wraps;
 
 use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -194,6 +200,7 @@ async fn run(
     tokio::select! {
         () = shutdown => {}
         () = hub.run_clock() => {}
+        () = effects::run(&hub) => {}
     }
     tracing::info!("stopping");
     hub.stop();

@@ -51,6 +51,23 @@ pub const MAX_WRAP_BYTES: usize = 2048;
 /// Rows that a page is filled from; its size in bytes ends it earlier.
 pub const PAGE_ROWS: i64 = 64;
 
+/// Witnesses of a workspace whose beats are kept: more than an agent is ever shown.
+pub const MAX_WITNESSES: usize = 64;
+/// Entries of the trust log in one reply: in base64 they fill a control message. An entry alone is shorter.
+pub const LOG_REPLY_BYTES: usize = 48 * 1024;
+/// Replies about the log before the login, to the holder of an invite: enough for the longest log.
+pub const MAX_LOG_READS: usize = 4096;
+/// Agents that are judged in one transaction: ten milliseconds' work.
+pub const JUDGED_AT_ONCE: usize = 64;
+/// Effects that the database could not do are tried again after this time.
+pub const EFFECTS_PAUSE: Duration = Duration::from_secs(1);
+/// Bytes of the trust log that are read from the database at once.
+pub const LOG_PART_BYTES: usize = 1024 * 1024;
+/// Trust states in memory: those of the workspaces that are asked for most; the others are read again.
+pub const MAX_TRUST_CACHE_STATES: usize = 4096;
+/// Bytes of the logs that these states were made from: one log of the greatest length fits twice.
+pub const MAX_TRUST_CACHE_BYTES: usize = 128 * 1024 * 1024;
+
 /// Agents are asked to stay away for this long when the hub goes down, plus a random part as long.
 pub const RESTART_PAUSE: Duration = Duration::from_millis(500);
 /// Everybody must be gone within this time once the hub goes down.

@@ -1,22 +1,28 @@
 //! What a logged-in agent asks of the store, and the answers.
 
+use std::collections::HashMap;
+
 use connect_spec::{
     bytes::Blob,
-    control::{EpochWrap, ErrorCode, ErrorReport, Reply, Request, SealedRecord},
-    ids::{AgentId, ServiceId},
+    control::{EpochWrap, ErrorCode, ErrorReport, ListedBeat, Reply, Request, SealedRecord},
+    ids::{AgentId, CredentialId, ServiceId},
     keys::WrapPublicKey,
     limits::MAX_CONTROL_BYTES,
-    objects::{AgentRole, Credential},
+    log::Beat,
+    objects::{AgentRole, Certificate, Credential, Issuer, UnixTime},
     signed::Signed,
-    trust::TrustState,
+    trust::{Presented, TrustError},
 };
 use serde::Serialize;
 
 use crate::{
+    auth::unix_now,
     hub::Hub,
     limits::{MAX_SEALED_BYTES, MAX_WRAP_BYTES, PAGE_ROWS},
+    log,
     router::Member,
     store::{Exposed, NewCredential, StoreError},
+    wraps,
 };
 
 /// Room in a page for what is around its rows.
@@ -24,16 +30,23 @@ const PAGE_FRAME_BYTES: usize = 256;
 
 /// Why a request came to nothing.
 #[derive(Debug, thiserror::Error)]
-enum Failure {
+pub(crate) enum Failure {
+    /// The agent is told this.
     #[error("{}", .0.message)]
     Report(ErrorReport),
+    /// Our own trouble; the agent learns only that.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
 /// A refusal that the agent is told.
-fn no<T>(code: ErrorCode, message: &str) -> Result<T, Failure> {
+pub(crate) fn no<T>(code: ErrorCode, message: &str) -> Result<T, Failure> {
     Err(Failure::Report(ErrorReport::new(code, message)))
+}
+
+/// The refusal of whatever is about a workspace that is not here.
+pub(crate) fn unknown_workspace<T>() -> Result<T, Failure> {
+    no(ErrorCode::UnknownWorkspace, "this hub does not know the workspace")
 }
 
 /// What the agent hears when the store failed; the log says why.
@@ -66,7 +79,12 @@ fn chain(error: &dyn std::error::Error) -> String {
 
 /// Does what is asked; never fails, but may say no.
 pub async fn answer(hub: &Hub, member: &Member, request: Request) -> Reply {
-    match try_answer(hub, member, request).await {
+    reply(try_answer(hub, member, request).await)
+}
+
+/// Makes a reply of what came of a request.
+pub(crate) fn reply(result: Result<Reply, Failure>) -> Reply {
+    match result {
         Ok(reply) => reply,
         Err(Failure::Report(report)) => Reply::Error(report),
         Err(Failure::Store(error)) => Reply::Error(store_trouble(&error)),
@@ -212,15 +230,35 @@ async fn try_answer(hub: &Hub, member: &Member, request: Request) -> Result<Repl
                 }
             }
         }
+        Request::Log { have } => log::read(hub, workspace, &have).await,
+        Request::Append { entries } => {
+            log::append(hub, workspace, &entries).await?;
+            Ok(Reply::Done)
+        }
+        Request::Beats { mine } => {
+            let mine = mine.map(|wire| check_beat(member, wire)).transpose()?;
+            let beats = hub.exchange_beats(member.key, mine);
+            let witnesses: Vec<_> = beats.iter().map(|(witness, _)| *witness).collect();
+            let mut tx = hub.store().workspace(workspace).await?;
+            let mut presented: HashMap<_, _> =
+                tx.presented_by(&witnesses).await?.into_iter().collect();
+            let beats = beats.into_iter().filter_map(|(witness, beat)| {
+                Some(ListedBeat { beat, presented: presented.remove(&witness)? })
+            });
+            Ok(Reply::Beats { beats: beats.collect() })
+        }
+        Request::MissingWraps { epoch } => wraps::missing(hub, member, epoch).await,
+        Request::StoreWraps { wraps } => {
+            wraps::store(hub, member, wraps).await?;
+            Ok(Reply::Done)
+        }
+        Request::OwnWrap { epoch } => wraps::own(hub, member, epoch).await,
+        Request::Credentials { after } => credentials(hub, member, after).await,
+        Request::Certify { certificate } => {
+            certify(hub, member, &certificate).await?;
+            Ok(Reply::Done)
+        }
         // A session opens tunnels itself: that needs no store and must not wait for it.
-        Request::Log { .. }
-        | Request::Append { .. }
-        | Request::Beats { .. }
-        | Request::MissingWraps { .. }
-        | Request::StoreWraps { .. }
-        | Request::OwnWrap { .. }
-        | Request::Credentials { .. }
-        | Request::Certify { .. } => no(ErrorCode::BadRequest, "not supported yet"),
         Request::OpenTunnel(_) => no(ErrorCode::BadRequest, "tunnels are opened in the session"),
     }
 }
@@ -256,13 +294,13 @@ async fn create_credential(
         return no(ErrorCode::BadRequest, "the wrap is too long");
     }
     let mut tx = hub.store().workspace(member.key.0).await?;
-    let Some(workspace) = tx.find_workspace().await? else {
-        return no(ErrorCode::UnknownWorkspace, "this hub does not know the workspace");
+    let Some(trust) = hub.trust().current(&mut tx).await? else {
+        return unknown_workspace();
     };
-    let genesis = Signed::decode(&workspace.genesis).map_err(|_| StoreError::Corrupt("genesis"))?;
-    let trust = TrustState::from_genesis(member.key.0, &genesis)
-        .map_err(|_| StoreError::Corrupt("genesis"))?;
-    if trust.verify_credential(&credential).is_err() {
+    if trust.state.is_closed(&object.id()) {
+        return no(ErrorCode::Forbidden, "the credential is closed");
+    }
+    if trust.state.verify_credential(&credential).is_err() {
         return no(
             ErrorCode::Forbidden,
             "the credential is not signed by a signer of the workspace",
@@ -275,8 +313,7 @@ async fn create_credential(
         uses: object.uses,
         join_until,
         certs_end,
-        wrap_key: &wrap_key.0,
-        wrap,
+        open: Some((&wrap_key.0, wrap)),
     };
     if !tx.insert_credential(&new).await? {
         return no(ErrorCode::AlreadyExists, "a credential of this key exists");
@@ -285,19 +322,124 @@ async fn create_credential(
     Ok(())
 }
 
+/// Lists the credentials that are not closed.
+async fn credentials(
+    hub: &Hub,
+    member: &Member,
+    after: Option<CredentialId>,
+) -> Result<Reply, Failure> {
+    if member.role == AgentRole::Guest {
+        return no(ErrorCode::Forbidden, "guests do not see the invites of a workspace");
+    }
+    let mut tx = hub.store().workspace(member.key.0).await?;
+    let Some(trust) = hub.trust().current(&mut tx).await? else {
+        return unknown_workspace();
+    };
+    let mut page = Page::new();
+    let mut last = after;
+    loop {
+        let rows = tx.credentials(last, PAGE_ROWS).await?;
+        let is_last = i64::try_from(rows.len()).is_ok_and(|rows| rows < PAGE_ROWS);
+        last = rows.last().map(|(id, _)| *id).or(last);
+        let open = rows.into_iter().filter(|(id, _)| !trust.state.is_closed(id));
+        let full = page.fill(open.map(|(_, row)| row).collect());
+        if is_last || full {
+            return Ok(Reply::Credentials { credentials: page.rows, more: full });
+        }
+    }
+}
+
+/// A beat must be the word of the agent that leaves it.
+fn check_beat(member: &Member, wire: Blob) -> Result<(UnixTime, Blob), Failure> {
+    if member.role == AgentRole::Guest {
+        return no(ErrorCode::Forbidden, "guests are no witnesses");
+    }
+    let Ok(beat) = Signed::<Beat>::decode(&wire.0) else {
+        return no(ErrorCode::BadRequest, "the beat is malformed");
+    };
+    if (beat.object().workspace_id, beat.object().agent_id) != member.key
+        || beat.verify_by(&member.identity).is_err()
+    {
+        return no(ErrorCode::Forbidden, "the beat is not this agent's own");
+    }
+    Ok((beat.object().time, wire))
+}
+
+/// Leaves a certificate for an agent, verified down to the signer; who brings it does not matter.
+async fn certify(hub: &Hub, member: &Member, wire: &Blob) -> Result<(), Failure> {
+    let Ok(certificate) = Signed::<Certificate>::decode(&wire.0) else {
+        return no(ErrorCode::BadRequest, "the certificate is malformed");
+    };
+    if member.role == AgentRole::Guest
+        || matches!(certificate.object().issuer, Issuer::Credential(_))
+    {
+        return no(ErrorCode::Forbidden, "only signers give certificates to others");
+    }
+    let (workspace, agent) = (member.key.0, certificate.object().agent_id());
+    let mut tx = hub.store().workspace(workspace).await?;
+    let Some(trust) = hub.trust().current(&mut tx).await? else {
+        return unknown_workspace();
+    };
+    let Some(known) = tx.lock_agent(agent).await? else {
+        return no(ErrorCode::NotFound, "this hub knows no such agent");
+    };
+    if known.renewal.as_ref() == Some(&wire.0) {
+        return Ok(());
+    }
+    for held in [Some(&known.certificate), known.renewal.as_ref()].into_iter().flatten() {
+        let held: Signed<Certificate> =
+            Signed::decode(held).map_err(|_| StoreError::Corrupt("certificate"))?;
+        if certificate.object().serial <= held.object().serial {
+            return no(ErrorCode::Stale, "the hub knows a newer certificate of this agent");
+        }
+    }
+    let noise_key =
+        Signed::decode(&known.noise_key).map_err(|_| StoreError::Corrupt("noise_key"))?;
+    let presented = Presented { certificate, credential: None, noise_key };
+    if let Err(error) = trust.state.verify_peer(agent, presented, unix_now()) {
+        let code = match error {
+            TrustError::Revoked => ErrorCode::Revoked,
+            TrustError::Genesis
+            | TrustError::Workspace
+            | TrustError::Agent
+            | TrustError::NoiseKey
+            | TrustError::IssuerUnknown
+            | TrustError::Credential
+            | TrustError::Certificate
+            | TrustError::Exceeds
+            | TrustError::Expired
+            | TrustError::Closed => ErrorCode::Forbidden,
+        };
+        return no(code, &error.to_string());
+    }
+    tx.leave_renewal(agent, &wire.0).await?;
+    tx.commit().await?;
+    // Whoever brings its own has it, and comes back with it when it likes.
+    if agent != member.key.1 {
+        hub.route(|router, out| router.handle_recall((workspace, agent), out));
+    }
+    Ok(())
+}
+
 /// Rows that fit one control message.
-struct Page<T> {
-    rows: Vec<T>,
+pub(crate) struct Page<T> {
+    /// The rows so far.
+    pub(crate) rows: Vec<T>,
     bytes: usize,
 }
 
 impl<T: Serialize> Page<T> {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { rows: Vec::new(), bytes: PAGE_FRAME_BYTES }
     }
 
+    /// A page for what follows in the same message.
+    pub(crate) fn rest<U>(&self) -> Page<U> {
+        Page { rows: Vec::new(), bytes: self.bytes }
+    }
+
     /// Takes rows until one does not fit; true when one did not.
-    fn fill(&mut self, rows: Vec<T>) -> bool {
+    pub(crate) fn fill(&mut self, rows: Vec<T>) -> bool {
         for row in rows {
             let length =
                 serde_json::to_string(&row).map_or(MAX_CONTROL_BYTES, |text| text.len() + 1);

@@ -5,7 +5,7 @@
 //! takes memory only.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     time::{Duration, Instant},
 };
 
@@ -14,8 +14,10 @@ use connect_spec::{
     control::{ErrorCode, ErrorReport, FromHub, Reply, SessionKind, Ticket, TunnelRequest, close},
     encoding::Encoding,
     ids::{AgentId, CredentialId, ServiceId, TunnelId, WorkspaceId},
+    keys::IdentityKey,
     limits::{HANDSHAKE_TIMEOUT, MAX_HALF_OPEN},
     objects::AgentRole,
+    trust::TrustState,
 };
 
 use crate::{
@@ -38,6 +40,10 @@ pub type TunnelKey = (WorkspaceId, TunnelId);
 pub struct Member {
     /// The agent in its workspace.
     pub key: AgentKey,
+    /// Its identity key.
+    pub identity: IdentityKey,
+    /// Of its certificate.
+    pub serial: u64,
     /// What its certificate allows.
     pub role: AgentRole,
     /// A guest's share, and the services in it.
@@ -59,6 +65,8 @@ pub enum Output {
     Send(SessionId, FromHub),
     /// Say why, then close a control socket with the code.
     Close(SessionId, ErrorReport, u16),
+    /// Close the data sockets of a tunnel, those that are there, with the code.
+    Cut(TunnelSerial, u16),
 }
 
 /// Why a tunnel is not opened.
@@ -196,9 +204,11 @@ pub struct Router {
     next_session: u64,
     next_tunnel: u64,
     sessions: HashMap<SessionId, Session>,
+    /// The same sessions by workspace and agent.
+    members: BTreeSet<(WorkspaceId, AgentId, SessionId)>,
     online: HashMap<AgentKey, Online>,
     loads: HashMap<AgentKey, Load>,
-    tunnels: HashMap<TunnelKey, Tunnel>,
+    tunnels: BTreeMap<TunnelKey, Tunnel>,
     tickets: HashMap<Ticket, (TunnelKey, Side)>,
     deadlines: BTreeSet<(Instant, TunnelKey)>,
 }
@@ -226,6 +236,7 @@ impl Router {
                 ErrorReport::new(ErrorCode::Displaced, "a newer session of this agent took over");
             out.push(Output::Close(older.session, report, close::DISPLACED));
         }
+        self.members.insert((member.key.0, member.key.1, session));
         self.sessions.insert(session, Session { member, kind });
         (session, displaced)
     }
@@ -245,27 +256,146 @@ impl Router {
     /// Drops a session and what was half-way through it.
     fn forget_session(&mut self, session: SessionId, out: &mut Vec<Output>) -> Option<Session> {
         let gone = self.sessions.remove(&session)?;
+        let (workspace, agent) = gone.member.key;
+        self.members.remove(&(workspace, agent, session));
         let half_way: Vec<TunnelKey> = self
             .deadlines
             .iter()
             .map(|(_, key)| *key)
             .filter(|key| {
-                self.tunnels.get(key).is_some_and(|tunnel| {
-                    // Once accepted, neither control socket is needed any more.
-                    tunnel.stage == Stage::Asked
-                        && (tunnel.reacher_session == session || tunnel.exposer_session == session)
+                self.tunnels.get(key).is_some_and(|tunnel| match tunnel.stage {
+                    Stage::Asked => {
+                        tunnel.reacher_session == session || tunnel.exposer_session == session
+                    }
+                    // Only a reacher that came so far needs no control socket any more.
+                    Stage::Accepted => {
+                        tunnel.reacher_session == session
+                            && !matches!(tunnel.reacher_end, End::Here)
+                    }
+                    Stage::Joined => false,
                 })
             })
             .collect();
         for key in half_way {
-            if let Some(tunnel) = self.remove_tunnel(key)
-                && tunnel.exposer_session == session
-            {
-                let report = ErrorReport::new(ErrorCode::Offline, "the exposer went offline");
-                out.push(tunnel.refusal(report));
-            }
+            self.end_tunnel(key, close::PEER_GONE, out);
         }
         Some(gone)
+    }
+
+    /// Ends a tunnel wherever it is on its way.
+    fn end_tunnel(&mut self, key: TunnelKey, code: u16, out: &mut Vec<Output>) {
+        let Some(tunnel) = self.remove_tunnel(key) else {
+            return;
+        };
+        if tunnel.stage == Stage::Asked && self.sessions.contains_key(&tunnel.reacher_session) {
+            let report = ErrorReport::new(ErrorCode::Offline, "the exposer went offline");
+            out.push(tunnel.refusal(report));
+        }
+        if matches!(tunnel.reacher_end, End::Here) || matches!(tunnel.exposer_end, End::Here) {
+            out.push(Output::Cut(tunnel.serial, code));
+        }
+    }
+
+    /// Whether any agent of a workspace has a session.
+    #[must_use]
+    pub fn has_sessions(&self, workspace: WorkspaceId) -> bool {
+        self.members_of(workspace).next().is_some()
+    }
+
+    /// The agents of a workspace that have sessions.
+    #[must_use]
+    pub fn agents_of(&self, workspace: WorkspaceId) -> BTreeSet<AgentId> {
+        self.members_of(workspace).map(|(agent, _)| agent).collect()
+    }
+
+    fn members_of(&self, workspace: WorkspaceId) -> impl Iterator<Item = (AgentId, SessionId)> {
+        let first = (workspace, AgentId([0; 16]), SessionId(0));
+        let last = (workspace, AgentId([u8::MAX; 16]), SessionId(u64::MAX));
+        self.members.range(first..=last).map(|(_, agent, session)| (*agent, *session))
+    }
+
+    /// The trust log of a workspace changed: whom it revokes by name is out, all others are told.
+    pub fn handle_log(&mut self, trust: &TrustState, out: &mut Vec<Output>) {
+        let workspace = trust.workspace_id();
+        let revoked: BTreeSet<AgentId> = self
+            .members_of(workspace)
+            .filter(|(agent, session)| {
+                self.sessions
+                    .get(session)
+                    .is_some_and(|session| trust.is_revoked(agent, session.member.serial))
+            })
+            .map(|(agent, _)| agent)
+            .collect();
+        let report = ErrorReport::new(ErrorCode::Revoked, "the agent was revoked");
+        for agent in revoked {
+            self.handle_end((workspace, agent), &report, out);
+        }
+        let head = trust.head();
+        let told = self.members_of(workspace);
+        out.extend(told.map(|(_, session)| Output::Send(session, FromHub::LogGrew { head })));
+    }
+
+    /// An agent is a member no more: its sessions end, and its tunnels, whether they need one or not.
+    pub fn handle_end(&mut self, agent: AgentKey, report: &ErrorReport, out: &mut Vec<Output>) {
+        let (workspace, id) = agent;
+        let first = (workspace, TunnelId([0; 16]));
+        let last = (workspace, TunnelId([u8::MAX; 16]));
+        let tunnels: Vec<TunnelKey> = self
+            .tunnels
+            .range(first..=last)
+            .filter(|(_, tunnel)| tunnel.reacher == id || tunnel.exposer == id)
+            .map(|(key, _)| *key)
+            .collect();
+        for key in tunnels {
+            self.end_tunnel(key, close::REVOKED, out);
+        }
+        self.close_sessions(agent, report, close::REVOKED, out);
+    }
+
+    /// An agent has something to fetch at its next login. Its joined tunnels go on.
+    pub fn handle_recall(&mut self, agent: AgentKey, out: &mut Vec<Output>) {
+        let report = ErrorReport::new(
+            ErrorCode::Restarting,
+            "a signer gave the agent a new certificate: log in again",
+        );
+        self.close_sessions(agent, &report, close::RESTARTING, out);
+    }
+
+    fn close_sessions(
+        &mut self,
+        agent: AgentKey,
+        report: &ErrorReport,
+        code: u16,
+        out: &mut Vec<Output>,
+    ) {
+        let (workspace, id) = agent;
+        let first = (workspace, id, SessionId(0));
+        let last = (workspace, id, SessionId(u64::MAX));
+        let sessions: Vec<SessionId> =
+            self.members.range(first..=last).map(|(_, _, session)| *session).collect();
+        for session in sessions {
+            self.handle_logout(session, out);
+            out.push(Output::Close(session, report.clone(), code));
+        }
+    }
+
+    /// Tells an agent something, if it is online.
+    pub fn tell(
+        &self,
+        workspace: WorkspaceId,
+        agent: AgentId,
+        message: &FromHub,
+        out: &mut Vec<Output>,
+    ) {
+        if let Some(online) = self.online.get(&(workspace, agent)) {
+            out.push(Output::Send(online.session, message.clone()));
+        }
+    }
+
+    /// Whether a tunnel is still the one of which an end was claimed.
+    #[must_use]
+    pub fn is_open(&self, claim: &Claim) -> bool {
+        self.tunnels.get(&claim.tunnel).is_some_and(|tunnel| tunnel.serial == claim.serial)
     }
 
     /// Whether this agent has an agent session.
@@ -465,7 +595,7 @@ impl Router {
 
     /// A tunnel has ended, or an end that claimed its place is gone again.
     pub fn handle_closed(&mut self, claim: &Claim) {
-        if self.tunnels.get(&claim.tunnel).is_some_and(|tunnel| tunnel.serial == claim.serial) {
+        if self.is_open(claim) {
             self.remove_tunnel(claim.tunnel);
         }
     }

@@ -6,7 +6,7 @@ use connect_spec::{control::close, limits::HANDSHAKE_TIMEOUT};
 use tokio::time::timeout;
 
 use crate::{
-    hub::{Hub, Joined},
+    hub::{First, Hub, Joined},
     relay::{self, Leg, Side, Summary},
     router::Claim,
     server::Conn,
@@ -39,8 +39,8 @@ impl Drop for Admitted {
 /// Serves one end. The end that comes second hands its socket to the first, which then serves both.
 pub async fn serve(mut admitted: Admitted, leg: Leg<Conn>) {
     let hub = Arc::clone(&admitted.hub);
-    let (mine, other) = match hub.join(admitted.claim.serial, leg) {
-        Joined::First(mine, other) => (mine, other),
+    let First { leg: mine, other, mut cut } = match hub.join(&admitted.claim, leg) {
+        Joined::First(first) => first,
         Joined::HandedOver => {
             admitted.handed_over = true;
             return;
@@ -49,8 +49,11 @@ pub async fn serve(mut admitted: Admitted, leg: Leg<Conn>) {
     };
     // Nothing is read meanwhile: what this end sends early waits in the sockets.
     let other = tokio::select! {
-        other = timeout(HANDSHAKE_TIMEOUT, other) => other,
+        // A cut comes with the end of the place, which drops the other end's way: look here first.
+        biased;
+        code = &mut cut => return relay::refuse(mine.io, code.unwrap_or(close::PEER_GONE)).await,
         () = hub.stopped() => return relay::refuse(mine.io, close::RESTARTING).await,
+        other = timeout(HANDSHAKE_TIMEOUT, other) => other,
     };
     let Ok(Ok(other)) = other else {
         return relay::refuse(mine.io, close::PEER_GONE).await;
@@ -60,8 +63,10 @@ pub async fn serve(mut admitted: Admitted, leg: Leg<Conn>) {
         Side::Exposer => (other, mine),
     };
     let stop = async {
-        hub.stopped().await;
-        close::RESTARTING
+        tokio::select! {
+            code = cut => code.unwrap_or(close::PEER_GONE),
+            () = hub.stopped() => close::RESTARTING,
+        }
     };
     let Summary { from_reacher, from_exposer, ended } =
         relay::relay(reacher, exposer, admitted.claim.encoding, stop).await;

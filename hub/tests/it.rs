@@ -20,5 +20,7 @@ mod isolation;
 mod operation;
 #[path = "it/sessions.rs"]
 mod sessions;
+#[path = "it/trust.rs"]
+mod trust;
 #[path = "it/tunnels.rs"]
 mod tunnels;

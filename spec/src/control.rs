@@ -464,8 +464,8 @@ pub enum Reply {
     },
     /// Beats of other agents, the newest first.
     Beats {
-        /// `Signed<Beat>`s, at most [`crate::limits::MAX_BEATS`].
-        beats: Vec<Blob>,
+        /// At most [`crate::limits::MAX_BEATS`].
+        beats: Vec<ListedBeat>,
     },
     /// Who has no wrap of an epoch.
     MissingWraps {
@@ -510,6 +510,16 @@ pub struct UnwrappedCredential {
     pub credential: Blob,
     /// `WrapPublicKey`, whose hash the credential binds.
     pub wrap_key: Blob,
+}
+
+/// A beat, with what its witness shows of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListedBeat {
+    /// `Signed<Beat>`.
+    pub beat: Blob,
+    /// The objects of the witness.
+    #[serde(flatten)]
+    pub presented: PresentedBlobs,
 }
 
 /// A credential as the hub knows it.

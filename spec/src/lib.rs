@@ -22,3 +22,4 @@ pub mod prologue;
 pub mod record;
 pub mod signed;
 pub mod trust;
+pub mod verify;

@@ -60,6 +60,26 @@ pub enum TrustError {
     Revoked,
 }
 
+impl TrustError {
+    /// A word for programs and logs.
+    #[must_use]
+    pub fn code(self) -> &'static str {
+        match self {
+            Self::Genesis => "genesis",
+            Self::Workspace => "workspace",
+            Self::Agent => "agent",
+            Self::NoiseKey => "noise_key",
+            Self::IssuerUnknown => "issuer_unknown",
+            Self::Credential => "credential",
+            Self::Certificate => "certificate",
+            Self::Exceeds => "exceeds",
+            Self::Expired => "expired",
+            Self::Closed => "closed",
+            Self::Revoked => "revoked",
+        }
+    }
+}
+
 /// Why an entry does not belong in a trust log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum LogError {
@@ -136,6 +156,16 @@ impl VerifiedPeer {
     #[must_use]
     pub fn identity_key(&self) -> IdentityKey {
         self.certificate().identity_key
+    }
+
+    /// The signer key that vouches for this agent's first certificate: that of a founder is its own,
+    /// since everybody else joins by a credential.
+    #[must_use]
+    pub fn founder_key(&self) -> Option<IdentityKey> {
+        match self.certificate().issuer {
+            Issuer::Signer(key) if self.certificate().serial == 1 => Some(key),
+            Issuer::Signer(_) | Issuer::Credential(_) => None,
+        }
     }
 
     /// The key that its Noise handshake must use.

@@ -206,6 +206,40 @@ fn lookup_answered_with_another_record_is_a_trust_violation() {
 }
 
 #[test]
+fn record_from_before_a_rotation_serves_once_and_never_after_a_newer_one() {
+    let stage = Stage::set();
+    let old = stage.listed(&Keys::of(&stage.reacher), "prod-db");
+    stage.workspace.founder.ok(&["rotate"]);
+    // Who looked the service up before is answered with the key that it knows.
+    let replayed = old.clone();
+    stage.lookup(move |services| services[0].record = replayed.record.clone());
+    drop(stage.reached());
+    stage.rule(|_| Verdict::Forward);
+    drop(stage.reached());
+    // Now that the new key was confirmed, the old one is not believed.
+    stage.lookup(move |services| services[0].record = old.record.clone());
+    stage.reach_is_refused(7, "older static key");
+}
+
+#[test]
+fn service_is_looked_up_again_when_its_key_was_rotated_meanwhile() {
+    let stage = Stage::set();
+    let old = stage.listed(&Keys::of(&stage.reacher), "prod-db");
+    // Twice, so that the exposer does not hold the key of the old record any more.
+    stage.workspace.founder.ok(&["rotate"]);
+    stage.workspace.founder.ok(&["rotate"]);
+    // The command looks, then the agent does: what it finds is outdated when it uses it.
+    let mut lookups = 0;
+    stage.lookup(move |services| {
+        lookups += 1;
+        if lookups <= 2 {
+            services[0].record = old.record.clone();
+        }
+    });
+    drop(stage.reached());
+}
+
+#[test]
 fn swapped_certificate_or_static_key_is_a_trust_violation() {
     // The strongest hub there is: one that has a member for a friend, and so the keys to the names.
     let stage = Stage::set();

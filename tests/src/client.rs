@@ -93,7 +93,9 @@ impl Keys {
         let genesis = Signed::decode(&genesis).expect("a genesis");
         let signing: [u8; 32] = secret(&keys, "identity").expect("a key");
         let signing = SigningKey::from_seed(signing.into());
-        let static_secret: [u8; 32] = secret(&keys, "static-1").expect("a key");
+        let presented = Presented::from_blobs(&blobs).expect("sound objects");
+        let static_line = format!("static-{}", presented.noise_key.object().counter);
+        let static_secret: [u8; 32] = secret(&keys, &static_line).expect("a key");
         let wrap: [u8; 96] = secret(&keys, "wrap").expect("a key");
         let epoch: [u8; 64] = secret(&keys, "epoch-0").expect("a key");
         let epoch = EpochSecrets::from_bytes(epoch.into());
@@ -106,7 +108,7 @@ impl Keys {
             wrap: WrapKeypair::from_seed(wrap.into()),
             names: NameKeys::derive(&epoch.names),
             epoch,
-            presented: Presented::from_blobs(&blobs).expect("sound objects"),
+            presented,
             attrs: Attributes::new(salt.0.try_into().expect("16 bytes"), tags).expect("tags"),
             trust: TrustState::from_genesis(workspace_id, &genesis).expect("a sound genesis"),
             signer: signer.map(|seed| SigningKey::from_seed(seed.into())),

@@ -5,4 +5,5 @@
 
 pub(crate) mod backoff;
 pub(crate) mod channel;
+pub(crate) mod freshness;
 mod stream;

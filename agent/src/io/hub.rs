@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use connect_crypto::{invite::InviteKeys, keys::SigningKey};
+use connect_crypto::invite::InviteKeys;
 use connect_spec::{
     bytes::Blob,
     control::{
@@ -16,7 +16,7 @@ use connect_spec::{
     encoding::Encoding,
     ids::{AgentId, CredentialId, WorkspaceId},
     limits::{DEAD_AFTER, LOGIN_TIMEOUT, MAX_CONTROL_BYTES},
-    trust::Presented,
+    log::Head,
 };
 use futures_util::{SinkExt, StreamExt};
 use tokio::{
@@ -31,6 +31,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     identity::Identity,
     random,
+    workspace::Workspace,
 };
 
 /// A request that the hub does not answer within this time has failed. It is longer than the time
@@ -55,15 +56,6 @@ pub(crate) struct Invitation {
     pub(crate) wrap: control::EpochWrap,
 }
 
-/// What an agent shows and proves when it logs in.
-pub(crate) struct Credentials<'a> {
-    pub(crate) workspace_id: WorkspaceId,
-    pub(crate) agent_id: AgentId,
-    pub(crate) signing: &'a SigningKey,
-    pub(crate) presented: &'a Presented,
-    pub(crate) wrap_key: Vec<u8>,
-}
-
 /// A logged-in session; closed when dropped.
 #[derive(Debug)]
 pub(crate) struct Session {
@@ -76,6 +68,10 @@ pub(crate) struct Session {
 /// What the hub brings without being asked.
 #[derive(Debug)]
 pub(crate) enum Incoming {
+    /// The hub's trust log grew.
+    LogGrew(Head),
+    /// The secrets of an epoch are there for this agent.
+    WrapStored,
     /// A reacher asks for a tunnel.
     Tunnel { initiator: AgentId, request: TunnelRequest, ticket: Ticket },
     /// The session is over; the last thing that arrives.
@@ -97,19 +93,6 @@ pub(crate) enum Ended {
 enum Outgoing {
     Request { id: u64, request: Request, reply: oneshot::Sender<Reply> },
     Message(FromAgent),
-}
-
-impl<'a> Credentials<'a> {
-    /// Those of an enrolled agent.
-    pub(crate) fn of(identity: &'a Identity) -> Self {
-        Self {
-            workspace_id: identity.workspace_id(),
-            agent_id: identity.agent_id,
-            signing: &identity.signing,
-            presented: &identity.noise.presented,
-            wrap_key: identity.wrap.public().encode(),
-        }
-    }
 }
 
 impl Greeted {
@@ -168,33 +151,22 @@ impl Greeted {
         Ok(Invitation { genesis, credential, wrap })
     }
 
-    /// Logs in; `create` makes the workspace first.
+    /// Logs in as the agent of a workspace; `create` makes the workspace first. A certificate that a
+    /// signer left at the hub is taken over on the way.
     pub(crate) async fn login(
         mut self,
-        credentials: &Credentials<'_>,
+        workspace: &Workspace,
         kind: SessionKind,
         create: Option<CreateWorkspace>,
     ) -> Result<(Session, mpsc::Receiver<Incoming>)> {
-        let agent_nonce = Nonce(random::bytes());
-        let text = control::proof_text(
-            &self.authority,
-            &self.nonce,
-            &agent_nonce,
-            &credentials.agent_id.0,
-            &credentials.workspace_id,
-        );
-        self.write(&FromAgent::Login(Box::new(Login {
-            authority: self.authority.clone(),
-            agent_nonce,
-            session: kind,
-            workspace_id: credentials.workspace_id,
-            presented: credentials.presented.to_blobs(),
-            wrap_key: Blob(credentials.wrap_key.clone()),
-            signature: credentials.signing.sign_text(LOGIN_KIND, &text),
-            create,
-        })))
-        .await?;
-        let FromHub::Welcome { encodings, displaced, .. } = self.read().await? else {
+        self.show(&workspace.identity(), kind, create).await?;
+        let mut answer = self.read().await?;
+        if let FromHub::Renewed { certificate } = &answer {
+            workspace.renew(certificate)?;
+            self.show(&workspace.identity(), kind, None).await?;
+            answer = self.read().await?;
+        }
+        let FromHub::Welcome { encodings, displaced, .. } = answer else {
             return Err(no_hub());
         };
         if displaced {
@@ -203,6 +175,55 @@ impl Greeted {
             );
         }
         Ok(Session::start(self.socket, encodings))
+    }
+
+    /// Shows and proves who the agent is.
+    async fn show(
+        &mut self,
+        identity: &Identity,
+        kind: SessionKind,
+        create: Option<CreateWorkspace>,
+    ) -> Result<()> {
+        let agent_nonce = Nonce(random::bytes());
+        let workspace_id = identity.workspace_id();
+        let text = control::proof_text(
+            &self.authority,
+            &self.nonce,
+            &agent_nonce,
+            &identity.agent_id.0,
+            &workspace_id,
+        );
+        self.write(&FromAgent::Login(Box::new(Login {
+            authority: self.authority.clone(),
+            agent_nonce,
+            session: kind,
+            workspace_id,
+            presented: identity.noise.presented.to_blobs(),
+            wrap_key: Blob(identity.wrap.public().encode()),
+            signature: identity.signing.sign_text(LOGIN_KIND, &text),
+            create,
+        })))
+        .await
+    }
+
+    /// Asks for a part of the trust log, for whoever redeemed an invite.
+    pub(crate) async fn fetch_log(&mut self, have: Vec<Head>) -> Result<(Vec<Blob>, bool)> {
+        self.write(&FromAgent::Request { id: 0, request: Request::Log { have } }).await?;
+        let FromHub::Reply { reply, .. } = self.read().await? else {
+            return Err(no_hub());
+        };
+        match reply {
+            Reply::Error(report) => Err(Error::from_hub(&report)),
+            Reply::Log { entries, more, .. } => Ok((entries, more)),
+            Reply::Done
+            | Reply::Services { .. }
+            | Reply::Agents { .. }
+            | Reply::TunnelAccepted { .. }
+            | Reply::Beats { .. }
+            | Reply::MissingWraps { .. }
+            | Reply::Wrap { .. }
+            | Reply::Credentials { .. } => Err(no_hub()),
+        }
     }
 
     /// The next message; an error that the hub reports is one here.
@@ -350,6 +371,9 @@ async fn drive(
                             let _ = waiting.send(reply);
                         }
                     }
+                    // Hints both: one that is lost among too many is made up for by the next.
+                    Ok(FromHub::LogGrew { head }) => drop(events.try_send(Incoming::LogGrew(head))),
+                    Ok(FromHub::WrapStored { .. }) => drop(events.try_send(Incoming::WrapStored)),
                     Ok(FromHub::IncomingTunnel { initiator, request, ticket }) => {
                         let tunnel = Incoming::Tunnel { initiator, request, ticket };
                         // An agent that is too slow to answer loses requests, never the session.
@@ -365,7 +389,7 @@ async fn drive(
                         return Ended::Displaced;
                     }
                     Ok(FromHub::Error(report)) => return Ended::Lost(Error::from_hub(&report).message),
-                    Ok(FromHub::Challenge { .. } | FromHub::Invitation { .. } | FromHub::Welcome { .. } | FromHub::LogGrew { .. } | FromHub::WrapStored { .. } | FromHub::Renewed { .. })
+                    Ok(FromHub::Challenge { .. } | FromHub::Invitation { .. } | FromHub::Welcome { .. } | FromHub::Renewed { .. })
                     | Err(_) => {
                         tracing::debug!("the hub sent a message that is not understood; ignored");
                     }

@@ -85,28 +85,43 @@ pub(crate) struct TunnelEnd {
 }
 
 impl TunnelEnd {
-    /// Reads the first record, which confirms that the peer has the keys.
+    /// Reads one record before the channel is put on the tunnel. The first one confirms that the peer
+    /// has the keys.
     ///
     /// # Errors
     /// [`End`] when the socket ends before, or the record does not open.
-    pub(crate) async fn first_record(&mut self) -> std::result::Result<Vec<u8>, End> {
+    pub(crate) async fn read_record(&mut self) -> std::result::Result<Vec<u8>, End> {
         let (mut packet, mut record) = (Vec::new(), Vec::new());
         receive_record(&mut self.socket, &mut self.opener, &mut packet, &mut record).await?;
         Ok(record)
     }
 
+    /// Sends one record before the channel is put on the tunnel.
+    ///
+    /// # Errors
+    /// [`End`] when the socket fails.
+    pub(crate) async fn send_record(
+        &mut self,
+        record: &Record<'_>,
+    ) -> std::result::Result<(), End> {
+        let (mut plain, mut packet) = (Vec::new(), Vec::new());
+        record.encode(&mut plain);
+        self.sealer
+            .seal(&plain, &mut packet)
+            .map_err(|_| End::Socket("the key of this tunnel is used up".into()))?;
+        let sent = self.socket.send(message(self.encoding, &packet)).await;
+        sent.map_err(|error| End::Socket(error.to_string()))
+    }
+
     /// Closes the tunnel with a word to the peer; the channel it was for is none of its business.
     pub(crate) async fn refuse(mut self, code: CloseCode) {
-        let (mut record, mut packet) = (Vec::new(), Vec::new());
-        Record::TunnelClose(code).encode(&mut record);
-        if self.sealer.seal(&record, &mut packet).is_ok() {
-            let say = async {
-                self.socket.send(message(self.encoding, &packet)).await?;
-                self.socket.close(None).await
-            };
-            // A peer that does not read it cannot hold us.
-            let _ = timeout(CLOSE_TIMEOUT, say).await;
-        }
+        let say = async {
+            // A peer that is gone needs no word.
+            let _ = self.send_record(&Record::TunnelClose(code)).await;
+            let _ = self.socket.close(None).await;
+        };
+        // A peer that does not read it cannot hold us.
+        let _ = timeout(CLOSE_TIMEOUT, say).await;
     }
 }
 

@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod custody;
 mod invite;
 mod keys;
 mod log;

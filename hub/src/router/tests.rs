@@ -16,7 +16,13 @@ struct World {
 }
 
 fn member(workspace: WorkspaceId, agent: AgentId) -> Member {
-    Member { key: (workspace, agent), role: AgentRole::Member, share: None }
+    Member {
+        key: (workspace, agent),
+        identity: IdentityKey([0; 32]),
+        serial: 0,
+        role: AgentRole::Member,
+        share: None,
+    }
 }
 
 fn request(tunnel: u8) -> TunnelRequest {
@@ -346,9 +352,9 @@ fn roles_and_shares_bind() {
 
     let share = CredentialId([6; 16]);
     let guest = |services: Vec<ServiceId>| Member {
-        key: (WORKSPACE, AgentId([6; 16])),
         role: AgentRole::Guest,
         share: Some((share, services)),
+        ..member(WORKSPACE, AgentId([6; 16]))
     };
     let outsider = world.log_in(guest(vec![ServiceId([8; 16])]), SessionKind::Agent);
     assert_eq!(

@@ -30,8 +30,14 @@ pub struct AgentLogin<'a> {
 }
 
 /// What must not go backwards.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KnownAgent {
+    /// `Signed<Certificate>` of the last login.
+    pub certificate: Vec<u8>,
+    /// `Signed<Certificate>` that a signer left for the agent.
+    pub renewal: Option<Vec<u8>>,
+    /// `Signed<NoiseKey>` of the last login.
+    pub noise_key: Vec<u8>,
     /// Counter of the newest NoiseKey that the hub saw.
     pub noise_key_counter: i64,
     /// The key in it.
@@ -56,16 +62,20 @@ impl WorkspaceTx {
     /// [`StoreError::Database`], [`StoreError::Corrupt`].
     pub async fn lock_agent(&mut self, agent: AgentId) -> Result<Option<KnownAgent>, StoreError> {
         let workspace = self.id();
-        let row: Option<(i64, Vec<u8>, Option<Vec<u8>>)> = sqlx::query_as(
-            "SELECT noise_key_counter, static_key, credential_id FROM connect.agents
-             WHERE workspace_id = $1 AND agent_id = $2 FOR UPDATE",
+        type Row = (Vec<u8>, Option<Vec<u8>>, Vec<u8>, i64, Vec<u8>, Option<Vec<u8>>);
+        let row: Option<Row> = sqlx::query_as(
+            "SELECT certificate, renewal, noise_key, noise_key_counter, static_key, credential_id
+             FROM connect.agents WHERE workspace_id = $1 AND agent_id = $2 FOR UPDATE",
         )
         .bind(workspace)
         .bind(agent.0.as_slice())
         .fetch_optional(self.connection())
         .await?;
-        row.map(|(noise_key_counter, key, credential_id)| {
+        row.map(|(certificate, renewal, noise_key, noise_key_counter, key, credential_id)| {
             Ok(KnownAgent {
+                certificate,
+                renewal,
+                noise_key,
                 noise_key_counter,
                 static_key: StaticPublicKey(fixed(&key, "static_key")?),
                 credential_id: credential_id
@@ -103,7 +113,28 @@ impl WorkspaceTx {
         Ok(if done.rows_affected() == 1 { Upserted::Done } else { Upserted::Raced })
     }
 
-    /// Brings a known agent, locked before, up to date with what it shows.
+    /// Leaves a certificate for an agent until it logs in with it.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`].
+    pub async fn leave_renewal(
+        &mut self,
+        agent: AgentId,
+        certificate: &[u8],
+    ) -> Result<(), StoreError> {
+        let workspace = self.id();
+        sqlx::query(
+            "UPDATE connect.agents SET renewal = $3 WHERE workspace_id = $1 AND agent_id = $2",
+        )
+        .bind(workspace)
+        .bind(agent.0.as_slice())
+        .bind(certificate)
+        .execute(self.connection())
+        .await?;
+        Ok(())
+    }
+
+    /// Brings a known agent, locked before, up to date with what it shows; what was left for it is gone.
     ///
     /// # Errors
     /// [`StoreError::Database`].
@@ -112,7 +143,8 @@ impl WorkspaceTx {
         sqlx::query(
             "UPDATE connect.agents
              SET certificate = $3, credential_id = $4, noise_key = $5, noise_key_counter = $6,
-                 static_key = $7, wrap_key = $8, last_address = $9, last_seen_at = now()
+                 static_key = $7, wrap_key = $8, last_address = $9, last_seen_at = now(),
+                 renewal = NULL
              WHERE workspace_id = $1 AND agent_id = $2",
         )
         .bind(workspace)
@@ -151,6 +183,40 @@ impl WorkspaceTx {
         .execute(self.connection())
         .await?;
         Ok(done.rows_affected() == 1)
+    }
+
+    /// What these agents showed at their last logins.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`], [`StoreError::Corrupt`].
+    pub async fn presented_by(
+        &mut self,
+        agents: &[AgentId],
+    ) -> Result<Vec<(AgentId, PresentedBlobs)>, StoreError> {
+        type Row = (Vec<u8>, Vec<u8>, Option<Vec<u8>>, Vec<u8>);
+        let workspace = self.id();
+        let ids: Vec<Vec<u8>> = agents.iter().map(|id| id.0.to_vec()).collect();
+        let rows: Vec<Row> = sqlx::query_as(
+            "SELECT a.agent_id, a.certificate, c.credential, a.noise_key
+             FROM connect.agents a
+             LEFT JOIN connect.credentials c
+                 ON c.workspace_id = a.workspace_id AND c.credential_id = a.credential_id
+             WHERE a.workspace_id = $1 AND a.agent_id = ANY ($2)",
+        )
+        .bind(workspace)
+        .bind(ids)
+        .fetch_all(self.connection())
+        .await?;
+        rows.into_iter()
+            .map(|(id, certificate, credential, noise_key)| {
+                let presented = PresentedBlobs {
+                    certificate: certificate.into(),
+                    credential: credential.map(Into::into),
+                    noise_key: noise_key.into(),
+                };
+                Ok((AgentId(fixed(&id, "agent_id")?), presented))
+            })
+            .collect()
     }
 
     /// Up to `limit` agents whose id follows `after`, in ascending order; all as if offline.

@@ -1,8 +1,12 @@
-//! The tables `credentials` and `wraps`: invites, and what their holders need to join.
+//! The table `credentials`: invites and shares.
 
-use connect_spec::{control::EpochWrap, ids::CredentialId, objects::CredentialKind};
+use connect_spec::{
+    control::{EpochWrap, ListedCredential},
+    ids::CredentialId,
+    objects::CredentialKind,
+};
 
-use super::{StoreError, WorkspaceTx, unsigned};
+use super::{StoreError, WorkspaceTx, fixed, unsigned};
 
 /// A credential to store, verified.
 #[derive(Debug)]
@@ -19,10 +23,9 @@ pub struct NewCredential<'a> {
     pub join_until: i64,
     /// Unix time after which certificates made under it are invalid.
     pub certs_end: i64,
-    /// The public key to which later epochs are wrapped.
-    pub wrap_key: &'a [u8],
-    /// M and W of the current epoch.
-    pub wrap: &'a EpochWrap,
+    /// For an invite to be used: the public key to which later epochs are wrapped, and M and W of the
+    /// current one. Without them it is stored as used up.
+    pub open: Option<(&'a [u8], &'a EpochWrap)>,
 }
 
 /// A credential as stored.
@@ -39,7 +42,7 @@ pub struct CredentialRow {
 }
 
 impl WorkspaceTx {
-    /// Stores a credential with its wrap; false when the id exists already.
+    /// Stores a credential, with its wrap if it is to be used; false when the id exists already.
     ///
     /// # Errors
     /// [`StoreError::Database`].
@@ -51,8 +54,8 @@ impl WorkspaceTx {
         };
         let inserted = sqlx::query(
             "INSERT INTO connect.credentials
-                 (workspace_id, credential_id, credential, kind, uses, join_until, certs_end, wrap_key)
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+                 (workspace_id, credential_id, credential, kind, uses, used, join_until, certs_end, wrap_key)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
              ON CONFLICT DO NOTHING",
         )
         .bind(&workspace)
@@ -60,21 +63,25 @@ impl WorkspaceTx {
         .bind(new.credential)
         .bind(kind)
         .bind(i64::from(new.uses))
+        .bind(if new.open.is_some() { 0 } else { i64::from(new.uses) })
         .bind(new.join_until)
         .bind(new.certs_end)
-        .bind(new.wrap_key)
+        .bind(new.open.map(|(wrap_key, _)| wrap_key))
         .execute(self.connection())
         .await?;
         if inserted.rows_affected() == 0 {
             return Ok(false);
         }
+        let Some((_, wrap)) = new.open else {
+            return Ok(true);
+        };
         sqlx::query(
             "INSERT INTO connect.wraps (workspace_id, epoch, credential_id, wrap) VALUES ($1, $2, $3, $4)",
         )
         .bind(&workspace)
-        .bind(i64::from(new.wrap.epoch))
+        .bind(i64::from(wrap.epoch))
         .bind(new.id.0.as_slice())
-        .bind(new.wrap.sealed.0.as_slice())
+        .bind(wrap.sealed.0.as_slice())
         .execute(self.connection())
         .await?;
         Ok(true)
@@ -125,26 +132,34 @@ impl WorkspaceTx {
         Ok(done.rows_affected() == 1)
     }
 
-    /// The newest wrap for the holder of a credential.
+    /// Up to `limit` credentials whose id follows `after`, in ascending order, closed ones too.
     ///
     /// # Errors
     /// [`StoreError::Database`], [`StoreError::Corrupt`].
-    pub async fn newest_credential_wrap(
+    pub async fn credentials(
         &mut self,
-        id: CredentialId,
-    ) -> Result<Option<EpochWrap>, StoreError> {
+        after: Option<CredentialId>,
+        limit: i64,
+    ) -> Result<Vec<(CredentialId, ListedCredential)>, StoreError> {
         let workspace = self.id();
-        let row: Option<(i64, Vec<u8>)> = sqlx::query_as(
-            "SELECT epoch, wrap FROM connect.wraps WHERE workspace_id = $1 AND credential_id = $2
-             ORDER BY epoch DESC LIMIT 1",
+        let rows: Vec<(Vec<u8>, Vec<u8>, i64)> = sqlx::query_as(
+            "SELECT credential_id, credential, used FROM connect.credentials
+             WHERE workspace_id = $1 AND ($2::bytea IS NULL OR credential_id > $2)
+             ORDER BY credential_id LIMIT $3",
         )
         .bind(workspace)
-        .bind(id.0.as_slice())
-        .fetch_optional(self.connection())
+        .bind(after.map(|id| id.0.to_vec()))
+        .bind(limit)
+        .fetch_all(self.connection())
         .await?;
-        row.map(|(epoch, wrap)| {
-            Ok(EpochWrap { epoch: unsigned(epoch, "epoch")?, sealed: wrap.into() })
-        })
-        .transpose()
+        rows.into_iter()
+            .map(|(id, credential, used)| {
+                let credential = credential.into();
+                Ok((
+                    CredentialId(fixed(&id, "credential_id")?),
+                    ListedCredential { credential, used: unsigned(used, "used")? },
+                ))
+            })
+            .collect()
     }
 }

@@ -7,9 +7,11 @@
 
 mod agents;
 mod credentials;
+mod log;
 mod registration;
 mod services;
 mod workspaces;
+mod wraps;
 
 use std::time::Duration;
 
@@ -24,6 +26,7 @@ use sqlx::{
     postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions},
 };
 pub use workspaces::WorkspaceRow;
+pub use wraps::UnwrappedRow;
 
 /// The role that the hub serves as.
 pub const APP_ROLE: &str = "connect_app";
@@ -193,13 +196,28 @@ impl Store {
     /// # Errors
     /// [`StoreError::Database`].
     pub async fn workspace(&self, workspace: WorkspaceId) -> Result<WorkspaceTx, StoreError> {
-        let mut tx = self.pool.begin().await?;
+        Self::enter(self.pool.begin().await?, workspace).await
+    }
+
+    async fn enter(
+        mut tx: Transaction<'static, Postgres>,
+        workspace: WorkspaceId,
+    ) -> Result<WorkspaceTx, StoreError> {
         // Local to the transaction: the pooled session forgets it at its end, however that comes.
         sqlx::query("SELECT set_config('connect.workspace_id', $1, true)")
             .bind(workspace.to_string())
             .execute(&mut *tx)
             .await?;
         Ok(WorkspaceTx { tx, workspace })
+    }
+
+    /// Opens the door to one workspace to look only, at one moment of it.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`].
+    pub async fn snapshot(&self, workspace: WorkspaceId) -> Result<WorkspaceTx, StoreError> {
+        let tx = self.pool.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
+        Self::enter(tx, workspace).await
     }
 
     /// Ends all connections.

@@ -152,6 +152,36 @@ impl WorkspaceTx {
         Ok(())
     }
 
+    /// Removes all services of these agents.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`].
+    pub async fn withdraw_services_of(&mut self, agents: &[AgentId]) -> Result<(), StoreError> {
+        let workspace = self.id();
+        let ids: Vec<Vec<u8>> = agents.iter().map(|id| id.0.to_vec()).collect();
+        sqlx::query("DELETE FROM connect.services WHERE workspace_id = $1 AND agent_id = ANY ($2)")
+            .bind(workspace)
+            .bind(ids)
+            .execute(self.connection())
+            .await?;
+        Ok(())
+    }
+
+    /// The agents that expose something.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`], [`StoreError::Corrupt`].
+    pub async fn exposing_agents(&mut self) -> Result<Vec<AgentId>, StoreError> {
+        let workspace = self.id();
+        let rows: Vec<(Vec<u8>,)> = sqlx::query_as(
+            "SELECT DISTINCT agent_id FROM connect.services WHERE workspace_id = $1",
+        )
+        .bind(workspace)
+        .fetch_all(self.connection())
+        .await?;
+        rows.iter().map(|(id,)| fixed(id, "agent_id").map(AgentId)).collect()
+    }
+
     /// The service under a tag; as if offline.
     ///
     /// # Errors

@@ -11,6 +11,8 @@ pub struct WorkspaceRow {
     pub genesis: Vec<u8>,
     /// The head of the trust log.
     pub head: Head,
+    /// How often the end of the log was replaced.
+    pub replaced: u64,
 }
 
 impl WorkspaceTx {
@@ -19,19 +21,50 @@ impl WorkspaceTx {
     /// # Errors
     /// [`StoreError::Database`], [`StoreError::Corrupt`].
     pub async fn find_workspace(&mut self) -> Result<Option<WorkspaceRow>, StoreError> {
-        let id = self.id();
-        let row: Option<(Vec<u8>, i64, Vec<u8>)> = sqlx::query_as(
-            "SELECT genesis, head_seq, head_hash FROM connect.workspaces WHERE workspace_id = $1",
+        self.workspace_row(
+            "SELECT genesis, head_seq, head_hash, replaced FROM connect.workspaces
+             WHERE workspace_id = $1",
         )
-        .bind(id)
-        .fetch_optional(self.connection())
-        .await?;
-        row.map(|(genesis, seq, hash)| {
+        .await
+    }
+
+    /// The same, with a log that stays as it is until the end of the transaction.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`], [`StoreError::Corrupt`].
+    pub async fn find_workspace_at_rest(&mut self) -> Result<Option<WorkspaceRow>, StoreError> {
+        self.workspace_row(
+            "SELECT genesis, head_seq, head_hash, replaced FROM connect.workspaces
+             WHERE workspace_id = $1 FOR SHARE",
+        )
+        .await
+    }
+
+    /// The same, with a log that only this transaction may change until its end.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`], [`StoreError::Corrupt`].
+    pub async fn lock_workspace(&mut self) -> Result<Option<WorkspaceRow>, StoreError> {
+        self.workspace_row(
+            "SELECT genesis, head_seq, head_hash, replaced FROM connect.workspaces
+             WHERE workspace_id = $1 FOR NO KEY UPDATE",
+        )
+        .await
+    }
+
+    async fn workspace_row(
+        &mut self,
+        sql: &'static str,
+    ) -> Result<Option<WorkspaceRow>, StoreError> {
+        let id = self.id();
+        let row: Option<(Vec<u8>, i64, Vec<u8>, i64)> =
+            sqlx::query_as(sql).bind(id).fetch_optional(self.connection()).await?;
+        row.map(|(genesis, seq, hash, replaced)| {
             let head = Head {
                 seq: unsigned(seq, "head_seq")?,
                 hash: EntryHash(fixed(&hash, "head_hash")?),
             };
-            Ok(WorkspaceRow { genesis, head })
+            Ok(WorkspaceRow { genesis, head, replaced: unsigned(replaced, "replaced")? })
         })
         .transpose()
     }

@@ -1,6 +1,7 @@
 //! A hand-made agent: keys, objects and frames, and no more.
 
 use std::{
+    collections::VecDeque,
     net::SocketAddr,
     sync::{
         Arc,
@@ -19,6 +20,8 @@ use connect_spec::{
     keys::{
         IdentityKey, ML_KEM_768_EK_BYTES, Signature, StaticPublicKey, WrapPublicKey, signed_text,
     },
+    limits::MAX_CERTS,
+    log::{Beat, Change, Entry, EntryHash, Head, LogEntry, Recovery},
     objects::{
         AgentRole, Certificate, Credential, CredentialKind, Founder, Genesis, Issuer, NoiseKey,
         SUITE_1, SignerRole,
@@ -41,17 +44,23 @@ use tokio_tungstenite::{
 /// Far in the future.
 const NEVER: u64 = 4_000_000_000;
 
+/// A minute ago.
+pub(crate) fn past() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    now.as_secs() - 60
+}
+
 static NEXT_KEY: AtomicU64 = AtomicU64::new(1);
 
 /// A key that no other call gets.
-fn new_key() -> SigningKey {
+pub(crate) fn new_key() -> SigningKey {
     let mut seed = [0; 32];
     seed[..8].copy_from_slice(&NEXT_KEY.fetch_add(1, Ordering::Relaxed).to_be_bytes());
     seed[8..12].copy_from_slice(&std::process::id().to_be_bytes());
     SigningKey::from_bytes(&seed)
 }
 
-fn public(key: &SigningKey) -> IdentityKey {
+pub(crate) fn public(key: &SigningKey) -> IdentityKey {
     IdentityKey(key.verifying_key().to_bytes())
 }
 
@@ -79,24 +88,25 @@ pub(crate) fn record(counter: u32) -> SealedRecord {
 
 /// A workspace with its one signer.
 pub(crate) struct Workspace {
-    signer: SigningKey,
+    pub(crate) signer: SigningKey,
+    pub(crate) recovery: SigningKey,
     genesis: Signed<Genesis>,
     pub(crate) id: WorkspaceId,
 }
 
 impl Workspace {
     pub(crate) fn new() -> Self {
-        let signer = new_key();
+        let (signer, recovery) = (new_key(), new_key());
         let genesis = Genesis {
             suite: SUITE_1,
             salt: [1; 16],
             founders: vec![Founder { key: public(&signer), role: SignerRole::Owner }],
-            recovery_key: public(&new_key()),
+            recovery_key: public(&recovery),
             epoch_commit: [2; 32],
         };
         let genesis = signed(&signer, &genesis);
         let id = WorkspaceId(genesis.hash());
-        Self { signer, genesis, id }
+        Self { signer, recovery, genesis, id }
     }
 
     /// An agent whose certificate the signer signs.
@@ -105,6 +115,56 @@ impl Workspace {
         let certificate =
             self.certificate(&key, Issuer::Signer(public(&self.signer)), AgentRole::Member);
         Agent::new(self.id, key, signed(&self.signer, &certificate), None)
+    }
+
+    /// The head of a log without entries.
+    pub(crate) fn head(&self) -> Head {
+        Head::genesis(self.id)
+    }
+
+    /// An entry by the founder.
+    pub(crate) fn entry(&self, after: Head, changes: Vec<Change>) -> LogEntry {
+        self.entry_by(&self.signer, after, changes, Vec::new())
+    }
+
+    pub(crate) fn entry_by(
+        &self,
+        signer: &SigningKey,
+        after: Head,
+        changes: Vec<Change>,
+        abandons: Vec<EntryHash>,
+    ) -> LogEntry {
+        let entry = Entry {
+            workspace_id: self.id,
+            seq: after.seq + 1,
+            prev: after.hash,
+            time: 1_700_000_000,
+            changes,
+            abandons,
+        };
+        LogEntry::Entry(signed(signer, &entry))
+    }
+
+    /// A recovery that makes `owner` the only signer.
+    pub(crate) fn recover(&self, base: Head, counter: u64, owner: &SigningKey) -> LogEntry {
+        let recovery = Recovery {
+            workspace_id: self.id,
+            counter,
+            base,
+            signers: vec![Founder { key: public(owner), role: SignerRole::Owner }],
+            recovery_key: public(&self.recovery),
+            keep: Vec::new(),
+            time: 1_700_000_000,
+        };
+        LogEntry::Recovery(signed(&self.recovery, &recovery))
+    }
+
+    /// The same agent with a new certificate by a signer.
+    pub(crate) fn renewed(&self, agent: &Agent, signer: &SigningKey, serial: u64) -> Agent {
+        let issuer = Issuer::Signer(public(signer));
+        let mut certificate = self.certificate(&agent.key, issuer, AgentRole::Member);
+        certificate.serial = serial;
+        Agent { certificate: signed(signer, &certificate), credential: None, ..agent.clone() }
     }
 
     fn certificate(&self, key: &SigningKey, issuer: Issuer, role: AgentRole) -> Certificate {
@@ -131,7 +191,7 @@ impl Workspace {
             services: None,
             uses,
             join_until: join_until.unwrap_or(NEVER),
-            certs_end: NEVER,
+            certs_end: join_until.map_or(NEVER, |time| time + MAX_CERTS.as_secs()),
             issuer: public(&self.signer),
             wrap_key_hash: wrap_key(9).hash(),
         };
@@ -195,6 +255,15 @@ impl Agent {
     ) -> Self {
         let id = certificate.object().agent_id();
         Self { workspace, id, key, certificate, credential, noise_counter: 1, static_key: [5; 32] }
+    }
+
+    pub(crate) fn certificate(&self) -> Blob {
+        self.certificate.encode().into()
+    }
+
+    pub(crate) fn beat(&self, head: Head, time: u64) -> Blob {
+        let beat = Beat { workspace_id: self.workspace, agent_id: self.id, head, time };
+        signed(&self.key, &beat).encode().into()
     }
 
     fn noise_key(&self) -> Signed<NoiseKey> {
@@ -288,6 +357,8 @@ pub(crate) struct Control {
     pub(crate) authority: String,
     pub(crate) nonce: Nonce,
     next_id: u64,
+    /// What came before a reply.
+    events: VecDeque<FromHub>,
 }
 
 impl Control {
@@ -307,8 +378,13 @@ impl Control {
     async fn over(stream: Stream, authority: &str) -> Self {
         let request = format!("ws://{authority}/v1/agent").into_client_request().unwrap();
         let (socket, _) = client_async(request, stream).await.unwrap();
-        let mut control =
-            Self { socket, authority: authority.to_owned(), nonce: Nonce([0; 32]), next_id: 0 };
+        let mut control = Self {
+            socket,
+            authority: authority.to_owned(),
+            nonce: Nonce([0; 32]),
+            next_id: 0,
+            events: VecDeque::new(),
+        };
         match control.receive().await {
             FromHub::Challenge { version: 1, nonce } => control.nonce = nonce,
             other => panic!("{other:?}"),
@@ -373,9 +449,58 @@ impl Control {
 
     pub(crate) async fn request(&mut self, request: Request) -> Reply {
         let asked = self.ask(request).await;
-        match self.receive().await {
-            FromHub::Reply { id, reply } if id == asked => reply,
-            other => panic!("{other:?}"),
+        loop {
+            match self.receive().await {
+                FromHub::Reply { id, reply } if id == asked => return reply,
+                event @ (FromHub::LogGrew { .. } | FromHub::WrapStored { .. }) => {
+                    self.events.push_back(event);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// The next event, whether it came before a reply or comes yet.
+    pub(crate) async fn event(&mut self) -> FromHub {
+        match self.events.pop_front() {
+            Some(event) => event,
+            None => self.receive().await,
+        }
+    }
+
+    /// Waits until the hub tells of this head.
+    pub(crate) async fn expect_head(&mut self, head: Head) {
+        loop {
+            match self.event().await {
+                FromHub::LogGrew { head: told } if told == head => return,
+                FromHub::LogGrew { .. } => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    pub(crate) async fn append(&mut self, entries: &[LogEntry]) -> Reply {
+        let entries = entries.iter().map(|entry| entry.encode().into()).collect();
+        self.request(Request::Append { entries }).await
+    }
+
+    /// All entries after the newest of these places that the hub has.
+    pub(crate) async fn log(&mut self, have: &[Head]) -> (Head, Vec<LogEntry>) {
+        let (mut start, mut log) = (None, Vec::new());
+        let mut have = have.to_vec();
+        loop {
+            match self.request(Request::Log { have }).await {
+                Reply::Log { after, entries, more } => {
+                    start.get_or_insert(after);
+                    log.extend(entries.iter().map(|entry| LogEntry::decode(&entry.0).unwrap()));
+                    if !more {
+                        return (start.unwrap(), log);
+                    }
+                    assert!(!entries.is_empty());
+                    have = vec![log.last().unwrap().head()];
+                }
+                other => panic!("{other:?}"),
+            }
         }
     }
 

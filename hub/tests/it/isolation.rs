@@ -12,8 +12,10 @@ use connect_hub::{
 use connect_spec::{
     control::{EpochWrap, PresentedBlobs, RegistrationToken, SealedRecord},
     ids::{AgentId, CredentialId, LookupTag, ServiceId, WorkspaceId},
-    keys::{IdentityKey, StaticPublicKey},
+    keys::{IdentityKey, Signature, StaticPublicKey},
+    log::{Change, Entry, EntryHash, LogEntry, Policy},
     objects::CredentialKind,
+    signed::{Body as _, Signed},
 };
 use futures_util::FutureExt as _;
 use sqlx::{
@@ -84,13 +86,27 @@ async fn populate(store: &Store, workspace: WorkspaceId) {
         uses: 1,
         join_until: 10,
         certs_end: 20,
-        wrap_key: &[3],
-        wrap: &wrap,
+        open: Some((&[3], &wrap)),
     };
     assert!(tx.insert_credential(&credential).await.unwrap());
     insert_agent(&mut tx, AGENT, Some(CREDENTIAL)).await;
     assert_eq!(tx.expose(AGENT, SERVICE, TAG, &record(1)).await.unwrap(), Exposed::Done);
+    tx.append_to_log(&[entry(workspace)]).await.unwrap();
     tx.commit().await.unwrap();
+}
+
+/// An entry whose signature nobody looks at here.
+fn entry(workspace: WorkspaceId) -> LogEntry {
+    let entry = Entry {
+        workspace_id: workspace,
+        seq: 1,
+        prev: EntryHash(workspace.0),
+        time: 0,
+        changes: vec![Change::Policy(Policy { strict: true })],
+        abandons: Vec::new(),
+    };
+    let signature = (IdentityKey([8; 32]), Signature([9; 64]));
+    LogEntry::Entry(Signed::new(entry.encode(), vec![signature]).unwrap())
 }
 
 /// All tables that hold rows of workspaces.
@@ -134,7 +150,7 @@ async fn a_workspace_sees_its_own_rows_only() {
         populate(&store, B).await;
         let mut owner = PgConnection::connect_with(&owner).await.unwrap();
         let tables = tables(&mut owner).await;
-        assert!(tables.len() >= 5, "{tables:?}");
+        assert!(tables.len() >= 6, "{tables:?}");
 
         // No WHERE here: row security alone must do it.
         let mut session = PgConnection::connect_with(&app).await.unwrap();
@@ -303,13 +319,13 @@ async fn a_role_that_could_see_more_is_refused() {
             .unwrap();
         Store::connect(app.clone()).await.unwrap();
 
-        sqlx::query("DELETE FROM connect.schema_history WHERE version = 3")
+        sqlx::query("DELETE FROM connect.schema_history WHERE version = 4")
             .execute(&mut owner)
             .await
             .unwrap();
         assert!(matches!(
             Store::connect(app).await,
-            Err(StoreError::Version { found: 2, wanted: 3 })
+            Err(StoreError::Version { found: 3, wanted: 4 })
         ));
     })
     .await;

@@ -12,7 +12,7 @@ use tokio::{
 use tokio_tungstenite::tungstenite::Message;
 
 use crate::{
-    client::{Control, Workspace, error_code, expose, record},
+    client::{Control, Workspace, error_code, expose, past, record},
     process::HubProcess,
     template::place,
 };
@@ -60,7 +60,7 @@ async fn an_invite_admits_as_many_as_it_says() {
     let refusal = stranger.try_log_in(&workspace.joiner(&unknown), |_| ()).await;
     assert_eq!(error_code(refusal), ErrorCode::InviteUnknown);
 
-    let expired = workspace.invite(1, Some(1));
+    let expired = workspace.invite(1, Some(past()));
     founder.done(expired.request()).await;
     let mut late = Control::connect(hub.agents).await;
     assert_eq!(error_code(late.redeem(&workspace, &expired).await), ErrorCode::InviteExpired);

@@ -1,0 +1,366 @@
+//! The workspace as this agent knows it: the trust log, the epochs, and itself in it.
+//!
+//! Everything that learns of entries, whether from the hub or from a peer, ends in [`Workspace::learn`];
+//! everybody else looks at the [`Identity`] that follows from them.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
+
+use connect_crypto::epoch::EpochSecrets;
+use connect_spec::{
+    bytes::Blob,
+    control::{
+        AddressedWrap, ErrorCode, Recipient, Reply, Request, UnwrappedAgent, UnwrappedCredential,
+    },
+    keys::WrapPublicKey,
+    limits::{MAX_LOG_BYTES, OLD_EPOCH},
+    log::{Head, LogEntry},
+    objects::{Certificate, Credential, CredentialKind},
+    signed::Signed,
+    trust::Presented,
+};
+use tokio::sync::watch;
+
+use crate::{
+    clock,
+    directory::unexpected_reply,
+    error::{Error, ErrorKind, Result},
+    home::Home,
+    identity::Identity,
+    io::hub::Session,
+    random,
+    trust::{Taken, TrustLog},
+};
+
+/// Entries that travel in one request, before base64.
+const UPLOAD_BYTES: usize = 44 * 1024;
+/// Wraps that travel in one request.
+const WRAPS_PER_REQUEST: usize = 24;
+/// So often a hub is asked who lacks a wrap; each answer is acted on before the next.
+const MAX_WRAP_ROUNDS: usize = 10_000;
+
+/// What the tasks of a process share about the workspace of a home.
+#[derive(Debug)]
+pub(crate) struct Workspace {
+    home: Home,
+    log: Mutex<TrustLog>,
+    identity: watch::Sender<Arc<Identity>>,
+    /// Held while the identity is changed, so that no change is lost.
+    changing: Mutex<()>,
+    /// The newest epoch whose secrets are held, and since when this process knows it.
+    epoch_since: Mutex<(u32, Instant)>,
+}
+
+impl Workspace {
+    /// Reads the workspace of a home.
+    ///
+    /// # Errors
+    /// As [`Home::load`].
+    pub(crate) fn open(home: &Home) -> Result<Arc<Self>> {
+        let (identity, log) = home.load_with_log()?;
+        Ok(Self::new(home, identity, log))
+    }
+
+    pub(crate) fn new(home: &Home, identity: Identity, log: TrustLog) -> Arc<Self> {
+        Arc::new(Self {
+            home: home.clone(),
+            log: Mutex::new(log),
+            epoch_since: Mutex::new((identity.epochs.current().number, Instant::now())),
+            identity: watch::Sender::new(Arc::new(identity)),
+            changing: Mutex::default(),
+        })
+    }
+
+    pub(crate) fn home(&self) -> &Home {
+        &self.home
+    }
+
+    /// What the agent knows of itself at this moment. An operation takes it once.
+    pub(crate) fn identity(&self) -> Arc<Identity> {
+        self.identity.borrow().clone()
+    }
+
+    /// What the agent knows of itself, as it changes.
+    pub(crate) fn changes(&self) -> watch::Receiver<Arc<Identity>> {
+        self.identity.subscribe()
+    }
+
+    /// Replaces what the agent knows of itself; `change` also saves it.
+    ///
+    /// # Errors
+    /// That of `change`: the old one stays.
+    pub(crate) fn change_identity(
+        &self,
+        change: impl FnOnce(&Identity) -> Result<Identity>,
+    ) -> Result<Arc<Identity>> {
+        let _one_at_a_time = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let changed = Arc::new(change(&self.identity())?);
+        let epoch = changed.epochs.current().number;
+        let mut since = self.epoch_since.lock().unwrap_or_else(PoisonError::into_inner);
+        if since.0 != epoch {
+            *since = (epoch, Instant::now());
+        }
+        drop(since);
+        self.identity.send_replace(changed.clone());
+        Ok(changed)
+    }
+
+    /// Whether records of an epoch count: the current one, and for a day the one before, as exposers may
+    /// be away when it changes.
+    pub(crate) fn accepts_epoch(&self, number: u32) -> bool {
+        let (current, since) = *self.epoch_since.lock().unwrap_or_else(PoisonError::into_inner);
+        number == current || (number.checked_add(1) == Some(current) && since.elapsed() < OLD_EPOCH)
+    }
+
+    /// Takes over a certificate that a signer left for this agent at the hub.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TrustViolation`] when it is not one by a signer, for this agent.
+    pub(crate) fn renew(&self, certificate: &Blob) -> Result<()> {
+        let does_not_hold = || Error::trust("the hub shows a new certificate that does not hold");
+        let certificate =
+            Signed::<Certificate>::decode(&certificate.0).map_err(|_| does_not_hold())?;
+        let changed = self.change_identity(|identity| {
+            let old = identity.noise.presented.certificate.object();
+            let new = certificate.object();
+            let changed = identity.with_certificate(certificate.clone());
+            let presented = changed.noise.presented.clone();
+            identity
+                .trust
+                .verify_peer(identity.agent_id, presented, clock::now())
+                .map_err(|_| does_not_hold())?;
+            if new.serial <= old.serial || new.attrs != old.attrs {
+                return Err(does_not_hold());
+            }
+            self.home.save_certificate(&changed)?;
+            Ok(changed)
+        })?;
+        let role = changed.noise.presented.certificate.object().role;
+        tracing::warn!(event = "certificate", ?role, "a signer gave this agent a new certificate");
+        Ok(())
+    }
+
+    /// The log. Held for short looks only.
+    pub(crate) fn log(&self) -> MutexGuard<'_, TrustLog> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets `work` at the log, off the threads that drive connections, and then knows what it says.
+    pub(crate) async fn with_log<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&mut TrustLog) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let workspace = self.clone();
+        let worked = tokio::task::spawn_blocking(move || {
+            let mut log = workspace.log();
+            let result = work(&mut log);
+            let state = log.state().clone();
+            drop(log);
+            if workspace.identity().trust != state {
+                let home = workspace.home.clone();
+                workspace.change_identity(|identity| {
+                    // A secret that is held already may be confirmed only now.
+                    let epochs =
+                        home.load_epochs(&state)?.map_or_else(|| identity.epochs.clone(), Arc::new);
+                    Ok(Identity { trust: state, epochs, ..identity.clone() })
+                })?;
+            }
+            result
+        });
+        worked.await.map_err(|error| Error::new(ErrorKind::Other, error))?
+    }
+
+    /// Takes entries of the trust log, whoever shows them.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TrustViolation`] for the first one that does not hold; those before it are kept.
+    pub(crate) async fn learn(self: &Arc<Self>, entries: Vec<LogEntry>) -> Result<Taken> {
+        let taken = self.with_log(move |log| log.take(&entries)).await?;
+        if taken == Taken::Grew {
+            let head = self.identity().trust.head();
+            tracing::info!(seq = head.seq, "the trust log grew");
+        }
+        Ok(taken)
+    }
+
+    /// Makes the own log and the hub's one: fetches what the hub has more, and brings what it lacks.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TrustViolation`] when the hub shows an entry that does not hold.
+    pub(crate) async fn sync(self: &Arc<Self>, session: &Session) -> Result<()> {
+        let mut have = self.log().locator();
+        let mut branch: Vec<LogEntry> = Vec::new();
+        let mut bytes = 0;
+        let mut hub_head;
+        loop {
+            let Reply::Log { after, entries, more } =
+                session.request(Request::Log { have }).await?
+            else {
+                return Err(unexpected_reply());
+            };
+            hub_head = after;
+            bytes += entries.iter().map(|entry| entry.0.len() as u64).sum::<u64>();
+            if bytes > 2 * MAX_LOG_BYTES {
+                return Err(Error::trust("the hub shows a trust log that is longer than any"));
+            }
+            for wire in &entries {
+                let entry = LogEntry::decode(&wire.0).map_err(|_| {
+                    Error::trust("the hub shows a malformed entry of the trust log")
+                })?;
+                hub_head = entry.head();
+                branch.push(entry);
+            }
+            let follows = branch.first().map(LogEntry::follows);
+            if follows == Some(self.identity().trust.head()) {
+                self.learn(std::mem::take(&mut branch)).await?;
+            }
+            if !more || entries.is_empty() {
+                break;
+            }
+            have = vec![hub_head];
+        }
+        let taken = if branch.is_empty() { Taken::Nothing } else { self.learn(branch).await? };
+        let mine = self.identity().trust.head();
+        if taken == Taken::Forked || hub_head == mine {
+            return Ok(());
+        }
+        self.upload(session).await
+    }
+
+    /// Brings the hub the entries that it lacks.
+    async fn upload(&self, session: &Session) -> Result<()> {
+        let mut uploaded = None;
+        loop {
+            let have = self.log().locator();
+            let Reply::Log { after, .. } = session.request(Request::Log { have }).await? else {
+                return Err(unexpected_reply());
+            };
+            let after = self.log().common(&[after]);
+            let wires = self.log().entries_after(after.seq, UPLOAD_BYTES)?;
+            // A hub that takes entries and then has none of them is not asked for ever.
+            if wires.is_empty() || uploaded.replace(after.seq) >= Some(after.seq) {
+                return Ok(());
+            }
+            let count = wires.len();
+            let entries = wires.into_iter().map(Blob).collect();
+            let reply = session.try_request(Request::Append { entries }).await?;
+            if let Reply::Error(report) = &reply {
+                if report.code == ErrorCode::Conflict {
+                    tracing::warn!("the hub holds another branch of the trust log");
+                    return Ok(());
+                }
+                return Err(Error::from_hub(report));
+            }
+            tracing::info!(
+                event = "hub_healed",
+                count,
+                "the hub lacked entries of the trust log that this agent has; it has them now"
+            );
+        }
+    }
+
+    /// Fetches the secrets of the current epoch, if they are not held yet; false when nobody has made
+    /// them available.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TrustViolation`] when they are not those that the log speaks of.
+    pub(crate) async fn fetch_epoch(self: &Arc<Self>, session: &Session) -> Result<bool> {
+        let identity = self.identity();
+        let epoch = identity.trust.epoch();
+        if identity.epochs.get(epoch).is_some() {
+            return Ok(true);
+        }
+        let Reply::Wrap { wrap } = session.request(Request::OwnWrap { epoch }).await? else {
+            return Err(unexpected_reply());
+        };
+        let commit = identity.trust.epoch_commit(epoch).copied();
+        let (Some(wrap), Some(commit)) = (wrap.filter(|wrap| wrap.epoch == epoch), commit) else {
+            return Ok(false);
+        };
+        let secrets = EpochSecrets::open(&wrap, &identity.workspace_id(), &identity.wrap, &commit)
+            .map_err(|_| Error::trust("the secrets of the new epoch do not open"))?;
+        let home = self.home.clone();
+        self.change_identity(|identity| {
+            home.save_epoch(epoch, &secrets)?;
+            let epochs =
+                home.load_epochs(&identity.trust)?.ok_or_else(|| home.damaged("epochs.key"))?;
+            Ok(Identity { epochs: Arc::new(epochs), ..identity.clone() })
+        })?;
+        tracing::info!(epoch, "names are sealed under a new key from now on");
+        Ok(true)
+    }
+
+    /// Wraps the secrets of the current epoch to everybody who lacks them.
+    ///
+    /// # Errors
+    /// As a request to the hub.
+    pub(crate) async fn wrap_missing(&self, session: &Session) -> Result<()> {
+        for _ in 0..MAX_WRAP_ROUNDS {
+            let identity = self.identity();
+            let epoch = identity.epochs.current().number;
+            if epoch != identity.trust.epoch() {
+                return Ok(());
+            }
+            let Reply::MissingWraps { agents, credentials } =
+                session.request(Request::MissingWraps { epoch }).await?
+            else {
+                return Err(unexpected_reply());
+            };
+            let agents = agents.iter().filter_map(|agent| wrap_for_agent(&identity, agent));
+            let credentials = credentials
+                .iter()
+                .filter_map(|credential| wrap_for_credential(&identity, credential));
+            let wraps: Vec<_> = agents.chain(credentials).collect();
+            if wraps.is_empty() {
+                return Ok(());
+            }
+            for wraps in wraps.chunks(WRAPS_PER_REQUEST) {
+                session.request(Request::StoreWraps { wraps: wraps.to_vec() }).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether this place is in the own log, or the end of a known branch.
+    pub(crate) fn knows(&self, head: &Head) -> bool {
+        self.log().knows(head)
+    }
+}
+
+/// A wrap for an agent that is verified here; the hub's word that it is one does not do.
+fn wrap_for_agent(identity: &Identity, agent: &UnwrappedAgent) -> Option<AddressedWrap> {
+    let presented = Presented::from_blobs(&agent.presented).ok()?;
+    let peer = identity.trust.verify_peer(agent.agent_id, presented, clock::now()).ok()?;
+    let key = WrapPublicKey::decode(&agent.wrap_key.0)?;
+    if key.hash() != peer.presented().noise_key.object().wrap_key_hash {
+        return None;
+    }
+    wrap(identity, Recipient::Agent(agent.agent_id), &key)
+}
+
+/// A wrap for whoever holds an invite that a signer made and nobody closed.
+fn wrap_for_credential(
+    identity: &Identity,
+    unwrapped: &UnwrappedCredential,
+) -> Option<AddressedWrap> {
+    let credential = Signed::<Credential>::decode(&unwrapped.credential.0).ok()?;
+    identity.trust.verify_credential(&credential).ok()?;
+    let object = credential.object();
+    let key = WrapPublicKey::decode(&unwrapped.wrap_key.0)?;
+    if object.kind != CredentialKind::Invite
+        || identity.trust.is_closed(&object.id())
+        || key.hash() != object.wrap_key_hash
+    {
+        return None;
+    }
+    wrap(identity, Recipient::Credential(object.id()), &key)
+}
+
+fn wrap(identity: &Identity, recipient: Recipient, key: &WrapPublicKey) -> Option<AddressedWrap> {
+    let epoch = identity.epochs.current();
+    let wrapped =
+        epoch.secrets.wrap(&identity.workspace_id(), epoch.number, key, &mut random::rng());
+    wrapped.ok().map(|wrap| AddressedWrap { recipient, wrap })
+}

@@ -8,18 +8,19 @@ use std::{fs, io, path::Path};
 use connect_spec::{
     bytes::Blob,
     control::{
-        self, ErrorCode, ErrorReport, FromAgent, FromHub, Login, Nonce, PresentedBlobs, Redeem,
-        Reply, Request, SealedRecord, SessionKind, Ticket, TunnelRequest,
+        self, AddressedWrap, EpochWrap, ErrorCode, ErrorReport, FromAgent, FromHub, Login, Nonce,
+        PresentedBlobs, Recipient, Redeem, Reply, Request, SealedRecord, SessionKind, Ticket,
+        TunnelRequest,
     },
     encoding::{Encoding, encode_base64},
     ids::{AgentId, ChannelId, CredentialId, LookupTag, ServiceId, TunnelId, WorkspaceId},
     keys::{IdentityKey, Signature, StaticPublicKey},
-    log::Head,
+    log::{Beat, Change, Entry, EntryHash, Head, LogEntry, ObjectHash, Policy, Recovery},
     objects::{
         AgentRecord, AgentRole, Attributes, Certificate, Credential, CredentialKind, Founder,
         Genesis, Issuer, NoiseKey, SUITE_1, ServiceRecord, SignerRole,
     },
-    record::{CloseCode, End, Progress, Record, ResetCode, StreamId, StreamState},
+    record::{CloseCode, End, Progress, Record, ResetCode, StreamId, StreamState, put_trust_entry},
     signed::{Body, Signed},
 };
 
@@ -108,13 +109,89 @@ fn objects() -> Vec<(&'static str, Vec<u8>)> {
         label: "web-2".parse().expect("a label"),
         attrs: attributes(),
     };
+    let beat = Beat {
+        workspace_id: WORKSPACE,
+        agent_id: AGENT,
+        head: Head::genesis(WORKSPACE),
+        time: 1_800_000_000,
+    };
     vec![
         ("agent_record", signed(&agent).encode()),
+        ("beat", signed(&beat).encode()),
         ("certificate", signed(&certificate()).encode()),
         ("credential", signed(&credential()).encode()),
+        ("entry", signed(&entry()).encode()),
         ("genesis", signed(&genesis).encode()),
         ("noise_key", signed(&noise_key()).encode()),
+        ("recovery", signed(&recovery()).encode()),
         ("service_record", signed(&service).encode()),
+    ]
+}
+
+fn entry() -> Entry {
+    let keep = vec![ObjectHash([1; 32]), ObjectHash([2; 32])];
+    Entry {
+        workspace_id: WORKSPACE,
+        seq: 7,
+        prev: EntryHash([3; 32]),
+        time: 1_800_000_000,
+        changes: vec![
+            Change::AddSigner { key: IDENTITY, role: SignerRole::Admin },
+            Change::RemoveSigner { key: IDENTITY, keep: keep.clone() },
+            Change::RevokeAgent { agent_id: AGENT, below_serial: Some(2) },
+            Change::CloseCredential { credential_id: CredentialId([4; 16]), keep },
+            Change::EpochKey { epoch: 1, commit: [5; 32] },
+            Change::Policy(Policy { strict: true }),
+            Change::Unknown(127),
+        ],
+        abandons: vec![EntryHash([6; 32])],
+    }
+}
+
+fn recovery() -> Recovery {
+    Recovery {
+        workspace_id: WORKSPACE,
+        counter: 1,
+        base: Head { seq: 6, hash: EntryHash([3; 32]) },
+        signers: vec![Founder { key: IDENTITY, role: SignerRole::Owner }],
+        recovery_key: IDENTITY,
+        keep: vec![ObjectHash([1; 32])],
+        time: 1_800_000_000,
+    }
+}
+
+fn log_entries() -> Vec<(&'static str, Vec<u8>)> {
+    let shortest = Entry { changes: vec![Change::Unknown(128)], abandons: Vec::new(), ..entry() };
+    vec![
+        ("entry", LogEntry::Entry(signed(&entry())).encode()),
+        ("recovery", LogEntry::Recovery(signed(&recovery())).encode()),
+        ("shortest", LogEntry::Entry(signed(&shortest)).encode()),
+    ]
+}
+
+/// Four bytes are one thing that happens: see `trust_log.rs`.
+fn trust_logs() -> Vec<(&'static str, Vec<u8>)> {
+    let steps = |steps: &[[u8; 4]]| steps.concat();
+    vec![
+        ("every_change", steps(&[[0, 0, 1, 3], [0, 1, 2, 0x42], [0, 0, 6, 0], [0, 0, 0x35, 1]])),
+        ("fork", steps(&[[0, 0, 10, 0], [2, 1, 3, 4], [5, 0, 0, 0], [6, 0, 0, 0]])),
+        // Two owners remove each other; a recovery follows.
+        (
+            "thief",
+            steps(&[
+                [0, 0, 2, 1],
+                [2, 1, 2, 0],
+                [5, 0, 0, 0],
+                [4, 0, 0, 0],
+                [7, 0x80, 0, 2],
+                [5, 0, 0, 0],
+            ]),
+        ),
+        (
+            "settled",
+            steps(&[[0, 0, 10, 0], [2, 1, 2, 2], [5, 0, 0, 0], [0, 0x40, 10, 0], [6, 0, 0, 0]]),
+        ),
+        ("frozen", steps(&[[0, 0, 9, 9], [0, 0, 3, 1], [4, 0, 0, 0], [7, 0, 0, 0]])),
     ]
 }
 
@@ -177,6 +254,32 @@ fn control_frames() -> Vec<(&'static str, String)> {
                 },
             },
         ),
+        (
+            "log",
+            FromAgent::Request {
+                id: 3,
+                request: Request::Log { have: vec![Head::genesis(WORKSPACE)] },
+            },
+        ),
+        (
+            "append",
+            FromAgent::Request {
+                id: 4,
+                request: Request::Append { entries: vec![Blob(log_entries()[2].1.clone())] },
+            },
+        ),
+        (
+            "store_wraps",
+            FromAgent::Request {
+                id: 5,
+                request: Request::StoreWraps {
+                    wraps: vec![AddressedWrap {
+                        recipient: Recipient::Agent(AGENT),
+                        wrap: EpochWrap { epoch: 1, sealed: Blob(vec![0x0b; 40]) },
+                    }],
+                },
+            },
+        ),
         ("open_tunnel", FromAgent::Request { id: 2, request: Request::OpenTunnel(tunnel()) }),
     ];
     let from_hub = [
@@ -197,6 +300,18 @@ fn control_frames() -> Vec<(&'static str, String)> {
                 ticket: Ticket::new([0x0c; 32]),
             },
         ),
+        (
+            "reply_log",
+            FromHub::Reply {
+                id: 3,
+                reply: Reply::Log {
+                    after: Head::genesis(WORKSPACE),
+                    entries: vec![Blob(log_entries()[2].1.clone())],
+                    more: true,
+                },
+            },
+        ),
+        ("renewed", FromHub::Renewed { certificate: Blob(signed(&certificate()).encode()) }),
         (
             "reply_error",
             FromHub::Reply {
@@ -224,7 +339,14 @@ fn records() -> Vec<(&'static str, Vec<u8>)> {
         streams: vec![state],
         more: false,
     };
+    let mut entries = Vec::new();
+    for (_, entry) in log_entries() {
+        assert!(put_trust_entry(&mut entries, &entry), "the seeds fit one record");
+    }
+    let places = [9, 8, 1].map(|seq| Head { seq, hash: EntryHash([3; 32]) });
     let records = [
+        ("trust_get", Record::TrustGet(places.to_vec())),
+        ("trust", Record::Trust { more: true, entries: &entries }),
         ("hello", Record::Hello { new: true, progress: progress.clone() }),
         ("welcome", Record::Welcome(progress)),
         ("open", Record::Open(STREAM)),
@@ -252,6 +374,12 @@ fn main() -> io::Result<()> {
     };
     for (name, seed) in objects() {
         write("signed_object", name, &seed)?;
+    }
+    for (name, seed) in log_entries() {
+        write("log_entry", name, &seed)?;
+    }
+    for (name, seed) in trust_logs() {
+        write("trust_log", name, &seed)?;
     }
     for (name, seed) in control_frames() {
         write("control_frame", name, seed.as_bytes())?;

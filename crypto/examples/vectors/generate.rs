@@ -26,13 +26,16 @@ use connect_spec::{
         ServiceRecord,
     },
     prologue::{Prologue, Realm},
-    record::{CloseCode, End, Progress, Record, ResetCode, StreamId, StreamState},
+    record::{CloseCode, End, Progress, Record, ResetCode, StreamId, StreamState, put_trust_entry},
     signed::{Body, Signed},
     trust::TrustState,
 };
 use serde_json::{Map, Value, json};
 
 use crate::common::{Agent, DAY, NOW, TestRng, World, bytes, secret};
+
+#[path = "log.rs"]
+mod log;
 
 /// Where the vectors live.
 pub(crate) fn directory() -> PathBuf {
@@ -46,6 +49,7 @@ pub(crate) fn files() -> Vec<(String, String)> {
         keys(),
         objects(),
         trust(),
+        log::log(),
         invites(),
         names(),
         epochs(),
@@ -299,9 +303,6 @@ fn with_field(body: &[u8], field: &[u8]) -> Vec<u8> {
     body
 }
 
-/// Key 64 and the head of a byte string of 256 bytes and more.
-const LONG_FIELD_BYTES: usize = 2 + 3;
-
 /// The cases that every kind of object shares.
 fn object<T: Body>(file: &mut File, title: &str, key: &SigningKey, object: &T) {
     let kind = T::KIND;
@@ -335,7 +336,8 @@ fn object<T: Body>(file: &mut File, title: &str, key: &SigningKey, object: &T) {
     invalid("another's signature under the signer's key", &envelope(&body, &[(own.0, foreign.1)]));
     invalid("signed by two", &key_order(&body, [own, foreign]));
     invalid("signed twice", &envelope(&body, &[own, own]));
-    invalid("signed as another kind", &envelope(&body, &[sign(key, "entry", &body)]));
+    let other_kind = if kind == "entry" { "recovery" } else { "entry" };
+    invalid("signed as another kind", &envelope(&body, &[sign(key, other_kind, &body)]));
 
     // Bodies that break the canonical form; all are signed, so the signature is not what fails.
     let mut broken =
@@ -357,7 +359,9 @@ fn object<T: Body>(file: &mut File, title: &str, key: &SigningKey, object: &T) {
     broken("indefinite length", &[&[0xbf], &body[1..], &[0xff]].concat());
     let deep = [[0x18, 64].as_slice(), &[0x81; 8], &[0]].concat();
     broken("nested too deeply", &with_field(&body, &deep));
-    let rest = T::MAX_BYTES + 1 - body.len() - LONG_FIELD_BYTES;
+    // Key 64, and the head of a byte string: of 256 bytes and more it is one longer.
+    let room = T::MAX_BYTES + 1 - body.len() - 2;
+    let rest = if room - 2 < 256 { room - 2 } else { room - 3 };
     let long = with_field(&body, &[&[0x18, 64], byte_string(&vec![0; rest]).as_slice()].concat());
     assert_eq!(long.len(), T::MAX_BYTES + 1);
     broken("one byte too long", &long);
@@ -1323,12 +1327,26 @@ fn records() -> File {
         streams: vec![],
         more: false,
     };
+    let places = |numbers: &[u64]| {
+        let place = |seq: &u64| Head { seq: *seq, hash: EntryHash(bytes(&seq.to_string())) };
+        numbers.iter().map(place).collect::<Vec<_>>()
+    };
+    let twenty: Vec<u64> = (1..=20).rev().collect();
+    let mut two_entries = Vec::new();
+    for entry in [&b"first"[..], b"second"] {
+        assert!(put_trust_entry(&mut two_entries, entry));
+    }
     let codes = [CloseCode::Normal, CloseCode::Protocol, CloseCode::Other(999)];
     let mut sound = vec![
         ("HELLO of a new channel".to_owned(), Record::Hello { new: true, progress: fresh.clone() }),
         ("HELLO that resumes".to_owned(), Record::Hello { new: false, progress: progress.clone() }),
         ("WELCOME".to_owned(), Record::Welcome(progress)),
         ("READY".to_owned(), Record::Ready),
+        ("TRUST_GET from the beginning".to_owned(), Record::TrustGet(vec![])),
+        ("TRUST_GET, three places".to_owned(), Record::TrustGet(places(&[300, 299, 1]))),
+        ("TRUST_GET, 20 places".to_owned(), Record::TrustGet(places(&twenty))),
+        ("TRUST of nothing".to_owned(), Record::Trust { more: false, entries: &[] }),
+        ("TRUST of two entries".to_owned(), Record::Trust { more: true, entries: &two_entries }),
         ("OPEN stream 2".to_owned(), Record::Open(stream(2))),
         ("OPENED stream 2".to_owned(), Record::Opened(stream(2))),
         ("DATA, one byte".to_owned(), Record::Data { stream: stream(2), offset: 0, bytes: b"x" }),
@@ -1369,14 +1387,19 @@ fn records() -> File {
     }
     for (name, wire) in &wires {
         // DATA ends where its record ends, and may be padded to any length: its sender decides.
-        if !name.starts_with("DATA") {
+        if name == "TRUST of nothing" {
+            refuse(&format!("{name}, cut"), &shorter(wire));
+        } else if !name.starts_with("DATA") {
             refuse(&format!("{name}, cut"), &shorter(wire));
             refuse(&format!("{name}, longer"), &longer(wire));
         }
     }
-    let hello = &wires[1].1;
-    let welcome = &wires[2].1;
-    let data = &wires[6].1;
+    let wire_of = |wanted: &str| {
+        let found = wires.iter().find(|(name, _)| name == wanted);
+        found.map(|(_, wire)| wire.clone()).expect("one of those above")
+    };
+    let (hello, welcome) = (&wire_of("HELLO that resumes"), &wire_of("WELCOME"));
+    let data = &wire_of("DATA, one byte");
     let patched = |wire: &[u8], position: usize, value: u8| {
         let mut changed = wire.to_vec();
         changed[position] = value;
@@ -1390,6 +1413,25 @@ fn records() -> File {
     refuse("HELLO with the same stream twice", &patched(hello, 24 + 29 + 3, 2));
     refuse("HELLO with an unknown kind of end", &patched(hello, 24 + 20, 3));
     refuse("HELLO with a total for no end", &patched(hello, 24 + 28, 1));
+    let get = |count: u8, numbers: &[u64]| {
+        let place = |head: Head| [&head.seq.to_be_bytes()[..], &head.hash.0].concat();
+        let places: Vec<_> = places(numbers).into_iter().flat_map(place).collect();
+        [&[0x04, count], places.as_slice()].concat()
+    };
+    refuse("TRUST_GET, 21 places", &get(21, &(1..=21).rev().collect::<Vec<_>>()));
+    refuse("TRUST_GET of the genesis", &get(1, &[0]));
+    refuse("TRUST_GET, places ascending", &get(2, &[1, 2]));
+    refuse("TRUST_GET, a place twice", &get(2, &[2, 2]));
+    refuse("TRUST_GET, a place more than it says", &get(1, &[2, 1]));
+    refuse("TRUST_GET, a place less than it says", &get(3, &[2, 1]));
+    refuse("TRUST with an unknown flag", &[&[0x05, 1], two_entries.as_slice()].concat());
+    refuse("TRUST of nothing and more", &[0x05, 2]);
+    refuse("TRUST with a length cut", &[0x05, 0, 0, 0, 0]);
+    refuse("TRUST with an entry cut", &[0x05, 0, 0, 0, 0, 2, 7]);
+    refuse("TRUST with a length of 2^32 − 1", &[0x05, 0, 0xff, 0xff, 0xff, 0xff, 7]);
+    let mut long = [&[0x05, 0][..], &59_997_u32.to_be_bytes()].concat();
+    long.resize(2 + 60_001, 7);
+    refuse("TRUST of 60,001 bytes", &long);
     refuse("OPEN of stream 0", &[0x10, 0, 0, 0, 0]);
     refuse("OPEN of an odd stream", &[0x10, 0, 0, 0, 3]);
     refuse("WINDOW of an odd stream", &[&[0x14, 0, 0, 0, 1][..], &[0; 8]].concat());

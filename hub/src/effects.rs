@@ -8,6 +8,7 @@
 use std::{
     collections::VecDeque,
     sync::{Mutex, MutexGuard, PoisonError},
+    time::Instant,
 };
 
 use connect_spec::{
@@ -125,7 +126,7 @@ async fn announce(hub: &Hub, workspace: WorkspaceId) -> Result<(), StoreError> {
     let known = hub.trust().at_rest(&mut tx).await?;
     tx.commit().await?;
     if let Some(known) = known {
-        hub.route(|router, out| router.handle_log(&known.state, out));
+        hub.route(|router, out| router.handle_log(&known.state, Instant::now(), out));
     }
     Ok(())
 }
@@ -163,7 +164,9 @@ pub async fn judge(
             tracing::info!(%agent, %error, "an agent is a member no more");
             ended.push(agent);
             let report = ErrorReport::new(ErrorCode::Revoked, error.to_string());
-            hub.route(|router, out| router.handle_end((workspace, agent), &report, out));
+            hub.route(|router, out| {
+                router.handle_end((workspace, agent), &report, Instant::now(), out);
+            });
         }
     }
     if !ended.is_empty() {

@@ -51,6 +51,8 @@ pub const MAX_WRAP_BYTES: usize = 2048;
 /// Rows that a page is filled from; its size in bytes ends it earlier.
 pub const PAGE_ROWS: i64 = 64;
 
+/// The tunnels of a revoked agent are cut after this time, unless its peers closed them by then.
+pub const REVOKED_GRACE: Duration = Duration::from_secs(1);
 /// Witnesses of a workspace whose beats are kept: more than an agent is ever shown.
 pub const MAX_WITNESSES: usize = 64;
 /// Entries of the trust log in one reply: in base64 they fill a control message. An entry alone is shorter.

@@ -21,7 +21,7 @@ use connect_spec::{
 };
 
 use crate::{
-    limits::{MAX_TUNNELS_PER_AGENT, OPENS_PER_SEC},
+    limits::{MAX_TUNNELS_PER_AGENT, OPENS_PER_SEC, REVOKED_GRACE},
     relay::Side,
 };
 
@@ -315,7 +315,7 @@ impl Router {
     }
 
     /// The trust log of a workspace changed: whom it revokes by name is out, all others are told.
-    pub fn handle_log(&mut self, trust: &TrustState, out: &mut Vec<Output>) {
+    pub fn handle_log(&mut self, trust: &TrustState, now: Instant, out: &mut Vec<Output>) {
         let workspace = trust.workspace_id();
         let revoked: BTreeSet<AgentId> = self
             .members_of(workspace)
@@ -328,7 +328,7 @@ impl Router {
             .collect();
         let report = ErrorReport::new(ErrorCode::Revoked, "the agent was revoked");
         for agent in revoked {
-            self.handle_end((workspace, agent), &report, out);
+            self.handle_end((workspace, agent), &report, now, out);
         }
         let head = trust.head();
         let told = self.members_of(workspace);
@@ -336,7 +336,16 @@ impl Router {
     }
 
     /// An agent is a member no more: its sessions end, and its tunnels, whether they need one or not.
-    pub fn handle_end(&mut self, agent: AgentKey, report: &ErrorReport, out: &mut Vec<Output>) {
+    ///
+    /// Tunnels that carry streams last a moment longer, in which the peer, who is told too, closes the
+    /// channel itself: only its word, inside the encryption, tells the clients at the other end.
+    pub fn handle_end(
+        &mut self,
+        agent: AgentKey,
+        report: &ErrorReport,
+        now: Instant,
+        out: &mut Vec<Output>,
+    ) {
         let (workspace, id) = agent;
         let first = (workspace, TunnelId([0; 16]));
         let last = (workspace, TunnelId([u8::MAX; 16]));
@@ -347,7 +356,16 @@ impl Router {
             .map(|(key, _)| *key)
             .collect();
         for key in tunnels {
-            self.end_tunnel(key, close::REVOKED, out);
+            let joined = self.tunnels.get_mut(&key).filter(|tunnel| tunnel.stage == Stage::Joined);
+            if let Some(tunnel) = joined {
+                // Told twice, as by name and by judgement, it ends at the first time.
+                if !self.deadlines.contains(&(tunnel.deadline, key)) {
+                    tunnel.deadline = now + REVOKED_GRACE;
+                    self.deadlines.insert((tunnel.deadline, key));
+                }
+            } else {
+                self.end_tunnel(key, close::REVOKED, out);
+            }
         }
         self.close_sessions(agent, report, close::REVOKED, out);
     }
@@ -611,13 +629,18 @@ impl Router {
         while let Some((_, key)) =
             self.deadlines.first().copied().filter(|(deadline, _)| *deadline <= now)
         {
-            if let Some(tunnel) = self.remove_tunnel(key)
-                && tunnel.stage == Stage::Asked
-            {
-                out.push(tunnel.refusal(ErrorReport::new(
+            // Every deadline is that of a tunnel.
+            let Some(tunnel) = self.remove_tunnel(key) else {
+                self.deadlines.pop_first();
+                continue;
+            };
+            match tunnel.stage {
+                Stage::Asked => out.push(tunnel.refusal(ErrorReport::new(
                     ErrorCode::Timeout,
                     "the exposer did not answer in time",
-                )));
+                ))),
+                Stage::Accepted => {}
+                Stage::Joined => out.push(Output::Cut(tunnel.serial, close::REVOKED)),
             }
         }
         self.loads.retain(|_, load| load.tunnels > 0 || !load.opens.is_full(now));

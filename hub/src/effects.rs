@@ -16,7 +16,7 @@ use connect_spec::{
     ids::{AgentId, WorkspaceId},
     objects::UnixTime,
     signed::{ObjectError, Signed},
-    trust::{Presented, TrustError, TrustState},
+    trust::{Presented, TrustError, TrustState, VerifiedPeer},
 };
 use tokio::{sync::Notify, time::sleep};
 
@@ -111,12 +111,15 @@ pub async fn run(hub: &Hub) {
     tokio::join!(announcing, judging);
 }
 
-/// The database is away: the change waits for it, at the end of the queue.
+/// While the database is away, the change waits for it at the end of the queue. What this hub cannot read
+/// it cannot read later either.
 async fn again(queue: &Queue, change: Change, error: &StoreError) {
     // Logs it.
     store_trouble(error);
-    sleep(EFFECTS_PAUSE).await;
-    queue.add(change);
+    if matches!(error, StoreError::Database(_)) {
+        sleep(EFFECTS_PAUSE).await;
+        queue.add(change);
+    }
 }
 
 /// Ends whom the log revokes by name, and tells all others that it grew.
@@ -160,7 +163,7 @@ pub async fn judge(
     let now = unix_now();
     let mut ended = Vec::new();
     for (agent, shown) in tx.presented_by(agents).await? {
-        if let Err(error) = verify(&known.state, agent, &shown, now)? {
+        if let Err(error) = verify(&known.state, agent, &shown, now) {
             tracing::info!(%agent, %error, "an agent is a member no more");
             ended.push(agent);
             let report = ErrorReport::new(ErrorCode::Revoked, error.to_string());
@@ -178,22 +181,18 @@ pub async fn judge(
 /// Judges what an agent showed at its last login.
 ///
 /// # Errors
-/// [`StoreError::Corrupt`] when it cannot be read any more.
+/// [`TrustError`]; objects that cannot be read are not signed by anybody.
 pub fn verify(
     trust: &TrustState,
     agent: AgentId,
     shown: &PresentedBlobs,
     now: UnixTime,
-) -> Result<Result<(), TrustError>, StoreError> {
-    let presented = decode(shown).map_err(|_| StoreError::Corrupt("certificate"))?;
-    Ok(trust.verify_peer(agent, presented, now).map(|_| ()))
+) -> Result<VerifiedPeer, TrustError> {
+    let presented = decode(shown).map_err(|_| TrustError::Certificate)?;
+    trust.verify_peer(agent, presented, now)
 }
 
-/// Reads the objects that an agent shows; nothing of them is verified yet.
-///
-/// # Errors
-/// [`ObjectError`].
-pub fn decode(shown: &PresentedBlobs) -> Result<Presented, ObjectError> {
+fn decode(shown: &PresentedBlobs) -> Result<Presented, ObjectError> {
     Ok(Presented {
         certificate: Signed::decode(&shown.certificate.0)?,
         credential: shown.credential.as_ref().map(|wire| Signed::decode(&wire.0)).transpose()?,

@@ -49,29 +49,16 @@ async fn fill_agents(
         let is_last = i64::try_from(rows.len()).is_ok_and(|rows| rows < PAGE_ROWS);
         last = rows.last().map(|row| row.agent_id).or(last);
         let now = unix_now();
-        let mut failed = None;
+        // Guests need none: the secret of a share comes with it.
         rows.retain(|row| {
-            needs_wrap(trust, row, now).unwrap_or_else(|error| {
-                failed = Some(error);
-                false
-            })
+            effects::verify(trust, row.agent_id, &row.presented, now)
+                .is_ok_and(|peer| peer.certificate().role != AgentRole::Guest)
         });
-        if let Some(error) = failed {
-            return Err(error);
-        }
         let full = page.fill(rows);
         if is_last || full {
             return Ok(full);
         }
     }
-}
-
-/// Guests need none: the secret of a share comes with it.
-fn needs_wrap(trust: &TrustState, row: &UnwrappedAgent, now: u64) -> Result<bool, StoreError> {
-    let presented =
-        effects::decode(&row.presented).map_err(|_| StoreError::Corrupt("certificate"))?;
-    let is_member = presented.certificate.object().role != AgentRole::Guest;
-    Ok(is_member && trust.verify_peer(row.agent_id, presented, now).is_ok())
 }
 
 async fn fill_credentials(

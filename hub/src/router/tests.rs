@@ -298,6 +298,70 @@ fn when_an_end_goes_half_way_the_other_is_told() {
 }
 
 #[test]
+fn a_reacher_that_goes_before_its_data_socket_came_ends_the_tunnel() {
+    let mut world = World::new();
+    let exposer = world.open(1);
+    let claim = world.try_claim(&exposer).unwrap();
+    let reacher = world.accept(1);
+    let mut out = Vec::new();
+    world.router.handle_logout(world.reacher, &mut out);
+    assert_eq!(out, [Output::Cut(claim.serial, close::PEER_GONE)]);
+    world.invariant_loads_match_tunnels();
+    assert!(!world.router.is_open(&claim));
+    assert_eq!(world.claim(&reacher), Err(ClaimError::Unknown));
+
+    // The exposer's session is not needed once it has accepted.
+    let mut world = World::new();
+    let exposer = world.open(1);
+    let reacher = world.accept(1);
+    world.router.handle_logout(world.exposer, &mut Vec::new());
+    assert_eq!(world.claim(&reacher), Ok(Side::Reacher));
+    assert_eq!(world.claim(&exposer), Ok(Side::Exposer));
+}
+
+#[test]
+fn an_agent_that_is_ended_loses_its_sessions_and_tunnels_and_no_other_does() {
+    let mut world = World::new();
+    let command = world.log_in(member(WORKSPACE, REACHER), SessionKind::Command);
+    let third = world.log_in(member(WORKSPACE, AgentId([3; 16])), SessionKind::Agent);
+    let elsewhere = world.log_in(member(OTHER_WORKSPACE, REACHER), SessionKind::Agent);
+    let exposer = world.open(1);
+    let joined = world.try_claim(&exposer).unwrap();
+    let reacher = world.accept(1);
+    world.claim(&reacher).unwrap();
+    world.open(2);
+    let out = world.open_as(third, 7, request(3)).unwrap();
+    assert!(matches!(&out[..], [Output::Send(_, FromHub::IncomingTunnel { .. })]));
+
+    let mut out = Vec::new();
+    let report = ErrorReport::new(ErrorCode::Revoked, "revoked");
+    world.router.handle_end((WORKSPACE, REACHER), &report, &mut out);
+    world.invariant_loads_match_tunnels();
+    let closed = |session| Output::Close(session, report.clone(), close::REVOKED);
+    assert!(out.contains(&Output::Cut(joined.serial, close::REVOKED)));
+    assert!(out.contains(&closed(world.reacher)) && out.contains(&closed(command)));
+    assert!(!out.contains(&closed(third)) && !out.contains(&closed(elsewhere)));
+    assert_eq!(world.router.tunnels.len(), 1, "the tunnel of the third goes on");
+    assert!(!world.router.is_online(&(WORKSPACE, REACHER)));
+    assert!(world.router.is_online(&(OTHER_WORKSPACE, REACHER)));
+    assert_eq!(world.router.agents_of(WORKSPACE), [EXPOSER, AgentId([3; 16])].into());
+
+    // The exposer's end tells whoever waits for its answer.
+    let mut out = Vec::new();
+    world.router.handle_end((WORKSPACE, EXPOSER), &report, &mut out);
+    let [Output::Send(to, FromHub::Reply { id: 7, reply: Reply::Error(told) }), closing] = &out[..]
+    else {
+        panic!("{out:?}");
+    };
+    assert_eq!((*to, told.code), (third, ErrorCode::Offline));
+    assert_eq!(*closing, closed(world.exposer));
+    world.invariant_loads_match_tunnels();
+    world.router.handle_logout(third, &mut Vec::new());
+    assert!(!world.router.has_sessions(WORKSPACE));
+    assert!(world.router.has_sessions(OTHER_WORKSPACE));
+}
+
+#[test]
 fn the_newest_agent_session_displaces_and_commands_do_not() {
     let mut world = World::new();
     world.log_in(member(WORKSPACE, EXPOSER), SessionKind::Command);

@@ -124,7 +124,7 @@ struct Received {
 impl Received {
     async fn take(&mut self, workspace: &Arc<Workspace>, entries: &[u8]) -> Result<()> {
         self.bytes += entries.len() as u64;
-        if self.bytes > 2 * MAX_LOG_BYTES {
+        if self.bytes > MAX_LOG_BYTES {
             return Err(undelivered("within the limit"));
         }
         for wire in trust_entries(entries).unwrap_or_default() {

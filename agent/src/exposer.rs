@@ -390,7 +390,13 @@ impl Exposer {
         let judge = |identity: &Identity| {
             guest.judge(identity).map_err(|refusal| Error::new(ErrorKind::Refused, refusal.why))
         };
-        if let Err(error) = catch_up(&mut end, &core.workspace, claims, judge).await {
+        let caught_up = catch_up(&mut end, &core.workspace, claims, judge).await;
+        // What was learned may also be that nobody gets a tunnel now.
+        let allowed = match caught_up {
+            Ok(()) => keeper::check_policy(core, session, &core.identity(), &guest.peer).await,
+            failed => failed,
+        };
+        if let Err(error) = allowed {
             tracing::warn!(event = "peer_ended", peer = %initiator.short(), %error, "tunnel closed");
             end.refuse(CloseCode::Forbidden).await;
             return Ok(());

@@ -399,7 +399,13 @@ async fn establish(
     let still_good = |identity: &Identity| {
         judge(name, identity, peer.agent_id(), peer.presented().clone()).map(|_| ())
     };
-    if let Err(error) = catch_up(&mut end, &core.workspace, claims, still_good).await {
+    let caught_up = catch_up(&mut end, &core.workspace, claims, still_good).await;
+    // What was learned may also be that nobody gets a tunnel now.
+    let allowed = match caught_up {
+        Ok(()) => keeper::check_policy(core, session, &core.identity(), &peer).await,
+        failed => failed,
+    };
+    if let Err(error) = allowed {
         tracing::warn!(event = "peer_ended", service = %name, %error, "tunnel closed");
         end.refuse(CloseCode::Forbidden).await;
         return Err(error);

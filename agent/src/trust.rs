@@ -402,6 +402,10 @@ impl TrustLog {
                 self.keep_evidence(branch)?;
                 self.state = Arc::new(*state);
                 self.save_state()?;
+                if !self.state.is_forked() {
+                    // A branch that was given up before it was shown: what it revoked stays so.
+                    return Ok(Taken::Nothing);
+                }
                 tracing::error!(
                     event = "fork",
                     after,

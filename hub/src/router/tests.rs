@@ -336,7 +336,6 @@ fn an_agent_that_is_ended_loses_its_sessions_and_tunnels_and_no_other_does() {
     let mut out = Vec::new();
     let report = ErrorReport::new(ErrorCode::Revoked, "revoked");
     world.router.handle_end((WORKSPACE, REACHER), &report, world.now, &mut out);
-    world.invariant_loads_match_tunnels();
     let closed = |session| Output::Close(session, report.clone(), close::REVOKED);
     // Its peer has a moment to end the channel by its own word, however often the end is told.
     let cut = Output::Cut(joined.serial, close::REVOKED);
@@ -346,6 +345,7 @@ fn an_agent_that_is_ended_loses_its_sessions_and_tunnels_and_no_other_does() {
     let mut cuts = Vec::new();
     world.router.handle_timeout(later, &mut cuts);
     assert_eq!(cuts, [cut]);
+    world.invariant_loads_match_tunnels();
     assert!(out.contains(&closed(world.reacher)) && out.contains(&closed(command)));
     assert!(!out.contains(&closed(third)) && !out.contains(&closed(elsewhere)));
     assert_eq!(world.router.tunnels.len(), 1, "the tunnel of the third goes on");

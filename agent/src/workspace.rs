@@ -196,6 +196,7 @@ impl Workspace {
         let mut branch: Vec<LogEntry> = Vec::new();
         let mut bytes = 0;
         let mut hub_head;
+        let mut common = None;
         loop {
             let Reply::Log { after, entries, more } =
                 session.request(Request::Log { have }).await?
@@ -203,6 +204,7 @@ impl Workspace {
                 return Err(unexpected_reply());
             };
             hub_head = after;
+            common.get_or_insert(after);
             bytes += entries.iter().map(|entry| entry.0.len() as u64).sum::<u64>();
             if bytes > 2 * MAX_LOG_BYTES {
                 return Err(Error::trust("the hub shows a trust log that is longer than any"));
@@ -228,24 +230,20 @@ impl Workspace {
         if taken == Taken::Forked || hub_head == mine {
             return Ok(());
         }
-        self.upload(session).await
+        let last = self.log().common(&[hub_head, common.unwrap_or(hub_head)]);
+        self.upload(session, last).await
     }
 
-    /// Brings the hub the entries that it lacks.
-    async fn upload(&self, session: &Session) -> Result<()> {
-        let mut uploaded = None;
+    /// Brings the hub the entries that it lacks: those after the last one that it has too.
+    async fn upload(&self, session: &Session, last: Head) -> Result<()> {
+        let mut seq = last.seq;
+        let mut uploaded = 0;
         loop {
-            let have = self.log().locator();
-            let Reply::Log { after, .. } = session.request(Request::Log { have }).await? else {
-                return Err(unexpected_reply());
-            };
-            let after = self.log().common(&[after]);
-            let wires = self.log().entries_after(after.seq, UPLOAD_BYTES)?;
-            // A hub that takes entries and then has none of them is not asked for ever.
-            if wires.is_empty() || uploaded.replace(after.seq) >= Some(after.seq) {
-                return Ok(());
+            let wires = self.log().entries_after(seq, UPLOAD_BYTES)?;
+            if wires.is_empty() {
+                break;
             }
-            let count = wires.len();
+            let count = wires.len() as u64;
             let entries = wires.into_iter().map(Blob).collect();
             let reply = session.try_request(Request::Append { entries }).await?;
             if let Reply::Error(report) = &reply {
@@ -255,12 +253,17 @@ impl Workspace {
                 }
                 return Err(Error::from_hub(report));
             }
+            seq += count;
+            uploaded += count;
+        }
+        if uploaded > 0 {
             tracing::info!(
                 event = "hub_healed",
-                count,
+                count = uploaded,
                 "the hub lacked entries of the trust log that this agent has; it has them now"
             );
         }
+        Ok(())
     }
 
     /// Fetches the secrets of the current epoch, if they are not held yet; false when nobody has made

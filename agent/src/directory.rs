@@ -108,7 +108,7 @@ impl Directory {
     /// [`ErrorKind::HubUnreachable`], or what the hub has against this agent;
     /// [`ErrorKind::TrustViolation`] when it shows a trust log that does not hold.
     pub async fn open(home: &Home) -> Result<Self> {
-        let directory = Self::connect(Workspace::open(home)?).await?;
+        let directory = Self::connect(Workspace::open_beside_agent(home)?).await?;
         directory.workspace.sync(&directory.session).await?;
         directory.workspace.fetch_epoch(&directory.session).await?;
         Ok(directory)

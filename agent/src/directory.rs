@@ -290,7 +290,9 @@ impl Directory {
                         protocol: record.protocol,
                         target_ok: record.target_ok,
                     }),
-                    Err(error) => tracing::warn!(%error, "a service was left out"),
+                    Err(error) => {
+                        tracing::warn!(event = "left_out", %error, "a service was left out")
+                    }
                 }
             }
             if !more || last.is_none() || last <= after || all.len() > MAX_LISTED {
@@ -371,7 +373,9 @@ impl Directory {
             for listed in agents {
                 match self.open_agent(&listed) {
                     Ok(member) => all.push(member),
-                    Err(error) => tracing::warn!(%error, "an agent was left out"),
+                    Err(error) => {
+                        tracing::warn!(event = "left_out", %error, "an agent was left out")
+                    }
                 }
             }
             if !more || last.is_none() || last <= after || all.len() > MAX_LISTED {

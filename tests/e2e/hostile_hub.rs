@@ -8,6 +8,7 @@ use std::{
     fs,
     io::{Read, Write},
     net::{SocketAddr, TcpStream},
+    process::Command,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -17,16 +18,18 @@ use connect_spec::{
     control::{Reply, Request, SessionKind},
     log::{Change, Entry, LogEntry},
     objects::UnixTime,
-    record::CloseCode,
 };
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
 use connect_tests::{
     PATIENCE,
     client::{Client, Keys},
     eventually,
     home::{Home, Workspace},
     hub::Hub,
-    lies::{self, Help, Lie, LyingHub, SWAPS, Summary, UNSIGNED, What},
-    process::{Outcome, Process},
+    lies::{Help, Lie, LyingHub, SWAPS, Summary, UNSIGNED, What},
+    process::{Outcome, Process, program},
     random_word, runtime,
     search::Search,
     services::Service,
@@ -376,13 +379,9 @@ fn a_made_up_head() {
     let agent = stage.reacher.up();
     let mut live = stage.carry(stage.reacher.reach("prod-db"));
     let before = seq(stage.founder());
-    let keys = Keys::of(&friend);
-    stage.without_dialling(|| {
-        let name = "prod-db".parse().expect("a name");
-        let closed =
-            runtime().block_on(lies::claim_made_up_head(Hub::shared().address(), &keys, &name));
-        assert_eq!(closed, Ok(Some(CloseCode::Forbidden)));
-    });
+    stage.tell_with(Lie::MadeUpHead, &friend);
+    stage.knocks_are_refused();
+    stage.nobody_believed();
     stage.exposing.stderr_line("event=\"peer_ended\"");
     stage.exposing.stderr_line("claimed a trust log that it did not show");
     // That tunnel, and nothing else: no fork, no other head, and who lied is a member still.
@@ -703,6 +702,88 @@ fn stripped_kem() {
     });
     stage.nobody_believed();
     stage.is_unharmed();
+}
+
+/// The program that tells the lies to anyone's agents.
+struct Program {
+    process: Process,
+    url: String,
+}
+
+impl Program {
+    fn start(args: &[&str]) -> Self {
+        let hub = format!("http://{}", Hub::shared().address());
+        let mut command = Command::new(program("connect-hostile-hub"));
+        command.args(["--hub", &hub, "--listen", "127.0.0.1:0"]).args(args);
+        let process = Process::spawn("connect-hostile-hub", &mut command);
+        let url = process.stdout_line(|line| {
+            let line: Value = serde_json::from_str(line).expect("a JSON line");
+            line["url"].as_str().map(str::to_owned)
+        });
+        Self { process, url }
+    }
+
+    /// Stops it; its exit code, and the summary.
+    fn stop(self) -> (Option<i32>, Value) {
+        self.process.signal(Signal::SIGINT);
+        let Outcome { code, stdout, .. } = self.process.outcome();
+        let last = stdout.lines().last().expect("a summary");
+        (code, serde_json::from_str(last).expect("a JSON line"))
+    }
+}
+
+#[test]
+fn program_tells_the_lies_and_reports_what_came_of_them() {
+    let liar = Program::start(&["--lie", "forged_agent"]);
+    let workspace = Workspace::found_at(&liar.url);
+    assert_eq!(labels(&workspace.founder, false), ["founder"]);
+    let exposing = workspace.founder.up();
+    let service = Service::echo();
+    workspace.founder.ok(&["expose", &service.address().to_string(), "--name", "svc"]);
+    exposing.stderr_line("event=\"issuer_unknown\"");
+    liar.process.stdout_line(|line| line.contains("\"refused\"").then_some(()));
+    let (code, summary) = liar.stop();
+    assert_eq!(code, Some(0), "{summary}");
+    assert_eq!(summary["believed"], 0);
+    assert!(summary["told"].as_u64() >= Some(2), "{summary}");
+    drop(exposing);
+
+    // What is believed is said too: until an invite is closed, its uses are the hub's to count.
+    let workspace = Workspace::found(Hub::shared());
+    let code = workspace.founder.ok(&["invite"]);
+    let member = Home::new();
+    member.ok(&["join", &code]);
+    let liar = Program::start(&["--lie", "invite_reused", "--code", &code]);
+    let membership = member.dir().join("membership.json");
+    let text = fs::read_to_string(&membership).expect("enrolled");
+    fs::write(&membership, text.replace(Hub::shared().url(), &liar.url)).expect("our own file");
+    let _exposing = member.up();
+    member.ok(&["expose", &service.address().to_string(), "--name", "svc"]);
+    liar.process.stdout_line(|line| line.contains("\"believed\"").then_some(()));
+    let (code, summary) = liar.stop();
+    assert_eq!((code, &summary["believed"]), (Some(1), &Value::from(1)), "{summary}");
+}
+
+#[test]
+fn program_wants_a_lie_a_hub_of_this_machine_and_what_the_lie_needs() {
+    let run = |args: &[&str]| {
+        let mut command = Command::new(program("connect-hostile-hub"));
+        Process::spawn("connect-hostile-hub", command.args(args)).outcome()
+    };
+    let listed = run(&["--list"]);
+    assert_eq!(listed.code, Some(0));
+    assert_eq!(listed.stdout.lines().count(), Lie::ALL.len());
+    for (args, part) in [
+        (&[][..], "--lie"),
+        (&["--lie", "truth"], "no lie is called"),
+        (&["--lie", "swapped_certificate"], "needs --accomplice"),
+        (&["--lie", "invite_reused"], "needs --code"),
+        (&["--lie", "forged_entry", "--hub", "https://hub.example.com"], "of this machine"),
+        (&["--lie", "forged_entry", "--listen", "0.0.0.0:0"], "loopback"),
+        (&["--lie", "a_made_up_head", "--accomplice", "/nowhere"], "no agent lives"),
+    ] {
+        fails_with(&run(args), 2, &[part]);
+    }
 }
 
 #[test]

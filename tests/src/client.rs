@@ -21,7 +21,7 @@ use connect_spec::{
         Request, SealedRecord, SessionKind, TICKET_SCHEME, TUNNEL_PATH, TunnelRequest,
     },
     encoding::Encoding,
-    ids::{AgentId, ChannelId, CredentialId, ServiceId, ServiceName, TunnelId, WorkspaceId},
+    ids::{AgentId, ChannelId, CredentialId, ServiceId, TunnelId, WorkspaceId},
     log::{Head, LogEntry},
     objects::{Attributes, Genesis},
     prologue::{Prologue, Realm},
@@ -376,15 +376,16 @@ impl Tunnel {
     pub async fn open(
         hub: SocketAddr,
         keys: &Keys,
-        name: &ServiceName,
+        service: ServiceId,
         head: Head,
     ) -> Result<Self, String> {
         let mut client = Client::login(hub, keys, SessionKind::Command).await;
-        let tag = keys.names.tag(name);
-        let Reply::Services { services, .. } = client.request(Request::Lookup { tag }).await else {
+        let reply = client.request(Request::Services { after: None }).await;
+        let Reply::Services { services, .. } = &reply else {
             return Err("the hub lists nothing".to_owned());
         };
-        let listed = services.first().ok_or("no such service")?;
+        let mut services = services.iter();
+        let listed = services.find(|listed| listed.service_id == service).ok_or("not listed")?;
         let record = keys
             .names
             .open_service(&keys.workspace_id, listed.service_id, listed.agent_id, &listed.record)

@@ -11,7 +11,7 @@ use std::{
     fmt, io,
     net::SocketAddr,
     str::FromStr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -29,7 +29,7 @@ use connect_spec::{
         EpochWrap, FromAgent, FromHub, ListedAgent, ListedService, Reply, Request, SealedRecord,
         SessionKind, Ticket, TunnelRequest,
     },
-    ids::{AgentId, CredentialId, ServiceId, ServiceName, TunnelId, WorkspaceId},
+    ids::{AgentId, CredentialId, ServiceId, TunnelId, WorkspaceId},
     keys::WrapPublicKey,
     log::{Change, Entry, EntryHash, Head, LogEntry},
     objects::{
@@ -258,6 +258,10 @@ impl Seen {
                     self.genesis(&create.genesis);
                 }
                 if let Ok(presented) = Presented::from_blobs(&login.presented) {
+                    if let Some(credential) = &presented.credential {
+                        let wire = Blob(credential.encode());
+                        self.credentials.insert(credential.object().id(), wire);
+                    }
                     let visitor = Visitor {
                         session: session.clone(),
                         agent: presented.certificate.object().agent_id(),
@@ -449,6 +453,8 @@ fn signed<T: Body>(object: &T, by: &[&SigningKey]) -> Signed<T> {
 /// The hub that lies.
 struct Liar {
     hub: SocketAddr,
+    /// Itself, for what goes on beside it.
+    shared: Weak<Mutex<Liar>>,
     lie: Option<Lie>,
     help: Help,
     seen: Seen,
@@ -1035,24 +1041,24 @@ impl Liar {
             }
             if self.lie == Some(Lie::MadeUpHead)
                 && let Some(friend) = self.accomplice(workspace)
-                && let Some(name) = self.name_of(&friend, service)
             {
                 self.told(&session, "a tunnel whose other end claims a made-up head");
-                let hub = self.hub;
-                runtime().spawn(async move { claim_made_up_head(hub, &friend, &name).await });
+                let (hub, liar) = (self.hub, self.shared.clone());
+                runtime().spawn(async move {
+                    let closed = claim_made_up_head(hub, &friend, service).await;
+                    let what = if closed.is_ok_and(|code| code == Some(CloseCode::Forbidden)) {
+                        What::Refused
+                    } else {
+                        What::Believed
+                    };
+                    // Gone with the hub that lies.
+                    if let Some(liar) = liar.upgrade() {
+                        let mut liar = liar.lock().unwrap_or_else(PoisonError::into_inner);
+                        liar.report(what, Some(exposer), "how the tunnel ended");
+                    }
+                });
             }
         }
-    }
-
-    fn name_of(&self, friend: &Keys, service: ServiceId) -> Option<ServiceName> {
-        let listed = self.seen.listed.get(&service)?;
-        let opened = friend.names.open_service(
-            &friend.workspace_id,
-            listed.service_id,
-            listed.agent_id,
-            &listed.record,
-        );
-        opened.ok().map(|record| record.object().name.clone())
     }
 
     /// Who knocks, by the lie that is told.
@@ -1115,8 +1121,12 @@ impl Liar {
         let id = CredentialId::of(&keys.signing.public());
         let credential = self.seen.credentials.get(&id)?;
         let credential = Signed::<Credential>::decode(&credential.0).ok()?;
-        let (wrap, commit) = (self.seen.wraps.get(&id)?, self.seen.commits.get(&workspace)?);
-        let epoch = EpochSecrets::open(wrap, &workspace, &keys.wrap, commit).ok()?;
+        // Without the secrets it gets through the door, but no further.
+        let opened = self.seen.wraps.get(&id).and_then(|wrap| {
+            let commit = self.seen.commits.get(&workspace)?;
+            EpochSecrets::open(wrap, &workspace, &keys.wrap, commit).ok()
+        });
+        let epoch = opened.unwrap_or_else(|| EpochSecrets::generate(&mut rng()));
         let issuer = (Issuer::Credential(credential.hash()), &keys.signing);
         let fresh = Fresh { attrs: invite.attributes().ok()?, ..Fresh::new() };
         let what = "by the code of an invite";
@@ -1218,10 +1228,10 @@ fn swapped(
 pub async fn claim_made_up_head(
     hub: SocketAddr,
     friend: &Keys,
-    name: &ServiceName,
+    service: ServiceId,
 ) -> Result<Option<CloseCode>, String> {
     let head = Head { seq: friend.trust.head().seq + 7, hash: EntryHash(bytes()) };
-    let mut tunnel = Tunnel::open(hub, friend, name, head).await?;
+    let mut tunnel = Tunnel::open(hub, friend, service, head).await?;
     tunnel.send(&Record::Ready).await;
     while let Some(record) = tunnel.read().await {
         match Record::decode(&record) {
@@ -1254,22 +1264,25 @@ impl fmt::Debug for Shared {
 
 impl Shared {
     fn new(hub: SocketAddr, listener: Listener) -> Self {
-        Self(Arc::new(Mutex::new(Liar {
-            hub,
-            lie: None,
-            help: Help::default(),
-            seen: Seen::default(),
-            own: SigningKey::generate(&mut rng()),
-            reports: Vec::new(),
-            listener,
-            turn: 0,
-            forged: BTreeSet::new(),
-            misled: BTreeSet::new(),
-            knocks: BTreeMap::new(),
-            withheld: BTreeMap::new(),
-            fork: None,
-            replayed: None,
-        })))
+        Self(Arc::new_cyclic(|shared| {
+            Mutex::new(Liar {
+                hub,
+                shared: shared.clone(),
+                lie: None,
+                help: Help::default(),
+                seen: Seen::default(),
+                own: SigningKey::generate(&mut rng()),
+                reports: Vec::new(),
+                listener,
+                turn: 0,
+                forged: BTreeSet::new(),
+                misled: BTreeSet::new(),
+                knocks: BTreeMap::new(),
+                withheld: BTreeMap::new(),
+                fork: None,
+                replayed: None,
+            })
+        }))
     }
 
     fn lock(&self) -> MutexGuard<'_, Liar> {

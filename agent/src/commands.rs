@@ -58,10 +58,12 @@ pub(crate) async fn run(cli: Cli, output: Output) -> Result<()> {
         Command::Reach(reach) => run_reach(home, reach, output).await,
         Command::Unreach { name } => tell(&home, &Ask::Unreach { name }).await,
         Command::Services => {
+            output::log_to_stderr("warn");
             output.services(&Directory::open(&home).await?.services().await?);
             Ok(())
         }
         Command::Agents => {
+            output::log_to_stderr("warn");
             output.agents(&Directory::open(&home).await?.agents().await?);
             Ok(())
         }
@@ -399,6 +401,7 @@ async fn run_status(home: &Home, output: Output) -> Result<()> {
 }
 
 async fn run_verify(home: &Home, agent: Option<&str>, output: Output) -> Result<()> {
+    output::log_to_stderr("warn");
     let words = workspace_words(&home.load()?.workspace_id()).join(" ");
     let verified = match agent {
         Some(agent) => Some(Directory::open(home).await?.verify(agent).await?),

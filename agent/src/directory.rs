@@ -108,7 +108,7 @@ impl Directory {
     /// [`ErrorKind::HubUnreachable`], or what the hub has against this agent;
     /// [`ErrorKind::TrustViolation`] when it shows a trust log that does not hold.
     pub async fn open(home: &Home) -> Result<Self> {
-        let directory = Self::connect(Workspace::open(home)?).await?;
+        let directory = Self::connect(Workspace::open_beside_agent(home)?).await?;
         directory.workspace.sync(&directory.session).await?;
         directory.workspace.fetch_epoch(&directory.session).await?;
         Ok(directory)
@@ -290,7 +290,9 @@ impl Directory {
                         protocol: record.protocol,
                         target_ok: record.target_ok,
                     }),
-                    Err(error) => tracing::warn!(%error, "a service was left out"),
+                    Err(error) => {
+                        tracing::warn!(event = "left_out", %error, "a service was left out")
+                    }
                 }
             }
             if !more || last.is_none() || last <= after || all.len() > MAX_LISTED {
@@ -371,7 +373,9 @@ impl Directory {
             for listed in agents {
                 match self.open_agent(&listed) {
                     Ok(member) => all.push(member),
-                    Err(error) => tracing::warn!(%error, "an agent was left out"),
+                    Err(error) => {
+                        tracing::warn!(event = "left_out", %error, "an agent was left out")
+                    }
                 }
             }
             if !more || last.is_none() || last <= after || all.len() > MAX_LISTED {

@@ -142,6 +142,9 @@ impl Host {
             }
             Command::Unexpose { name } => self.unexpose(&name).await.map(|()| Answer::Done),
             Command::Unreach { name } => self.unreach(&name).await.map(|()| Answer::Done),
+            Command::LookAtLog => {
+                self.agent.core().workspace.look_at_log().await.map(|()| Answer::Done)
+            }
             Command::Rotate => self.agent.rotate().await.map(Answer::Rotated),
             Command::Down => {
                 self.down.notify_one();

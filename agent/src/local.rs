@@ -62,6 +62,8 @@ pub enum Command {
     },
     /// Make a new static key.
     Rotate,
+    /// Read the trust log again: another process of the home added to it.
+    LookAtLog,
     /// Stop.
     Down,
 }

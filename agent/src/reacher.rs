@@ -235,7 +235,11 @@ async fn keep(core: &Core, name: &ServiceName, state: &watch::Sender<State>) {
         else {
             return;
         };
-        tracing::debug!(service = %name, %error, "no tunnel");
+        if error.kind == ErrorKind::TrustViolation {
+            tracing::warn!(event = "untrusted", service = %name, %error, "no tunnel");
+        } else {
+            tracing::debug!(service = %name, %error, "no tunnel");
+        }
         let offline = error.kind == ErrorKind::ExposerOffline;
         busy = if error.busy { busy + 1 } else { 0 };
         if busy == 0 || busy > BUSY_TRIES {

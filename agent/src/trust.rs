@@ -40,6 +40,9 @@ struct Anchor {
     /// Number of the file; another one when entries were replaced.
     #[serde(default)]
     file: u32,
+    /// How often another branch was learned of: the state has news then though the head has none.
+    #[serde(default)]
+    branches: u32,
 }
 
 /// One entry in the file.
@@ -100,7 +103,7 @@ impl TrustLog {
         let _lock = home.lock_trust()?;
         home.write("trust/genesis", &genesis.encode())?;
         home.write("trust/log-0", &[])?;
-        let anchor = Anchor { head: state.head(), file: 0 };
+        let anchor = Anchor { head: state.head(), file: 0, branches: 0 };
         home.write_json("trust/head.json", &anchor)?;
         let state = Arc::new(state);
         Ok(Self {
@@ -206,7 +209,7 @@ impl TrustLog {
         if anchor == self.anchor {
             return Ok(());
         }
-        if anchor.file != self.anchor.file {
+        if (anchor.file, anchor.branches) != (self.anchor.file, self.anchor.branches) {
             *self = Self::read(&self.home, self.state.workspace_id())?;
             return Ok(());
         }
@@ -402,6 +405,9 @@ impl TrustLog {
                 self.keep_evidence(branch)?;
                 self.state = Arc::new(*state);
                 self.save_state()?;
+                // Another process that saves its own state next must have read this one.
+                self.anchor.branches = self.anchor.branches.wrapping_add(1);
+                self.home.write_json("trust/head.json", &self.anchor)?;
                 if !self.state.is_forked() {
                     // A branch that was given up before it was shown: what it revoked stays so.
                     return Ok(Taken::Nothing);
@@ -420,7 +426,11 @@ impl TrustLog {
                 wires.truncate(usize::try_from(after).unwrap_or(usize::MAX));
                 wires.extend(branch.iter().map(LogEntry::encode));
                 let old = self.path();
-                let anchor = Anchor { head: state.head(), file: self.anchor.file.wrapping_add(1) };
+                let anchor = Anchor {
+                    head: state.head(),
+                    file: self.anchor.file.wrapping_add(1),
+                    branches: self.anchor.branches,
+                };
                 self.home.write(&Self::file_name(anchor.file), &join(&wires))?;
                 self.home.write_json("trust/state.json", &*state)?;
                 self.home.write_json("trust/head.json", &anchor)?;
@@ -598,6 +608,23 @@ mod tests {
         assert!(begun.log.take(&[detached]).is_err());
         let again = TrustLog::load(&begun.home, begun.id).expect("what held");
         assert_eq!(again.state().head(), sound[1].head());
+    }
+
+    #[test]
+    fn a_fork_that_one_process_learns_of_is_not_forgotten_by_another() {
+        let mut begun = begin();
+        let genesis = begun.log.state().head();
+        let ours = chain(&begun, genesis, 0..1);
+        let theirs = chain(&begun, genesis, 1..2);
+        begun.log.take(&ours).expect("sound");
+        let mut other = TrustLog::load(&begun.home, begun.id).expect("the same log");
+        assert_eq!(other.take(&theirs).expect("a branch"), Taken::Forked);
+        // The first process saves a state of its own, long after.
+        let more = chain(&begun, ours[0].head(), 2..400);
+        begun.log.take(&more).expect("sound");
+        assert!(begun.log.state().is_forked());
+        let again = TrustLog::load(&begun.home, begun.id).expect("what both wrote");
+        assert!(again.saved > 1 && again.state().is_forked());
     }
 
     #[test]

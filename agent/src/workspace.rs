@@ -30,7 +30,7 @@ use crate::{
     home::Home,
     identity::Identity,
     io::hub::Session,
-    random,
+    local, random,
     trust::{Taken, TrustLog},
 };
 
@@ -51,6 +51,17 @@ pub(crate) struct Workspace {
     changing: Mutex<()>,
     /// The newest epoch whose secrets are held, and since when this process knows it.
     epoch_since: Mutex<(u32, Instant)>,
+    beside: Beside,
+}
+
+/// Whether another process may be the agent of the home.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Beside {
+    /// No: it is this one, or there is none.
+    Nobody,
+    /// Yes, and it is told of news. That it has to hear of them from the hub must not be: the hub would
+    /// say nothing, and an owner's own agent went on with whom the owner revoked.
+    Agent,
 }
 
 impl Workspace {
@@ -63,14 +74,28 @@ impl Workspace {
         Ok(Self::new(home, identity, log))
     }
 
+    /// As [`Workspace::open`], for a process beside the agent of the home, if one runs.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn open_beside_agent(home: &Home) -> Result<Arc<Self>> {
+        let (identity, log) = home.load_with_log()?;
+        Ok(Arc::new(Self { beside: Beside::Agent, ..Self::of(home, identity, log) }))
+    }
+
     pub(crate) fn new(home: &Home, identity: Identity, log: TrustLog) -> Arc<Self> {
-        Arc::new(Self {
+        Arc::new(Self::of(home, identity, log))
+    }
+
+    fn of(home: &Home, identity: Identity, log: TrustLog) -> Self {
+        Self {
             home: home.clone(),
             log: Mutex::new(log),
             epoch_since: Mutex::new((identity.epochs.current().number, Instant::now())),
             identity: watch::Sender::new(Arc::new(identity)),
             changing: Mutex::default(),
-        })
+            beside: Beside::Nobody,
+        }
     }
 
     pub(crate) fn home(&self) -> &Home {
@@ -182,7 +207,20 @@ impl Workspace {
             let head = self.identity().trust.head();
             tracing::info!(seq = head.seq, "the trust log grew");
         }
+        if taken != Taken::Nothing && self.beside == Beside::Agent {
+            // One that does not answer reads it when it starts.
+            let told = local::ask(&self.home, &local::Command::LookAtLog).await;
+            tracing::debug!(told = told.is_ok(), "the agent was told of the trust log");
+        }
         Ok(taken)
+    }
+
+    /// Takes over what another process of the home learned.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TrustViolation`] when the files do not hold together.
+    pub(crate) async fn look_at_log(self: &Arc<Self>) -> Result<()> {
+        self.with_log(TrustLog::reload).await
     }
 
     /// Makes the own log and the hub's one: fetches what the hub has more, and brings what it lacks.

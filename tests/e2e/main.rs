@@ -7,6 +7,7 @@ mod database;
 mod enrol;
 mod garbage;
 mod hostile;
+mod hostile_hub;
 mod hub_sees;
 mod isolation;
 mod passphrase;

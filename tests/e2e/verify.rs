@@ -1,8 +1,12 @@
 //! What people compare is the same on both sides, and stands for one agent only.
 
+use std::sync::Arc;
+
 use connect_tests::{
+    client::Keys,
     home::{Home, Workspace},
     hub::Hub,
+    lies::{Help, Lie, LyingHub},
 };
 use serde_json::Value;
 
@@ -56,4 +60,42 @@ fn label_of_two_agents_is_refused() {
     founder.fails(&["verify", "nobody"], 2, "no agent");
     founder.fails(&["verify", "founder"], 2, "this agent itself");
     Home::new().fails(&["verify"], 3, "");
+}
+
+#[test]
+fn man_in_the_middle_changes_the_digits_or_is_not_listed_at_all() {
+    let hub = LyingHub::before(Hub::shared());
+    let workspace = Workspace::found_at(&hub.url());
+    let (one, other) = (workspace.join("one"), workspace.join("other"));
+    let friend = workspace.join("friend");
+    let digits = one.ok(&["verify", "other"]);
+    let id = id_of(&one, "other");
+
+    // The hub shows its friend under the label that the friend copied: a member, but not the right one.
+    let accomplice = Some(Arc::new(Keys::of(&friend)));
+    let help = || Help { accomplice: accomplice.clone(), ..Help::default() };
+    hub.tell(Lie::ManInTheMiddle, help());
+    let in_the_middle = one.ok(&["verify", "other"]);
+    assert_ne!(in_the_middle, digits, "people who compare see it");
+    hub.be_honest();
+    assert_eq!(other.ok(&["verify", "one"]), digits, "what the other side reads out");
+    assert_eq!(one.ok(&["verify", "friend"]), in_the_middle);
+
+    // Under the right id it is nobody: an id is a hash of the key that is certified.
+    hub.tell(Lie::ManInTheMiddle, help());
+    one.ok(&["agents"]);
+    let outcome = one.run(&["verify", &id]);
+    assert_eq!(outcome.code, Some(2), "{}", outcome.stdout);
+    assert!(outcome.stderr.contains("event=\"left_out\""), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("no agent is called"), "{}", outcome.stderr);
+
+    // An agent that the hub made up is not listed: its certificate is not by a signer.
+    hub.tell(Lie::ForgedAgent, help());
+    let outcome = one.run(&["--json", "agents"]);
+    assert_eq!(outcome.stdout.matches("agent_id").count(), 4, "{}", outcome.stdout);
+    let told = hub.reports().pop().expect("the lie was told").detail;
+    let made_up = told.trim_start_matches("agent ").split(',').next().expect("an id").to_owned();
+    assert!(!outcome.stdout.contains(&made_up) && outcome.stderr.contains("issuer is unknown"));
+    one.fails(&["verify", &made_up], 2, "no agent is called");
+    assert_eq!(one.ok(&["verify", &id]), digits);
 }

@@ -1,11 +1,18 @@
 //! A hand-made client: speaks the control channel with an agent's keys, and says what it likes.
 
-use std::{fs, net::SocketAddr, path::Path};
+use std::{
+    fs,
+    net::SocketAddr,
+    path::Path,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use connect_crypto::{
     epoch::EpochSecrets,
+    handshake,
     keys::{SigningKey, StaticKeypair, WrapKeypair},
     names::NameKeys,
+    transport::{Opener, Sealer},
 };
 use connect_spec::{
     bytes::Blob,
@@ -15,7 +22,10 @@ use connect_spec::{
     },
     encoding::Encoding,
     ids::{AgentId, ChannelId, CredentialId, ServiceId, TunnelId, WorkspaceId},
-    objects::Attributes,
+    log::{Head, LogEntry},
+    objects::{Attributes, Genesis},
+    prologue::{Prologue, Realm},
+    record::{Record, trust_entries},
     signed::Signed,
     trust::{Presented, TrustState},
 };
@@ -52,6 +62,8 @@ pub struct Keys {
     pub wrap: WrapKeypair,
     /// The workspace's secrets.
     pub epoch: EpochSecrets,
+    /// The epoch that they belong to.
+    pub epoch_number: u32,
     /// The keys that hide names.
     pub names: NameKeys,
     /// Certificate, credential and NoiseKey.
@@ -70,6 +82,20 @@ fn secret<const N: usize>(file: &Path, name: &str) -> Option<[u8; N]> {
     let mut bytes = [0; N];
     hex::decode_to_slice(line, &mut bytes).ok()?;
     Some(bytes)
+}
+
+/// What the log in a home says, as far as it reaches.
+fn trust_of(home: &Home, workspace: WorkspaceId, genesis: &Signed<Genesis>) -> TrustState {
+    let mut trust = TrustState::from_genesis(workspace, genesis).expect("a sound genesis");
+    let head = fs::read(home.dir().join("trust/head.json")).expect("enrolled");
+    let head: Value = serde_json::from_slice(&head).expect("JSON");
+    let file = format!("trust/log-{}", head["file"]);
+    let log = fs::read(home.dir().join(file)).expect("enrolled");
+    for wire in trust_entries(&log).expect("whole entries") {
+        let entry = LogEntry::decode(wire).expect("an entry");
+        trust.apply(&entry).expect("an entry that holds");
+    }
+    trust
 }
 
 impl Keys {
@@ -97,7 +123,13 @@ impl Keys {
         let static_line = format!("static-{}", presented.noise_key.object().counter);
         let static_secret: [u8; 32] = secret(&keys, &static_line).expect("a key");
         let wrap: [u8; 96] = secret(&keys, "wrap").expect("a key");
-        let epoch: [u8; 64] = secret(&keys, "epoch-0").expect("a key");
+        let trust = trust_of(home, workspace_id, &genesis);
+        let newest = (0..=trust.epoch()).rev().find_map(|epoch| {
+            let line: Option<[u8; 64]> =
+                secret(&home.dir().join("epochs.key"), &format!("epoch-{epoch}"));
+            Some((epoch, line?))
+        });
+        let (epoch_number, epoch) = newest.expect("a key");
         let epoch = EpochSecrets::from_bytes(epoch.into());
         let signer: Option<[u8; 32]> = secret(&home.dir().join("signer.key"), "signer");
         Self {
@@ -108,9 +140,10 @@ impl Keys {
             wrap: WrapKeypair::from_seed(wrap.into()),
             names: NameKeys::derive(&epoch.names),
             epoch,
+            epoch_number,
             presented,
             attrs: Attributes::new(salt.0.try_into().expect("16 bytes"), tags).expect("tags"),
-            trust: TrustState::from_genesis(workspace_id, &genesis).expect("a sound genesis"),
+            trust,
             signer: signer.map(|seed| SigningKey::from_seed(seed.into())),
         }
     }
@@ -302,4 +335,119 @@ pub async fn tickets(hub: SocketAddr, exposer: &Keys, reacher: &Keys) -> (String
     };
     assert_ne!(exposers, ticket.reveal());
     (exposers, ticket.reveal().to_owned())
+}
+
+/// The prologue of a request for a tunnel, as both ends compute it.
+#[must_use]
+pub fn prologue(
+    workspace_id: WorkspaceId,
+    initiator: AgentId,
+    request: &TunnelRequest,
+) -> Prologue {
+    Prologue {
+        workspace_id,
+        tunnel_id: request.tunnel_id,
+        service_id: request.service_id,
+        initiator,
+        responder: request.responder,
+        share_id: request.share_id,
+        channel_id: request.channel_id,
+        tunnel_no: request.tunnel_no,
+        rekey: 0,
+        previous_hash: [0; 32],
+        realm: Realm::Member,
+        encoding: request.encoding,
+    }
+}
+
+/// One end of a tunnel in the hands of somebody who does not keep to the rules.
+#[derive(Debug)]
+pub struct Tunnel {
+    socket: WebSocketStream<TcpStream>,
+    sealer: Sealer,
+    opener: Opener,
+}
+
+impl Tunnel {
+    /// Opens a tunnel to a service, naming `head` as this agent's place in the trust log.
+    ///
+    /// # Errors
+    /// What the hub, or the exposer through it, answered; or that the exposer's own answer does not hold.
+    pub async fn open(
+        hub: SocketAddr,
+        keys: &Keys,
+        service: ServiceId,
+        head: Head,
+    ) -> Result<Self, String> {
+        let mut client = Client::login(hub, keys, SessionKind::Command).await;
+        let reply = client.request(Request::Services { after: None }).await;
+        let Reply::Services { services, .. } = &reply else {
+            return Err("the hub lists nothing".to_owned());
+        };
+        let mut services = services.iter();
+        let listed = services.find(|listed| listed.service_id == service).ok_or("not listed")?;
+        let record = keys
+            .names
+            .open_service(&keys.workspace_id, listed.service_id, listed.agent_id, &listed.record)
+            .map_err(|error| error.to_string())?;
+        let presented = record.object().noise_key.object();
+        let mut request = tunnel_request(listed.service_id, listed.agent_id);
+        let local = handshake::Local {
+            static_keypair: &keys.static_keypair,
+            presented: &keys.presented,
+            attrs: &keys.attrs,
+            head,
+            realm_secret: &keys.epoch.realm,
+        };
+        let prologue = prologue(keys.workspace_id, keys.agent_id, &request);
+        let (waiting, message) =
+            handshake::initiate(&local, &prologue, &presented.static_key, &mut rng())
+                .map_err(|error| error.to_string())?;
+        request.message = Blob(message);
+        let answer = client.request(Request::OpenTunnel(request)).await;
+        let Reply::TunnelAccepted { message, ticket } = &answer else {
+            return Err(format!("{answer:?}"));
+        };
+        let reply = waiting.read(&message.0).map_err(|error| error.to_string())?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let presented = reply.payload().presented.clone();
+        let exposer = keys
+            .trust
+            .verify_peer(listed.agent_id, presented, now)
+            .map_err(|error| error.to_string())?;
+        let transport = reply.confirm(&exposer).map_err(|error| error.to_string())?;
+        let socket = data_socket(hub, ticket.reveal(), Encoding::Base64)
+            .await
+            .map_err(|status| format!("the data socket was refused: {status}"))?;
+        let (sealer, opener) = transport.split();
+        Ok(Self { socket, sealer, opener })
+    }
+
+    /// Sends a record.
+    pub async fn send(&mut self, record: &Record<'_>) {
+        let (mut plain, mut packet) = (Vec::new(), Vec::new());
+        record.encode(&mut plain);
+        self.sealer.seal(&plain, &mut packet).expect("a new key");
+        let text = base64_simd::STANDARD_NO_PAD.encode_to_string(packet);
+        // The other end may have closed already, which shows when it is read.
+        let _ = self.socket.send(Message::text(text)).await;
+    }
+
+    /// The next record, not decoded; `None` when the tunnel is closed.
+    pub async fn read(&mut self) -> Option<Vec<u8>> {
+        loop {
+            match timeout(PATIENCE, self.socket.next()).await.expect("it is closed, or goes on")? {
+                Ok(Message::Text(text)) => {
+                    let packet = base64_simd::STANDARD_NO_PAD.decode_to_vec(text.as_bytes());
+                    let mut record = Vec::new();
+                    let opened = self.opener.open(&packet.expect("base64"), &mut record);
+                    return opened.ok().map(|()| record);
+                }
+                Ok(Message::Ping(_) | Message::Pong(_)) => {}
+                Ok(Message::Binary(_) | Message::Close(_) | Message::Frame(_)) | Err(_) => {
+                    return None;
+                }
+            }
+        }
+    }
 }

@@ -8,6 +8,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use connect_spec::control::{self, AGENT_PATH, FromAgent, FromHub};
@@ -15,6 +16,7 @@ use futures_util::{SinkExt, StreamExt};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
+    sync::mpsc,
     task::{AbortHandle, JoinSet},
 };
 use tokio_tungstenite::{
@@ -48,6 +50,29 @@ pub struct Data<'m> {
     pub message: &'m mut Message,
 }
 
+/// A control connection through the relay, and the way to say something in the name of either side.
+/// Clones are the same connection.
+#[derive(Debug, Clone)]
+pub struct Session {
+    /// Its number, counted from 0.
+    pub number: usize,
+    to_agent: mpsc::UnboundedSender<String>,
+    to_hub: mpsc::UnboundedSender<String>,
+}
+
+impl Session {
+    /// Says something to the agent in the hub's name. It goes out after what is on its way.
+    pub fn tell_agent(&self, message: &FromHub) {
+        // Nobody hears it when the connection is over.
+        let _ = self.to_agent.send(control::encode(message));
+    }
+
+    /// Says something to the hub in the agent's name.
+    pub fn tell_hub(&self, message: &FromAgent) {
+        let _ = self.to_hub.send(control::encode(message));
+    }
+}
+
 /// What becomes of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
@@ -61,17 +86,35 @@ pub enum Verdict {
     Swap,
 }
 
-type Rule = dyn FnMut(Passing<'_>) -> Verdict + Send;
+/// Data sockets have no session.
+type Rule = dyn FnMut(Option<&Session>, Passing<'_>) -> Verdict + Send;
 
+/// What passed, if it is recorded.
 #[derive(Debug, Clone, Default)]
-struct Wire(Arc<Mutex<Vec<u8>>>);
+struct Wire(Option<Arc<Mutex<Vec<u8>>>>);
+
+impl Wire {
+    fn recording() -> Self {
+        Self(Some(Arc::default()))
+    }
+
+    fn record(&self, bytes: &[u8]) {
+        if let Self(Some(wire)) = self {
+            wire.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(bytes);
+        }
+    }
+}
 
 struct Shared {
     hub: SocketAddr,
     rule: Mutex<Box<Rule>>,
+    control_sockets: AtomicUsize,
     data_sockets: AtomicUsize,
     wire: Wire,
 }
+
+/// Between tries to accept when the system has no file left for it.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A relay that runs until it is dropped.
 #[derive(Debug)]
@@ -82,14 +125,44 @@ pub struct HostileRelay {
 }
 
 impl HostileRelay {
-    /// Stands in front of a hub and changes what passes by a rule.
-    pub fn start(hub: &Hub, rule: impl FnMut(Passing<'_>) -> Verdict + Send + 'static) -> Self {
-        let listener = runtime().block_on(TcpListener::bind("127.0.0.1:0")).expect("a free port");
-        let address = listener.local_addr().expect("it is bound");
-        let wire = Wire::default();
+    /// Stands in front of a hub, changes what passes by a rule, and records the wire.
+    pub fn start(hub: &Hub, mut rule: impl FnMut(Passing<'_>) -> Verdict + Send + 'static) -> Self {
+        Self::with_sessions(hub, move |_, passing| rule(passing))
+    }
+
+    /// As [`HostileRelay::start`], by a rule that knows on which connection a message passes.
+    pub fn with_sessions(
+        hub: &Hub,
+        rule: impl FnMut(Option<&Session>, Passing<'_>) -> Verdict + Send + 'static,
+    ) -> Self {
+        let bound = runtime().block_on(TcpListener::bind("127.0.0.1:0"));
+        let listener = bound.expect("a free port");
+        Self::serve(listener, hub.address(), Wire::recording(), rule).expect("it is bound")
+    }
+
+    /// Listens on `listen` in front of any hub, and records nothing.
+    ///
+    /// # Errors
+    /// When the address cannot be had.
+    pub async fn listen(
+        listen: SocketAddr,
+        hub: SocketAddr,
+        rule: impl FnMut(Option<&Session>, Passing<'_>) -> Verdict + Send + 'static,
+    ) -> io::Result<Self> {
+        Self::serve(TcpListener::bind(listen).await?, hub, Wire::default(), rule)
+    }
+
+    fn serve(
+        listener: TcpListener,
+        hub: SocketAddr,
+        wire: Wire,
+        rule: impl FnMut(Option<&Session>, Passing<'_>) -> Verdict + Send + 'static,
+    ) -> io::Result<Self> {
+        let address = listener.local_addr()?;
         let shared = Arc::new(Shared {
-            hub: hub.address(),
+            hub,
             rule: Mutex::new(Box::new(rule)),
+            control_sockets: AtomicUsize::new(0),
             data_sockets: AtomicUsize::new(0),
             wire: wire.clone(),
         });
@@ -98,7 +171,10 @@ impl HostileRelay {
             loop {
                 tokio::select! {
                     accepted = listener.accept() => {
-                        let (agent, _) = accepted.expect("accepting goes on");
+                        let Ok((agent, _)) = accepted else {
+                            tokio::time::sleep(ACCEPT_PAUSE).await;
+                            continue;
+                        };
                         let shared = shared.clone();
                         connections.spawn(async move {
                             // Either side may vanish at any time.
@@ -109,7 +185,7 @@ impl HostileRelay {
                 }
             }
         });
-        Self { address, wire, task: task.abort_handle() }
+        Ok(Self { address, wire, task: task.abort_handle() })
     }
 
     /// Changes nothing, and records the wire.
@@ -127,7 +203,15 @@ impl HostileRelay {
     /// Everything that passed until now, heads and unmasked messages.
     #[must_use]
     pub fn recorded(&self) -> Vec<u8> {
-        self.wire.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        let wire = self.wire.0.as_ref();
+        wire.map(|wire| wire.lock().unwrap_or_else(PoisonError::into_inner).clone())
+            .unwrap_or_default()
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
     }
 }
 
@@ -152,12 +236,8 @@ async fn read_head(from: &mut TcpStream) -> io::Result<(Vec<u8>, Vec<u8>)> {
 }
 
 impl Shared {
-    fn record(&self, bytes: &[u8]) {
-        self.wire.0.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(bytes);
-    }
-
-    fn judge(&self, passing: Passing<'_>) -> Verdict {
-        (self.rule.lock().unwrap_or_else(PoisonError::into_inner))(passing)
+    fn judge(&self, session: Option<&Session>, passing: Passing<'_>) -> Verdict {
+        (self.rule.lock().unwrap_or_else(PoisonError::into_inner))(session, passing)
     }
 
     /// One connection: its upgrade is passed on as it is, then message by message.
@@ -166,80 +246,95 @@ impl Shared {
         agent.set_nodelay(true)?;
         hub.set_nodelay(true)?;
         let (request, early) = read_head(&mut agent).await?;
-        self.record(&request);
+        self.wire.record(&request);
         hub.write_all(&request).await?;
         let (response, answer) = read_head(&mut hub).await?;
-        self.record(&response);
+        self.wire.record(&response);
         agent.write_all(&response).await?;
         if !response.starts_with(b"HTTP/1.1 101") {
             agent.write_all(&answer).await?;
             tokio::io::copy_bidirectional(&mut agent, &mut hub).await?;
             return Ok(());
         }
-        let is_control = request.starts_with(format!("GET {AGENT_PATH} ").as_bytes());
-        let socket =
-            if is_control { None } else { Some(self.data_sockets.fetch_add(1, Ordering::SeqCst)) };
         let agent = WebSocketStream::from_partially_read(agent, early, Role::Server, None).await;
         let hub = WebSocketStream::from_partially_read(hub, answer, Role::Client, None).await;
         let (agent_sink, agent_stream) = agent.split();
         let (hub_sink, hub_stream) = hub.split();
-        tokio::select! {
-            () = self.messages(agent_stream, hub_sink, socket, true) => {}
-            () = self.messages(hub_stream, agent_sink, socket, false) => {}
+        if request.starts_with(format!("GET {AGENT_PATH} ").as_bytes()) {
+            let (to_agent, said_to_agent) = mpsc::unbounded_channel();
+            let (to_hub, said_to_hub) = mpsc::unbounded_channel();
+            let number = self.control_sockets.fetch_add(1, Ordering::SeqCst);
+            let session = &Session { number, to_agent, to_hub };
+            let to_hub = |text: &str| self.to_hub(session, text);
+            let to_agent = |text: &str| self.to_agent(session, text);
+            tokio::select! {
+                () = self.control(agent_stream, hub_sink, said_to_hub, to_hub) => {}
+                () = self.control(hub_stream, agent_sink, said_to_agent, to_agent) => {}
+            }
+        } else {
+            let socket = self.data_sockets.fetch_add(1, Ordering::SeqCst);
+            tokio::select! {
+                () = self.data(agent_stream, hub_sink, socket, true) => {}
+                () = self.data(hub_stream, agent_sink, socket, false) => {}
+            }
         }
         Ok(())
     }
 
-    async fn messages(
+    fn to_hub(&self, session: &Session, text: &str) -> (Verdict, Option<Message>) {
+        // What is not understood here is for the other side to judge.
+        let Ok(mut message) = control::decode::<FromAgent>(text) else {
+            return (Verdict::Forward, None);
+        };
+        let verdict = self.judge(Some(session), Passing::ToHub(&mut message));
+        (verdict, Some(Message::text(control::encode(&message))))
+    }
+
+    fn to_agent(&self, session: &Session, text: &str) -> (Verdict, Option<Message>) {
+        let Ok(mut message) = control::decode::<FromHub>(text) else {
+            return (Verdict::Forward, None);
+        };
+        let verdict = self.judge(Some(session), Passing::ToAgent(&mut message));
+        (verdict, Some(Message::text(control::encode(&message))))
+    }
+
+    /// One direction of a control socket, and what is said in the sender's name.
+    async fn control(
         &self,
         mut from: impl StreamExt<Item = tokio_tungstenite::tungstenite::Result<Message>> + Unpin,
         mut to: impl SinkExt<Message> + Unpin,
-        socket: Option<usize>,
-        from_agent: bool,
+        mut said: mpsc::UnboundedReceiver<String>,
+        judge: impl Fn(&str) -> (Verdict, Option<Message>),
     ) {
-        let mut number = 0;
         let mut waiting = None;
-        while let Some(Ok(mut message)) = from.next().await {
-            if let Message::Text(_) | Message::Binary(_) = message {
-                self.record(&message.clone().into_data());
-            }
-            let verdict = match (&message, socket) {
-                (Message::Text(_) | Message::Binary(_), Some(socket)) => {
-                    number += 1;
-                    let message = &mut message;
-                    self.judge(Passing::Data(Data {
-                        socket,
-                        from_agent,
-                        number: number - 1,
-                        message,
-                    }))
-                }
-                (Message::Text(text), None) if from_agent => {
-                    let mut control: FromAgent = control::decode(text).expect("our own agent");
-                    let verdict = self.judge(Passing::ToHub(&mut control));
-                    message = Message::text(control::encode(&control));
-                    verdict
-                }
-                (Message::Text(text), None) => {
-                    let mut control: FromHub = control::decode(text).expect("our own hub");
-                    let verdict = self.judge(Passing::ToAgent(&mut control));
-                    message = Message::text(control::encode(&control));
-                    verdict
-                }
-                // The libraries on both sides of this relay answer pings themselves.
-                (Message::Ping(_) | Message::Pong(_), _) => continue,
-                (Message::Binary(_) | Message::Close(_) | Message::Frame(_), _) => Verdict::Forward,
-            };
-            let out = match verdict {
-                Verdict::Forward => [Some(message), waiting.take()],
-                Verdict::Drop => [None, None],
-                Verdict::Twice => [Some(message.clone()), Some(message)],
-                Verdict::Swap => {
-                    waiting = Some(message);
-                    [None, None]
+        loop {
+            let message = tokio::select! {
+                biased;
+                message = from.next() => message,
+                Some(said) = said.recv() => {
+                    self.wire.record(said.as_bytes());
+                    if to.send(Message::text(said)).await.is_err() {
+                        return;
+                    }
+                    continue;
                 }
             };
-            for message in out.into_iter().flatten() {
+            let Some(Ok(message)) = message else {
+                break;
+            };
+            let (verdict, changed) = match &message {
+                Message::Text(text) => {
+                    self.wire.record(text.as_bytes());
+                    judge(text)
+                }
+                // The library answers pings on each side of this relay; who waits for one gets it too.
+                Message::Pong(_) => continue,
+                Message::Ping(_) | Message::Binary(_) | Message::Close(_) | Message::Frame(_) => {
+                    (Verdict::Forward, None)
+                }
+            };
+            let message = changed.unwrap_or(message);
+            for message in verdict.apply(message, &mut waiting) {
                 if to.send(message).await.is_err() {
                     return;
                 }
@@ -247,5 +342,56 @@ impl Shared {
         }
         // What the other side of the close says still has to come through.
         let _ = to.close().await;
+    }
+
+    /// One direction of a data socket.
+    async fn data(
+        &self,
+        mut from: impl StreamExt<Item = tokio_tungstenite::tungstenite::Result<Message>> + Unpin,
+        mut to: impl SinkExt<Message> + Unpin,
+        socket: usize,
+        from_agent: bool,
+    ) {
+        let mut number = 0;
+        let mut waiting = None;
+        while let Some(Ok(mut message)) = from.next().await {
+            let verdict = match &message {
+                Message::Text(_) | Message::Binary(_) => {
+                    self.wire.record(&message.clone().into_data());
+                    let message = &mut message;
+                    let data = Data { socket, from_agent, number, message };
+                    number += 1;
+                    self.judge(None, Passing::Data(data))
+                }
+                Message::Pong(_) => continue,
+                Message::Ping(_) | Message::Close(_) | Message::Frame(_) => Verdict::Forward,
+            };
+            for message in verdict.apply(message, &mut waiting) {
+                if to.send(message).await.is_err() {
+                    return;
+                }
+            }
+        }
+        let _ = to.close().await;
+    }
+}
+
+impl Verdict {
+    /// What goes on, in order.
+    fn apply(
+        self,
+        message: Message,
+        waiting: &mut Option<Message>,
+    ) -> impl Iterator<Item = Message> + use<> {
+        let out = match self {
+            Self::Forward => [Some(message), waiting.take()],
+            Self::Drop => [None, None],
+            Self::Twice => [Some(message.clone()), Some(message)],
+            Self::Swap => {
+                *waiting = Some(message);
+                [None, None]
+            }
+        };
+        out.into_iter().flatten()
     }
 }

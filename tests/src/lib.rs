@@ -9,6 +9,7 @@ pub mod client;
 pub mod home;
 pub mod hostile_relay;
 pub mod hub;
+pub mod lies;
 pub mod postgres;
 pub mod process;
 pub mod search;

@@ -393,12 +393,18 @@ impl ChannelHandle {
             _ = newest.wait_for(|newest| *newest != number) => End::Replaced,
         };
         let mut inner = self.lock();
-        if *self.0.tunnel.borrow() == number {
-            let status = if inner.ended.is_some() { Status::Closed } else { Status::Detached };
-            inner.channel.detach();
-            self.0.status.send_replace(status);
+        if *self.0.tunnel.borrow() != number {
+            return end;
         }
-        end
+        let status = if inner.ended.is_some() { Status::Closed } else { Status::Detached };
+        inner.channel.detach();
+        self.0.status.send_replace(status);
+        match (end, inner.ended, inner.over) {
+            // The record that says why came just before the socket ended.
+            (End::Socket(_), Some(reason), _) => End::Channel(reason),
+            (End::Socket(_), None, Some(Some(code))) => End::Peer(code),
+            (end, _, _) => end,
+        }
     }
 
     async fn receive(

@@ -223,7 +223,7 @@ fn garbage_on_a_data_socket_ends_that_tunnel_and_tells_the_other_end() {
         ("a long ping", frame(0x89, 126, &[0; 126]), close::PROTOCOL),
     ] {
         let (mut guilty, mut other) = runtime().block_on(async {
-            let (exposers, reachers) = tickets(hub(), &exposer, &reacher).await;
+            let (exposers, reachers, _sessions) = tickets(hub(), &exposer, &reacher).await;
             let guilty = data_socket(hub(), &reachers, Encoding::Base64).await.expect("admitted");
             let other = data_socket(hub(), &exposers, Encoding::Base64).await.expect("admitted");
             let mut guilty = guilty.into_inner();

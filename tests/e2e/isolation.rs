@@ -312,12 +312,12 @@ fn ticket_admits_once_and_in_its_encoding() {
     let other = workspace.join("other");
     let hub = Hub::shared().address();
     runtime().block_on(async {
-        let (exposers, reachers) =
+        let (exposers, reachers, _sessions) =
             tickets(hub, &Keys::of(&workspace.founder), &Keys::of(&other)).await;
         let wrong = data_socket(hub, &reachers, Encoding::Binary).await.err();
         assert!(matches!(wrong, Some(400 | 401)), "{wrong:?}");
 
-        let (exposers_2, reachers_2) =
+        let (exposers_2, reachers_2, _sessions) =
             tickets(hub, &Keys::of(&workspace.founder), &Keys::of(&other)).await;
         let one = data_socket(hub, &reachers_2, Encoding::Base64).await.expect("the first use");
         // The same end cannot play the other one as well.
@@ -336,7 +336,7 @@ fn socket_whose_other_end_does_not_come_is_closed() {
     let other = workspace.join("other");
     let hub = Hub::shared().address();
     runtime().block_on(async {
-        let (exposers, reachers) =
+        let (exposers, reachers, _sessions) =
             tickets(hub, &Keys::of(&workspace.founder), &Keys::of(&other)).await;
         let mut alone = data_socket(hub, &exposers, Encoding::Base64).await.expect("admitted");
         let Some(Ok(message)) = alone.next().await else {

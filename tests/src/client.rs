@@ -309,8 +309,13 @@ pub fn sealed(counter: u32) -> SealedRecord {
     SealedRecord { epoch: 0, counter, sealed: Blob(vec![9; 512]) }
 }
 
-/// Gets a tunnel from one hand-made client to another; the tickets of the exposer and the reacher.
-pub async fn tickets(hub: SocketAddr, exposer: &Keys, reacher: &Keys) -> (String, String) {
+/// Gets a tunnel from one hand-made client to another; the tickets of the exposer and the reacher, and the
+/// sessions: the reacher's ticket ends with its own.
+pub async fn tickets(
+    hub: SocketAddr,
+    exposer: &Keys,
+    reacher: &Keys,
+) -> (String, String, [Client; 2]) {
     let mut expose = Client::login(hub, exposer, SessionKind::Agent).await;
     let mut reach = Client::login(hub, reacher, SessionKind::Agent).await;
     let service_id = ServiceId([5; 16]);
@@ -334,7 +339,7 @@ pub async fn tickets(hub: SocketAddr, exposer: &Keys, reacher: &Keys) -> (String
         panic!("the reacher is answered");
     };
     assert_ne!(exposers, ticket.reveal());
-    (exposers, ticket.reveal().to_owned())
+    (exposers, ticket.reveal().to_owned(), [expose, reach])
 }
 
 /// The prologue of a request for a tunnel, as both ends compute it.

@@ -119,6 +119,8 @@ struct Received {
     bytes: u64,
     newest: Option<Head>,
     waiting: Vec<LogEntry>,
+    /// Whether what waits begins with entries that hold.
+    holds: bool,
 }
 
 impl Received {
@@ -129,6 +131,9 @@ impl Received {
         }
         for wire in trust_entries(entries).unwrap_or_default() {
             let entry = LogEntry::decode(wire).map_err(|_| unexpected())?;
+            if self.newest.is_some_and(|newest| newest != entry.follows()) {
+                return Err(unexpected());
+            }
             self.newest = Some(entry.head());
             self.waiting.push(entry);
         }
@@ -136,6 +141,12 @@ impl Received {
         let follows = self.waiting.first().map(LogEntry::follows);
         if follows == Some(workspace.identity().trust.head()) {
             self.finish(workspace).await?;
+        } else if !self.holds {
+            // Whoever is no signer makes nobody wait for, and keep, what is worth nothing.
+            self.holds = workspace.check(&self.waiting).await?;
+            if !self.holds {
+                self.waiting.clear();
+            }
         }
         Ok(())
     }

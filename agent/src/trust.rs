@@ -318,22 +318,46 @@ impl TrustLog {
     pub(crate) fn take(&mut self, entries: &[LogEntry]) -> Result<Taken> {
         let _lock = self.home.lock_trust()?;
         self.refresh()?;
-        let known = entries
-            .iter()
-            .take_while(|entry| self.hash_at(entry.head().seq) == Some(entry.hash()))
-            .count();
-        let entries = &entries[known..];
-        let Some(first) = entries.first() else {
+        let Some((after, entries)) = self.unknown(entries)? else {
             return Ok(Taken::Nothing);
         };
-        let follows = first.follows();
-        if follows == self.state.head() {
-            return self.grow(entries);
+        if after == self.state.head().seq {
+            self.grow(entries)
+        } else {
+            self.consider(after, entries)
         }
+    }
+
+    /// Looks at the beginning of a long list of entries, before the rest of it is waited for: false when
+    /// all of them are known. Nothing is kept.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TrustViolation`] for the first entry that does not hold.
+    pub(crate) fn check(&mut self, entries: &[LogEntry]) -> Result<bool> {
+        self.reload()?;
+        let Some((after, entries)) = self.unknown(entries)? else {
+            return Ok(false);
+        };
+        let (mut base, own) = self.state_at(after)?;
+        match own.first() {
+            Some(held) => self.state.consider(&base, held, entries).map(drop),
+            None => entries.iter().try_for_each(|entry| base.apply(entry)),
+        }
+        .map_err(|error| bad_entry(&error))?;
+        Ok(true)
+    }
+
+    /// Those of the entries that are not known, and the place in this log that they follow.
+    fn unknown<'e>(&self, entries: &'e [LogEntry]) -> Result<Option<(u64, &'e [LogEntry])>> {
+        let is_known = |entry: &&LogEntry| self.hash_at(entry.head().seq) == Some(entry.hash());
+        let entries = &entries[entries.iter().take_while(is_known).count()..];
+        let Some(follows) = entries.first().map(LogEntry::follows) else {
+            return Ok(None);
+        };
         if self.hash_at(follows.seq) != Some(follows.hash) {
             return Err(bad_entry(&"it follows no entry that is known here"));
         }
-        self.consider(follows.seq, entries)
+        Ok(Some((follows.seq, entries)))
     }
 
     fn grow(&mut self, entries: &[LogEntry]) -> Result<Taken> {
@@ -608,6 +632,31 @@ mod tests {
         assert!(begun.log.take(&[detached]).is_err());
         let again = TrustLog::load(&begun.home, begun.id).expect("what held");
         assert_eq!(again.state().head(), sound[1].head());
+    }
+
+    #[test]
+    fn beginning_of_a_branch_is_checked_and_nothing_of_it_kept() {
+        let mut begun = begin();
+        let genesis = begun.log.state().head();
+        let ours = chain(&begun, genesis, 0..3);
+        begun.log.take(&ours).expect("sound");
+        let before = begun.log.state().clone();
+        let check = |begun: &mut Begun, entries: &[LogEntry]| begun.log.check(entries);
+        assert!(!check(&mut begun, &[]).expect("nothing"));
+        assert!(!check(&mut begun, &ours).expect("all known"));
+        // What goes on, and what branches off, behind what is known.
+        let more = chain(&begun, ours[2].head(), 3..5);
+        assert!(check(&mut begun, &more).expect("sound"));
+        let branch = [&ours[..1], &chain(&begun, ours[0].head(), 7..9)].concat();
+        assert!(check(&mut begun, &branch).expect("signed"));
+        let stranger = SigningKey::generate(&mut random::rng());
+        for follows in [ours[0].head(), ours[2].head(), genesis] {
+            let forged = entry(begun.id, follows, &stranger, revoke(9));
+            assert!(check(&mut begun, &[forged]).is_err());
+        }
+        assert_eq!(*begun.log.state(), before);
+        let evidence = fs::read_dir(begun.home.path("evidence")).map(Iterator::count);
+        assert_eq!(evidence.unwrap_or_default(), 0);
     }
 
     #[test]

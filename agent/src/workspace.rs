@@ -215,6 +215,15 @@ impl Workspace {
         Ok(taken)
     }
 
+    /// Looks at the beginning of a long list of entries: false when all of them are known.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TrustViolation`] for the first one that does not hold.
+    pub(crate) async fn check(self: &Arc<Self>, entries: &[LogEntry]) -> Result<bool> {
+        let entries = entries.to_vec();
+        self.with_log(move |log| log.check(&entries)).await
+    }
+
     /// Takes over what another process of the home learned.
     ///
     /// # Errors
@@ -233,6 +242,7 @@ impl Workspace {
         let mut have = self.log().locator();
         let mut branch: Vec<LogEntry> = Vec::new();
         let mut bytes = 0;
+        let mut holds = false;
         let mut hub_head;
         let mut common = None;
         loop {
@@ -251,12 +261,21 @@ impl Workspace {
                 let entry = LogEntry::decode(&wire.0).map_err(|_| {
                     Error::trust("the hub shows a malformed entry of the trust log")
                 })?;
+                if entry.follows() != hub_head {
+                    return Err(Error::trust("the hub shows a trust log with gaps"));
+                }
                 hub_head = entry.head();
                 branch.push(entry);
             }
             let follows = branch.first().map(LogEntry::follows);
             if follows == Some(self.identity().trust.head()) {
                 self.learn(std::mem::take(&mut branch)).await?;
+            } else if more && !holds {
+                // Not everything that a hub makes up is worth being kept until its end.
+                holds = self.check(&branch).await?;
+                if !holds {
+                    branch.clear();
+                }
             }
             if !more || entries.is_empty() {
                 break;

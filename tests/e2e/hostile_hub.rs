@@ -384,6 +384,11 @@ fn a_made_up_head() {
     stage.nobody_believed();
     stage.exposing.stderr_line("event=\"peer_ended\"");
     stage.exposing.stderr_line("claimed a trust log that it did not show");
+    // An endless log is not read beyond the first page that does not hold.
+    stage.tell_with(Lie::MadeUpLog, &friend);
+    stage.knocks_are_refused();
+    stage.nobody_believed();
+    stage.exposing.stderr_line("an entry of the trust log does not hold");
     // That tunnel, and nothing else: no fork, no other head, and who lied is a member still.
     assert_eq!(seq(stage.founder()), before);
     assert!(!stage.exposing.stderr().contains("event=\"fork\""));

@@ -36,7 +36,7 @@ use connect_spec::{
         AgentRecord, AgentRole, Attributes, Certificate, Credential, CredentialKind, Genesis,
         Issuer, NoiseKey, SUITE_1, ServiceRecord, SignerRole, UnixTime,
     },
-    record::{CloseCode, Record},
+    record::{CloseCode, Record, put_trust_entry},
     signed::{Body, Signed},
     trust::Presented,
 };
@@ -114,6 +114,8 @@ lies! {
         "shows one agent another entry in place of the newest; it is signed by a stolen owner key (the accomplice)";
     MadeUpHead "a_made_up_head" Accomplice
         "lets a member (the accomplice) claim a place in the trust log that does not exist";
+    MadeUpLog "a_made_up_log" Accomplice
+        "lets a member (the accomplice) show an endless trust log of its own making";
     RevocationWithheld "revocation_withheld" Nothing
         "says `done` to whoever appends to the trust log, and tells nobody";
     RollbackAfterRestart "rollback_after_restart" Nothing
@@ -789,6 +791,7 @@ impl Liar {
             | Lie::WrongGenesis
             | Lie::LogOlderThanTheInvite
             | Lie::MadeUpHead
+            | Lie::MadeUpLog
             | Lie::RevocationWithheld
             | Lie::RollbackAfterRestart
             | Lie::SwappedCertificate
@@ -899,6 +902,7 @@ impl Liar {
             | Lie::LogOlderThanTheInvite
             | Lie::ForkShownToTwoMembers
             | Lie::MadeUpHead
+            | Lie::MadeUpLog
             | Lie::RevocationWithheld
             | Lie::RollbackAfterRestart
             | Lie::BackdatedCertificate
@@ -1039,22 +1043,21 @@ impl Liar {
                 session.tell_agent(&FromHub::IncomingTunnel { initiator, request, ticket });
                 self.told(&session, format!("knocks: {}", guise.what));
             }
-            if self.lie == Some(Lie::MadeUpHead)
+            if let Some(lie @ (Lie::MadeUpHead | Lie::MadeUpLog)) = self.lie
                 && let Some(friend) = self.accomplice(workspace)
             {
                 self.told(&session, "a tunnel whose other end claims a made-up head");
                 let (hub, liar) = (self.hub, self.shared.clone());
                 runtime().spawn(async move {
-                    let closed = claim_made_up_head(hub, &friend, service).await;
-                    let what = if closed.is_ok_and(|code| code == Some(CloseCode::Forbidden)) {
-                        What::Refused
-                    } else {
-                        What::Believed
-                    };
+                    let entries = if lie == Lie::MadeUpLog { usize::MAX } else { 0 };
+                    let closed = claim_made_up_head(hub, &friend, service, entries).await;
+                    // One page has to be read before it can be found out.
+                    let refused = Claimed { pages: 1, closed: Some(CloseCode::Forbidden) };
+                    let what = if closed == Ok(refused) { What::Refused } else { What::Believed };
                     // Gone with the hub that lies.
                     if let Some(liar) = liar.upgrade() {
                         let mut liar = liar.lock().unwrap_or_else(PoisonError::into_inner);
-                        liar.report(what, Some(exposer), "how the tunnel ended");
+                        liar.report(what, Some(exposer), format!("{closed:?}"));
                     }
                 });
             }
@@ -1101,6 +1104,7 @@ impl Liar {
                 | Lie::LogOlderThanTheInvite
                 | Lie::ForkShownToTwoMembers
                 | Lie::MadeUpHead
+                | Lie::MadeUpLog
                 | Lie::RevocationWithheld
                 | Lie::RollbackAfterRestart
                 | Lie::SwappedCertificate
@@ -1221,7 +1225,19 @@ fn swapped(
     Some((agent_id, friend.names.seal_service(&record, &mut rng()).ok()?, how))
 }
 
-/// Opens a tunnel as a member whose trust log goes on where nobody's does; returns how it was closed.
+/// What became of a made-up claim.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Claimed {
+    /// How many pages of the made-up log were asked for.
+    pub pages: usize,
+    /// With which word the tunnel was closed.
+    pub closed: Option<CloseCode>,
+}
+
+/// Nobody asks for so many pages.
+const MAX_PAGES: usize = 100;
+
+/// Opens a tunnel as a member whose trust log goes on where nobody's does, and shows as many entries of it.
 ///
 /// # Errors
 /// Why there was no tunnel.
@@ -1229,21 +1245,34 @@ pub async fn claim_made_up_head(
     hub: SocketAddr,
     friend: &Keys,
     service: ServiceId,
-) -> Result<Option<CloseCode>, String> {
-    let head = Head { seq: friend.trust.head().seq + 7, hash: EntryHash(bytes()) };
+    entries: usize,
+) -> Result<Claimed, String> {
+    let head = Head { seq: u64::from(u32::MAX), hash: EntryHash(bytes()) };
     let mut tunnel = Tunnel::open(hub, friend, service, head).await?;
     tunnel.send(&Record::Ready).await;
+    let mut pages = 0;
+    let mut last = Head::genesis(friend.workspace_id);
     while let Some(record) = tunnel.read().await {
         match Record::decode(&record) {
-            // There is nothing to show.
-            Ok(Record::TrustGet(_)) => {
-                tunnel.send(&Record::Trust { more: false, entries: &[] }).await;
+            Ok(Record::TrustGet(_)) if pages < MAX_PAGES => {
+                pages += 1;
+                let mut page = Vec::new();
+                for _ in 0..entries {
+                    let next = entry(friend.workspace_id, last, vec![revoke(AgentId(bytes()))]);
+                    let next = LogEntry::Entry(friend.signing.sign(&next));
+                    if !put_trust_entry(&mut page, &next.encode()) {
+                        break;
+                    }
+                    last = next.head();
+                }
+                let more = !page.is_empty();
+                tunnel.send(&Record::Trust { more, entries: &page }).await;
             }
-            Ok(Record::TunnelClose(code)) => return Ok(Some(code)),
+            Ok(Record::TunnelClose(code)) => return Ok(Claimed { pages, closed: Some(code) }),
             Ok(_) | Err(_) => {}
         }
     }
-    Ok(None)
+    Ok(Claimed { pages, closed: None })
 }
 
 /// A hub that lies as it is told.

@@ -271,8 +271,11 @@ async fn connect(
     let conversation = conversation.get_or_insert_with(|| Conversation::begin(&service));
     let end = match establish(core, &session, name, &service, conversation).await {
         Err(error) if matches!(error.kind, ErrorKind::Refused | ErrorKind::TrustViolation) => {
-            // The exposer may have rotated its static key since it was looked up.
-            let again = find(core, &session, name).await?;
+            // The exposer may have rotated its static key since it was looked up. What the hub says now
+            // must not hide what was wrong before.
+            let Ok(again) = find(core, &session, name).await else {
+                return Err(error);
+            };
             let is_newer = again.exposer.noise_key_counter() > service.exposer.noise_key_counter();
             if !is_newer || !conversation.goes_on_with(&again) {
                 return Err(error);

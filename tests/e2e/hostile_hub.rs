@@ -18,6 +18,7 @@ use connect_spec::{
     control::{Reply, Request, SessionKind},
     log::{Change, Entry, LogEntry},
     objects::UnixTime,
+    record::CloseCode,
 };
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -28,7 +29,7 @@ use connect_tests::{
     eventually,
     home::{Home, Workspace},
     hub::Hub,
-    lies::{Help, Lie, LyingHub, SWAPS, Summary, UNSIGNED, What},
+    lies::{self, Claimed, Help, Lie, LyingHub, SWAPS, Summary, UNSIGNED, What},
     process::{Outcome, Process, program},
     random_word, runtime,
     search::Search,
@@ -396,6 +397,28 @@ fn a_made_up_head() {
     let _friend = friend.up();
     stage.carry(friend.reach("prod-db"));
     drop((live, agent));
+    stage.is_unharmed();
+}
+
+#[test]
+fn a_made_up_head_of_an_exposer() {
+    let stage = Stage::set();
+    let friend = Arc::new(Keys::of(&stage.workspace.join("friend")));
+    for (name, entries) in [("head", 0), ("log", usize::MAX)] {
+        let friend = friend.clone();
+        let hub = Hub::shared().address();
+        let claiming = runtime().spawn(async move {
+            let name = name.parse().expect("a name");
+            lies::claim_made_up_head_as_exposer(hub, &friend, &name, entries).await
+        });
+        eventually("it is exposed", || {
+            let services = stage.reacher.json(&["services"]);
+            services.as_array().expect("a list").iter().any(|service| service["name"] == name)
+        });
+        stage.reacher.fails(&["reach", name], 7, "trust log");
+        let claimed = runtime().block_on(claiming).expect("it ends");
+        assert_eq!(claimed, Ok(Claimed { pages: 1, closed: Some(CloseCode::Forbidden) }));
+    }
     stage.is_unharmed();
 }
 

@@ -12,18 +12,18 @@ use connect_crypto::{
     handshake,
     keys::{SigningKey, StaticKeypair, WrapKeypair},
     names::NameKeys,
-    transport::{Opener, Sealer},
+    transport::{Opener, Sealer, Transport},
 };
 use connect_spec::{
     bytes::Blob,
     control::{
         self, AGENT_PATH, FromAgent, FromHub, LOGIN_KIND, Login, Nonce, PresentedBlobs, Reply,
-        Request, SealedRecord, SessionKind, TICKET_SCHEME, TUNNEL_PATH, TunnelRequest,
+        Request, SealedRecord, SessionKind, TICKET_SCHEME, TUNNEL_PATH, Ticket, TunnelRequest,
     },
     encoding::Encoding,
-    ids::{AgentId, ChannelId, CredentialId, ServiceId, TunnelId, WorkspaceId},
+    ids::{AgentId, ChannelId, CredentialId, ServiceId, ServiceName, TunnelId, WorkspaceId},
     log::{Head, LogEntry},
-    objects::{Attributes, Genesis},
+    objects::{Attributes, Genesis, ServiceRecord, UnixTime},
     prologue::{Prologue, Realm},
     record::{Record, trust_entries},
     signed::Signed,
@@ -45,6 +45,12 @@ use crate::{PATIENCE, home::Home, random};
 #[must_use]
 pub fn rng() -> UnwrapErr<getrandom::SysRng> {
     UnwrapErr(getrandom::SysRng)
+}
+
+/// This machine's clock, in seconds since 1970.
+#[must_use]
+pub fn now() -> UnixTime {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 /// An agent's identity, as its home holds it.
@@ -145,6 +151,17 @@ impl Keys {
             attrs: Attributes::new(salt.0.try_into().expect("16 bytes"), tags).expect("tags"),
             trust,
             signer: signer.map(|seed| SigningKey::from_seed(seed.into())),
+        }
+    }
+
+    /// This agent's side of a handshake, with any head.
+    fn local(&self, head: Head) -> handshake::Local<'_> {
+        handshake::Local {
+            static_keypair: &self.static_keypair,
+            presented: &self.presented,
+            attrs: &self.attrs,
+            head,
+            realm_secret: &self.epoch.realm,
         }
     }
 
@@ -397,16 +414,9 @@ impl Tunnel {
             .map_err(|error| error.to_string())?;
         let presented = record.object().noise_key.object();
         let mut request = tunnel_request(listed.service_id, listed.agent_id);
-        let local = handshake::Local {
-            static_keypair: &keys.static_keypair,
-            presented: &keys.presented,
-            attrs: &keys.attrs,
-            head,
-            realm_secret: &keys.epoch.realm,
-        };
         let prologue = prologue(keys.workspace_id, keys.agent_id, &request);
         let (waiting, message) =
-            handshake::initiate(&local, &prologue, &presented.static_key, &mut rng())
+            handshake::initiate(&keys.local(head), &prologue, &presented.static_key, &mut rng())
                 .map_err(|error| error.to_string())?;
         request.message = Blob(message);
         let answer = client.request(Request::OpenTunnel(request)).await;
@@ -414,13 +424,73 @@ impl Tunnel {
             return Err(format!("{answer:?}"));
         };
         let reply = waiting.read(&message.0).map_err(|error| error.to_string())?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let presented = reply.payload().presented.clone();
         let exposer = keys
             .trust
-            .verify_peer(listed.agent_id, presented, now)
+            .verify_peer(listed.agent_id, presented, now())
             .map_err(|error| error.to_string())?;
         let transport = reply.confirm(&exposer).map_err(|error| error.to_string())?;
+        Self::over(hub, ticket, transport).await
+    }
+
+    /// Exposes a service, and answers the first who asks for a tunnel with `head` as this agent's place
+    /// in the trust log.
+    ///
+    /// # Errors
+    /// That the asker is nobody who may ask.
+    pub async fn answer_one(
+        hub: SocketAddr,
+        keys: &Keys,
+        name: &ServiceName,
+        head: Head,
+    ) -> Result<Self, String> {
+        let mut client = Client::login(hub, keys, SessionKind::Agent).await;
+        let record = keys.signing.sign(&ServiceRecord {
+            workspace_id: keys.workspace_id,
+            service_id: ServiceId(random(16).try_into().expect("16 bytes")),
+            agent_id: keys.agent_id,
+            counter: 1,
+            epoch: keys.epoch_number,
+            name: name.clone(),
+            protocol: "tcp".to_owned(),
+            certificate: keys.presented.certificate.clone(),
+            credential: keys.presented.credential.clone(),
+            noise_key: keys.presented.noise_key.clone(),
+            port_hint: None,
+            target_ok: None,
+        });
+        let expose = Request::Expose {
+            service_id: record.object().service_id,
+            tag: keys.names.tag(name),
+            record: keys.names.seal_service(&record, &mut rng()).expect("it fits"),
+            take_over: false,
+        };
+        assert_eq!(client.request(expose).await, Reply::Done);
+        let (initiator, request, ticket) = loop {
+            match client.next().await {
+                Some(FromHub::IncomingTunnel { initiator, request, ticket }) => {
+                    break (initiator, request, ticket);
+                }
+                Some(_) => {}
+                None => return Err("the hub closed".to_owned()),
+            }
+        };
+        let prologue = prologue(keys.workspace_id, initiator, &request);
+        let received = handshake::receive(&keys.static_keypair, &prologue, &request.message.0)
+            .map_err(|error| error.to_string())?;
+        let peer = keys
+            .trust
+            .verify_peer(initiator, received.payload().presented.clone(), now())
+            .map_err(|error| error.to_string())?;
+        let (transport, message) = received
+            .answer(&peer, &keys.local(head), &mut rng())
+            .map_err(|error| error.to_string())?;
+        let (tunnel_id, message) = (request.tunnel_id, Blob(message));
+        client.send(&FromAgent::AcceptTunnel { tunnel_id, message }).await;
+        Self::over(hub, &ticket, transport).await
+    }
+
+    async fn over(hub: SocketAddr, ticket: &Ticket, transport: Transport) -> Result<Self, String> {
         let socket = data_socket(hub, ticket.reveal(), Encoding::Base64)
             .await
             .map_err(|status| format!("the data socket was refused: {status}"))?;

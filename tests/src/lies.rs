@@ -12,7 +12,6 @@ use std::{
     net::SocketAddr,
     str::FromStr,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
-    time::{SystemTime, UNIX_EPOCH},
 };
 
 use connect_crypto::{
@@ -29,12 +28,12 @@ use connect_spec::{
         EpochWrap, FromAgent, FromHub, ListedAgent, ListedService, Reply, Request, SealedRecord,
         SessionKind, Ticket, TunnelRequest,
     },
-    ids::{AgentId, CredentialId, ServiceId, TunnelId, WorkspaceId},
+    ids::{AgentId, CredentialId, ServiceId, ServiceName, TunnelId, WorkspaceId},
     keys::WrapPublicKey,
     log::{Change, Entry, EntryHash, Head, LogEntry},
     objects::{
         AgentRecord, AgentRole, Attributes, Certificate, Credential, CredentialKind, Genesis,
-        Issuer, NoiseKey, SUITE_1, ServiceRecord, SignerRole, UnixTime,
+        Issuer, NoiseKey, SUITE_1, ServiceRecord, SignerRole,
     },
     record::{CloseCode, Record, put_trust_entry},
     signed::{Body, Signed},
@@ -43,7 +42,7 @@ use connect_spec::{
 use serde_json::{Value, json};
 
 use crate::{
-    client::{Keys, Tunnel, prologue, rng, tunnel_request},
+    client::{Keys, Tunnel, now, prologue, rng, tunnel_request},
     hostile_relay::{HostileRelay, Passing, Session, Verdict},
     hub::Hub,
     random, runtime,
@@ -419,10 +418,6 @@ impl Fresh {
 
 fn bytes<const N: usize>() -> [u8; N] {
     random(N).try_into().expect("as many as asked for")
-}
-
-fn now() -> UnixTime {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 fn copy(epoch: &EpochSecrets) -> EpochSecrets {
@@ -1247,8 +1242,29 @@ pub async fn claim_made_up_head(
     service: ServiceId,
     entries: usize,
 ) -> Result<Claimed, String> {
-    let head = Head { seq: u64::from(u32::MAX), hash: EntryHash(bytes()) };
-    let mut tunnel = Tunnel::open(hub, friend, service, head).await?;
+    let tunnel = Tunnel::open(hub, friend, service, made_up_head()).await?;
+    Ok(show_made_up_log(tunnel, friend, entries).await)
+}
+
+/// As [`claim_made_up_head`], by a member that exposes a service of this name and is reached.
+///
+/// # Errors
+/// Why there was no tunnel.
+pub async fn claim_made_up_head_as_exposer(
+    hub: SocketAddr,
+    friend: &Keys,
+    name: &ServiceName,
+    entries: usize,
+) -> Result<Claimed, String> {
+    let tunnel = Tunnel::answer_one(hub, friend, name, made_up_head()).await?;
+    Ok(show_made_up_log(tunnel, friend, entries).await)
+}
+
+fn made_up_head() -> Head {
+    Head { seq: u64::from(u32::MAX), hash: EntryHash(bytes()) }
+}
+
+async fn show_made_up_log(mut tunnel: Tunnel, friend: &Keys, entries: usize) -> Claimed {
     tunnel.send(&Record::Ready).await;
     let mut pages = 0;
     let mut last = Head::genesis(friend.workspace_id);
@@ -1268,11 +1284,11 @@ pub async fn claim_made_up_head(
                 let more = !page.is_empty();
                 tunnel.send(&Record::Trust { more, entries: &page }).await;
             }
-            Ok(Record::TunnelClose(code)) => return Ok(Claimed { pages, closed: Some(code) }),
+            Ok(Record::TunnelClose(code)) => return Claimed { pages, closed: Some(code) },
             Ok(_) | Err(_) => {}
         }
     }
-    Ok(Claimed { pages, closed: None })
+    Claimed { pages, closed: None }
 }
 
 /// A hub that lies as it is told.

@@ -196,7 +196,19 @@ impl Store {
     /// # Errors
     /// [`StoreError::Database`].
     pub async fn workspace(&self, workspace: WorkspaceId) -> Result<WorkspaceTx, StoreError> {
-        Self::enter(self.pool.begin().await?, workspace).await
+        Self::enter(self.begin("BEGIN").await?, workspace).await
+    }
+
+    /// Begins a transaction, on a task of its own. A caller that goes away while `BEGIN` is on its way
+    /// would leave a connection in the pool that has begun and does not know it: its next transaction
+    /// would be this one, and read only if this one is.
+    async fn begin(
+        &self,
+        statement: &'static str,
+    ) -> Result<Transaction<'static, Postgres>, StoreError> {
+        let pool = self.pool.clone();
+        let begun = tokio::spawn(async move { pool.begin_with(statement).await }).await;
+        Ok(begun.map_err(|error| sqlx::Error::Io(std::io::Error::other(error)))??)
     }
 
     async fn enter(
@@ -216,7 +228,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Database`].
     pub async fn snapshot(&self, workspace: WorkspaceId) -> Result<WorkspaceTx, StoreError> {
-        let tx = self.pool.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
+        let tx = self.begin("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
         Self::enter(tx, workspace).await
     }
 

@@ -198,14 +198,7 @@ impl Home {
     /// # Errors
     /// [`ErrorKind::Other`] when the home cannot be written.
     pub fn try_lock(&self) -> Result<Option<HomeLock>> {
-        self.create()?;
-        let file = fs::OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .mode(0o600)
-            .open(self.path("agent.lock"))
-            .map_err(|error| self.unwritable(&error))?;
+        let file = self.open_lock("agent.lock")?;
         match file.try_lock() {
             Ok(()) => Ok(Some(HomeLock { _file: file })),
             Err(TryLockError::WouldBlock) => Ok(None),
@@ -480,15 +473,19 @@ impl Home {
         self.lock_file("trust/lock")
     }
 
-    fn lock_file(&self, name: &str) -> Result<TrustLock> {
+    fn open_lock(&self, name: &str) -> Result<File> {
         self.create()?;
-        let file = fs::OpenOptions::new()
+        fs::OpenOptions::new()
             .create(true)
             .truncate(false)
             .write(true)
             .mode(0o600)
             .open(self.path(name))
-            .map_err(|error| self.unwritable(&error))?;
+            .map_err(|error| self.unwritable(&error))
+    }
+
+    fn lock_file(&self, name: &str) -> Result<TrustLock> {
+        let file = self.open_lock(name)?;
         file.lock().map_err(|error| self.unwritable(&error))?;
         Ok(TrustLock::held_by(file))
     }

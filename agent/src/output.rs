@@ -299,7 +299,8 @@ fn print_words(words: &str) {
 }
 
 fn trust_line(trust: &TrustStatus) -> String {
-    let mut line = format!("entry {}, epoch {}", trust.seq, trust.epoch);
+    let head = trust.head.get(..8).unwrap_or(&trust.head);
+    let mut line = format!("entry {} ({head}), epoch {}", trust.seq, trust.epoch);
     line.push_str(&match trust.beat_age_s {
         Some(age) => format!(", confirmed {age} s ago"),
         None => ", not confirmed by a witness yet".to_owned(),

@@ -62,8 +62,17 @@ fn hub_and_wire_hold_no_plain_text() {
     assert!(read == answer.as_bytes());
     assert_eq!(reacher.json(&["services"])[0]["name"], name.as_str());
 
+    // What the trust log and a new epoch bring through the hub is as opaque.
+    let left = format!("left-{}", random_word());
+    let later = format!("later-{}", random_word());
+    let leaver = workspace.join(&left);
+    exposer.ok(&["revoke", &left, "--yes"]);
+    leaver.fails(&["services"], 6, "revoked");
+    exposer.ok(&["expose", &target, "--name", &later]);
+    reacher.reach(&later);
+
     let host = target.split(':').next().expect("a host").to_owned();
-    let secrets = [&name, &label, &asked, &answered, &host].map(String::as_bytes);
+    let secrets = [&name, &label, &asked, &answered, &host, &left, &later].map(String::as_bytes);
     let search = Search::new(secrets);
     // Every place is searched for something that must be there, too: else it was not searched.
     let agent = exposer.json(&["status"])["agent_id"].as_str().expect("an id").to_owned();

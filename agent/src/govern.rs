@@ -37,6 +37,10 @@ use crate::{
 /// So often an entry is signed anew because another signer was faster.
 const MAX_CONFLICTS: usize = 8;
 
+/// What to do about an entry that the hub did not take.
+const PENDING_HINT: &str =
+    "the entry is signed and kept; the next command that signs sends it again";
+
 /// An invite that is not closed, for people.
 #[derive(Debug, Clone, Serialize)]
 pub struct InviteInfo {
@@ -142,13 +146,14 @@ impl Governor {
         epoch: NextEpoch,
     ) -> Result<u64> {
         let _signing = lock(self.workspace()).await?;
-        let mut stale = self.send_pending().await?;
+        let mut stale = BTreeSet::new();
         for _ in 0..MAX_CONFLICTS {
-            self.workspace().sync(self.session()).await?;
+            self.finish_pending(&mut stale).await?;
             let identity = self.workspace().identity();
             let mut changes = decide(&identity)?;
             let head = identity.trust.head();
             if changes.is_empty() {
+                self.spread().await?;
                 return Ok(head.seq);
             }
             if epoch == NextEpoch::Begin {
@@ -168,13 +173,11 @@ impl Governor {
             identity.trust.as_ref().clone().apply(&entry).map_err(|error| {
                 Error::new(ErrorKind::Refused, format_args!("this cannot be signed: {error}"))
             })?;
-            match self.send(entry.clone()).await? {
-                Sent::Appended => {
-                    self.spread().await?;
-                    return Ok(entry.head().seq);
-                }
-                Sent::Conflict => stale.insert(entry.hash()),
-            };
+            self.workspace().home().save_pending(Some(&entry))?;
+            if self.send(&entry).await? == Sent::Appended {
+                self.spread().await?;
+                return Ok(entry.head().seq);
+            }
         }
         Err(Error::new(ErrorKind::Other, "other signers change the trust log all the time")
             .hint("try again"))
@@ -202,37 +205,51 @@ impl Governor {
         Ok(Change::EpochKey { epoch, commit: secrets.commit() })
     }
 
-    /// Keeps an entry on disk, sends it, and takes it into the own log.
-    async fn send(&self, entry: LogEntry) -> Result<Sent> {
-        let home = self.workspace().home();
-        home.save_pending(Some(&entry))?;
+    /// Sends the pending entry, and takes it into the own log when the hub took it.
+    ///
+    /// Whatever else the hub answers, it has the entry and may show it to others: it stays pending, and no
+    /// other entry is signed for its place.
+    async fn send(&self, entry: &LogEntry) -> Result<Sent> {
         let request = Request::Append { entries: vec![Blob(entry.encode())] };
-        let reply = self.session().try_request(request).await?;
-        let Reply::Error(report) = reply else {
-            self.workspace().learn(vec![entry]).await?;
-            home.save_pending(None)?;
-            return Ok(Sent::Appended);
-        };
-        // What the hub refuses it may still show to others: the entry stays on record as signed.
-        home.save_pending(None)?;
-        if report.code == ErrorCode::Conflict {
-            return Ok(Sent::Conflict);
+        if let Reply::Error(report) = self.session().try_request(request).await? {
+            if report.code == ErrorCode::Conflict {
+                return Ok(Sent::Conflict);
+            }
+            return Err(Error::from_hub(&report).hint(PENDING_HINT));
         }
-        Err(Error::from_hub(&report))
+        self.workspace().learn(vec![entry.clone()]).await?;
+        self.workspace().home().save_pending(None)?;
+        Ok(Sent::Appended)
     }
 
-    /// Sends what a crash kept from being sent. Returns what came too late.
-    async fn send_pending(&self) -> Result<BTreeSet<EntryHash>> {
-        let mut stale = BTreeSet::new();
-        self.workspace().sync(self.session()).await?;
-        if let Some(entry) = self.workspace().home().load_pending()? {
-            if self.workspace().knows(&entry.head()) {
-                self.workspace().home().save_pending(None)?;
-            } else if self.send(entry.clone()).await? == Sent::Conflict {
-                stale.insert(entry.hash());
+    /// Compares the logs, and brings an entry that was signed before to its end: it is in the log, or it is
+    /// sent again, or another signer's entry took its place, which makes it `stale`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] when the hub takes neither this entry nor shows another one.
+    async fn finish_pending(&self, stale: &mut BTreeSet<EntryHash>) -> Result<()> {
+        let workspace = self.workspace();
+        workspace.sync(self.session()).await?;
+        let Some(entry) = workspace.home().load_pending()? else {
+            return Ok(());
+        };
+        if entry.follows() == workspace.identity().trust.head() {
+            if self.send(&entry).await? == Sent::Appended {
+                return Ok(());
+            }
+            workspace.sync(self.session()).await?;
+            if entry.follows() == workspace.identity().trust.head() {
+                return Err(Error::new(
+                    ErrorKind::Refused,
+                    "the hub does not take an entry that follows the log as it shows it",
+                )
+                .hint(PENDING_HINT));
             }
         }
-        Ok(stale)
+        if !workspace.knows(&entry.head()) {
+            stale.insert(entry.hash());
+        }
+        workspace.home().save_pending(None)
     }
 
     /// Wraps a new epoch to everybody who stays.
@@ -255,6 +272,10 @@ impl Governor {
         };
         let decide = |identity: &Identity| {
             let mut changes = Vec::new();
+            // By an entry that was pending, or by another signer.
+            if identity.trust.is_revoked(&agent_id, u64::MAX) {
+                return Ok(changes);
+            }
             let role = identity.trust.signer_role(&self.key.public());
             if let Some(key) = key.filter(|key| identity.trust.is_signer(key))
                 && role == Some(SignerRole::Owner)
@@ -348,7 +369,7 @@ impl Governor {
     /// branches, or is no owner on both: the recovery words settle it then.
     pub async fn settle(&self) -> Result<u64> {
         let _signing = lock(self.workspace()).await?;
-        self.workspace().sync(self.session()).await?;
+        self.finish_pending(&mut BTreeSet::new()).await?;
         let identity = self.workspace().identity();
         let abandons: Vec<_> = identity.trust.branches().map(|(first, _)| first).collect();
         if abandons.is_empty() {

@@ -4,12 +4,19 @@ use std::{
     fs,
     io::{Read, Write},
     net::{SocketAddr, TcpStream},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
+};
+
+use connect_spec::{
+    bytes::Blob,
+    control::{ErrorCode, FromAgent, FromHub, Reply, Request},
 };
 
 use connect_tests::{
     PATIENCE, eventually,
     home::{Home, Workspace},
+    hostile_relay::{HostileRelay, Passing, Verdict},
     hub::Hub,
     process::{Outcome, Process},
     random_word,
@@ -301,6 +308,50 @@ fn strict_workspaces_want_a_witness_and_no_change_of_hands() {
     reacher.ok(&["reach", svc, "--accept-new"]);
     workspace.founder.ok(&["trust", "policy", "relaxed"]);
     drop(seconding);
+}
+
+#[test]
+fn a_signer_signs_one_entry_for_a_place_whatever_the_hub_answers() {
+    let hub = Hub::shared();
+    // What the hub says of an entry that it keeps to itself; nothing: it takes it.
+    let lie: Arc<Mutex<Option<ErrorCode>>> = Arc::default();
+    let signed: Arc<Mutex<Vec<Blob>>> = Arc::default();
+    let (told, seen) = (lie.clone(), signed.clone());
+    let relay = HostileRelay::start(hub, move |passing| {
+        let told = *told.lock().unwrap_or_else(PoisonError::into_inner);
+        match (passing, told) {
+            (
+                Passing::ToHub(FromAgent::Request { request: Request::Append { entries }, .. }),
+                Some(_),
+            ) => {
+                // Without entries, the honest hub behind answers with an error, which is changed below.
+                let kept = std::mem::take(entries);
+                seen.lock().unwrap_or_else(PoisonError::into_inner).extend(kept);
+            }
+            (Passing::ToAgent(FromHub::Reply { reply: Reply::Error(report), .. }), Some(code)) => {
+                report.code = code;
+            }
+            (Passing::ToHub(_) | Passing::ToAgent(_) | Passing::Data(_), _) => {}
+        }
+        Verdict::Forward
+    });
+    let workspace = Workspace::found_at(&relay.url());
+    let _leaver = workspace.join("leaver");
+    let say = |code| *lie.lock().unwrap_or_else(PoisonError::into_inner) = code;
+    for code in [ErrorCode::Conflict, ErrorCode::Busy, ErrorCode::Conflict] {
+        say(Some(code));
+        workspace.founder.fails(&["revoke", "leaver", "--yes"], 6, "signed and kept");
+        workspace.founder.fails(&["trust", "policy", "strict"], 6, "signed and kept");
+    }
+    let signed = signed.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    assert!(signed.len() >= 6, "{}", signed.len());
+    assert!(signed.iter().all(|entry| *entry == signed[0]), "two entries for one place");
+
+    say(None);
+    workspace.founder.ok(&["revoke", "leaver", "--yes"]);
+    let revocations = changes(&workspace.founder);
+    let count = revocations.iter().filter(|change| change.starts_with("revokes agent")).count();
+    assert_eq!(count, 1, "the entry that was kept is the one: {revocations:?}");
 }
 
 #[test]

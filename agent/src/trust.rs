@@ -362,43 +362,33 @@ impl TrustLog {
 
     fn grow(&mut self, entries: &[LogEntry]) -> Result<Taken> {
         let mut state = TrustState::clone(&self.state);
-        let applied = entries.iter().map_while(|entry| match state.apply(entry) {
-            Ok(()) => Some(Ok(entry.encode())),
-            Err(error) => Some(Err(error)),
-        });
-        let mut wires = Vec::new();
-        let mut failed = None;
-        for wire in applied {
-            match wire {
-                Ok(wire) => wires.push(wire),
-                Err(error) => {
-                    failed = Some(error);
-                    break;
-                }
-            }
-        }
-        if !wires.is_empty() {
-            self.append(&wires, state)?;
+        let failed = entries
+            .iter()
+            .enumerate()
+            .find_map(|(index, entry)| state.apply(entry).err().map(|error| (index, error)));
+        let good = &entries[..failed.map_or(entries.len(), |(index, _)| index)];
+        if !good.is_empty() {
+            self.append(good, state)?;
         }
         match failed {
-            Some(error) => Err(bad_entry(&error)),
+            Some((_, error)) => Err(bad_entry(&error)),
             None => Ok(Taken::Grew),
         }
     }
 
     /// Writes entries, then where the log ends, and only then uses them.
-    fn append(&mut self, wires: &[Vec<u8>], state: TrustState) -> Result<()> {
+    fn append(&mut self, entries: &[LogEntry], state: TrustState) -> Result<()> {
+        let wires: Vec<_> = entries.iter().map(LogEntry::encode).collect();
         let mut file = fs::OpenOptions::new().write(true).mode(0o600).open(self.path())?;
         // A crash may have left half an entry.
         file.set_len(self.end)?;
         file.seek(SeekFrom::Start(self.end))?;
-        file.write_all(&join(wires))?;
+        file.write_all(&join(&wires))?;
         file.sync_all()?;
         self.anchor.head = state.head();
         self.home.write_json("trust/head.json", &self.anchor)?;
-        for wire in wires {
-            let hash = LogEntry::decode(wire).map_err(|_| self.damaged())?.hash();
-            self.places.push(Place { offset: self.end, hash });
+        for (entry, wire) in entries.iter().zip(&wires) {
+            self.places.push(Place { offset: self.end, hash: entry.hash() });
             self.end += 4 + wire.len() as u64;
         }
         self.state = Arc::new(state);

@@ -324,10 +324,10 @@ impl Workspace {
     }
 
     /// Fetches the secrets of the current epoch, if they are not held yet; false when nobody has made
-    /// them available.
+    /// them available, or what was made is not what the log speaks of.
     ///
     /// # Errors
-    /// [`ErrorKind::TrustViolation`] when they are not those that the log speaks of.
+    /// As a request to the hub.
     pub(crate) async fn fetch_epoch(self: &Arc<Self>, session: &Session) -> Result<bool> {
         let identity = self.identity();
         let epoch = identity.trust.epoch();
@@ -341,8 +341,13 @@ impl Workspace {
         let (Some(wrap), Some(commit)) = (wrap.filter(|wrap| wrap.epoch == epoch), commit) else {
             return Ok(false);
         };
-        let secrets = EpochSecrets::open(&wrap, &identity.workspace_id(), &identity.wrap, &commit)
-            .map_err(|_| Error::trust("the secrets of the new epoch do not open"))?;
+        // Any member can make a wrap, and a bad one must not keep this agent away.
+        let Ok(secrets) =
+            EpochSecrets::open(&wrap, &identity.workspace_id(), &identity.wrap, &commit)
+        else {
+            tracing::error!(event = "bad_wrap", epoch, "the secrets of the new epoch do not open");
+            return Ok(false);
+        };
         let home = self.home.clone();
         self.change_identity(|identity| {
             home.save_epoch(epoch, &secrets)?;

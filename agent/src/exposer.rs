@@ -197,19 +197,8 @@ impl Refusal {
 impl From<TrustError> for Refusal {
     fn from(error: TrustError) -> Self {
         // What exactly is wrong is for this agent's log: the hub, which carries the answer, need not know.
-        let code = match error {
-            TrustError::IssuerUnknown => ErrorCode::IssuerUnknown,
-            TrustError::Genesis
-            | TrustError::Workspace
-            | TrustError::Agent
-            | TrustError::NoiseKey
-            | TrustError::Credential
-            | TrustError::Certificate
-            | TrustError::Exceeds
-            | TrustError::Expired
-            | TrustError::Closed
-            | TrustError::Revoked => ErrorCode::Refused,
-        };
+        let unknown = error == TrustError::IssuerUnknown;
+        let code = if unknown { ErrorCode::IssuerUnknown } else { ErrorCode::Refused };
         Self { code, event: error.code(), why: error.to_string() }
     }
 }

@@ -275,19 +275,11 @@ fn invite_closed() -> Denied {
 
 /// What an agent is told that does not pass. One that was never here learns it of its invite.
 fn not_a_member(error: TrustError, was_member: bool) -> Denied {
-    let code = match error {
-        TrustError::Closed if !was_member => return invite_closed(),
-        TrustError::Closed | TrustError::Revoked => ErrorCode::Revoked,
-        TrustError::Genesis
-        | TrustError::Workspace
-        | TrustError::Agent
-        | TrustError::NoiseKey
-        | TrustError::IssuerUnknown
-        | TrustError::Credential
-        | TrustError::Certificate
-        | TrustError::Exceeds
-        | TrustError::Expired => ErrorCode::Unauthorized,
-    };
+    if error == TrustError::Closed && !was_member {
+        return invite_closed();
+    }
+    let ended = matches!(error, TrustError::Closed | TrustError::Revoked);
+    let code = if ended { ErrorCode::Revoked } else { ErrorCode::Unauthorized };
     Denied::new(code, error.to_string())
 }
 

@@ -397,19 +397,8 @@ async fn certify(hub: &Hub, member: &Member, wire: &Blob) -> Result<(), Failure>
         Signed::decode(&known.noise_key).map_err(|_| StoreError::Corrupt("noise_key"))?;
     let presented = Presented { certificate, credential: None, noise_key };
     if let Err(error) = trust.state.verify_peer(agent, presented, unix_now()) {
-        let code = match error {
-            TrustError::Revoked => ErrorCode::Revoked,
-            TrustError::Genesis
-            | TrustError::Workspace
-            | TrustError::Agent
-            | TrustError::NoiseKey
-            | TrustError::IssuerUnknown
-            | TrustError::Credential
-            | TrustError::Certificate
-            | TrustError::Exceeds
-            | TrustError::Expired
-            | TrustError::Closed => ErrorCode::Forbidden,
-        };
+        let revoked = error == TrustError::Revoked;
+        let code = if revoked { ErrorCode::Revoked } else { ErrorCode::Forbidden };
         return no(code, &error.to_string());
     }
     tx.leave_renewal(agent, &wire.0).await?;

@@ -74,7 +74,7 @@ pub struct EntryInfo {
 /// What a recovery leaves to a person.
 #[derive(Debug)]
 pub struct Recovered {
-    /// The new words; the old ones are spent.
+    /// The words from here on. The old ones still restart a log that ends before this recovery.
     pub recovery_words: Zeroizing<String>,
     /// Agents that stay members.
     pub kept: usize,

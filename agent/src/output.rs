@@ -280,7 +280,7 @@ impl Output {
             recovered.kept
         ));
         self.note(
-            "The old words are spent. These take their place, shown once and stored nowhere:\n",
+            "These words take the place of the old ones; they are shown once and stored nowhere:\n",
         );
         print_words(&recovered.recovery_words);
     }

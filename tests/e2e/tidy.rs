@@ -7,7 +7,8 @@ use std::{
 };
 
 /// What can decrypt, or is made for it.
-const CRYPTO: [&str; 5] = ["connect-crypto", "snow", "x25519-dalek", "ml-kem", "chacha20poly1305"];
+const CRYPTO: [&str; 6] =
+    ["connect-crypto", "snow", "x25519-dalek", "ml-kem", "chacha20poly1305", "aws-lc-rs"];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("a member of the workspace").to_owned()

@@ -1,29 +1,41 @@
 //! Sealing and opening records under the keys of a finished handshake. PROTOCOL.md, "Records".
 //!
-//! The two directions have their own counters and share one snow state, whose ciphers are used by
-//! reference only. Keys are wiped when both directions are dropped, which is what a rekey does: it
-//! puts the halves of another [`Transport`] in their place.
-
-use std::sync::Arc;
+//! Records are Noise transport messages (revision 34, section 5.1) without associated data. They are
+//! sealed and opened in place, since every byte of every tunnel passes here; that is why the keys are
+//! taken out of snow, whose own transport copies. Each direction has a key and a counter of its own
+//! and wipes its key when it is dropped, which is what a rekey does to the old ones.
 
 use connect_spec::limits::{MAX_NOISE_BYTES, MAX_RECORD_BYTES, TAG_BYTES};
-use snow::{HandshakeState, StatelessTransportState};
+use snow::HandshakeState;
+use zeroize::Zeroizing;
 
-use crate::secret::redacted;
+use crate::{resolver::ChaChaPoly, secret::redacted};
+
+/// The highest counter that may be used: Noise reserves the one above (section 5.1).
+const LAST_COUNTER: u64 = u64::MAX - 1;
 
 /// The keys of a finished handshake.
 pub struct Transport {
-    keys: Arc<StatelessTransportState>,
+    sealing: ChaChaPoly,
+    opening: ChaChaPoly,
     handshake_hash: [u8; 32],
 }
 
 impl Transport {
-    pub(crate) fn new(noise: HandshakeState) -> Self {
+    /// Splits (section 5.2) what remains after the second of the two messages.
+    pub(crate) fn new(mut noise: HandshakeState) -> Self {
+        assert!(noise.is_handshake_finished(), "called after the second of two messages");
         let mut handshake_hash = [0; 32];
         handshake_hash.copy_from_slice(noise.get_handshake_hash());
-        let keys =
-            noise.into_stateless_transport_mode().expect("called after the second of two messages");
-        Self { keys: Arc::new(keys), handshake_hash }
+        let (initiator, responder) = noise.dangerously_get_raw_split();
+        let (initiator, responder) = (Zeroizing::new(initiator), Zeroizing::new(responder));
+        let (sealing, opening) =
+            if noise.is_initiator() { (&initiator, &responder) } else { (&responder, &initiator) };
+        Self {
+            sealing: ChaChaPoly::new(sealing),
+            opening: ChaChaPoly::new(opening),
+            handshake_hash,
+        }
     }
 
     /// Hash of everything that both ends saw: equal on both, and on no other tunnel. Not a secret.
@@ -35,8 +47,8 @@ impl Transport {
     /// The two directions, which may go to different owners.
     #[must_use]
     pub fn split(self) -> (Sealer, Opener) {
-        let opener = Opener { keys: Some(Arc::clone(&self.keys)), counter: 0 };
-        (Sealer { keys: self.keys, counter: 0 }, opener)
+        let sealer = Sealer { key: self.sealing, counter: 0 };
+        (sealer, Opener { key: Some(self.opening), counter: 0 })
     }
 }
 
@@ -56,29 +68,34 @@ pub enum TransportError {
 
 /// Seals the records of one direction, each under the next counter.
 pub struct Sealer {
-    keys: Arc<StatelessTransportState>,
+    key: ChaChaPoly,
     counter: u64,
 }
 
 impl Sealer {
-    /// Seals `plaintext` into `out`, which is replaced and whose memory is used again.
+    /// Seals what `buffer` holds from `start` on, in place, and appends the tag ([`TAG_BYTES`]).
     ///
     /// # Errors
     /// [`TransportError::TooLong`]; [`TransportError::Exhausted`] when the key is used up: the counter
-    /// never wraps. In both cases nothing was sealed and `out` is empty.
-    pub fn seal(&mut self, plaintext: &[u8], out: &mut Vec<u8>) -> Result<(), TransportError> {
-        if plaintext.len() > MAX_RECORD_BYTES {
-            out.clear();
-            return Err(TransportError::TooLong);
-        }
-        out.resize(plaintext.len() + TAG_BYTES, 0);
-        // snow refuses the last counter, which Noise reserves (section 5.1), and nothing else here.
-        if self.keys.write_message(self.counter, plaintext, out).is_err() {
-            out.clear();
-            return Err(TransportError::Exhausted);
-        }
-        self.counter += 1;
-        Ok(())
+    /// never wraps. In both cases nothing was sealed and the record is cut off `buffer`, so that it
+    /// cannot be sent as it is.
+    ///
+    /// # Panics
+    /// When `start` is beyond the end of `buffer`.
+    pub fn seal(&mut self, buffer: &mut Vec<u8>, start: usize) -> Result<(), TransportError> {
+        let record = &mut buffer[start..];
+        let refused = if record.len() > MAX_RECORD_BYTES {
+            TransportError::TooLong
+        } else if self.counter > LAST_COUNTER {
+            TransportError::Exhausted
+        } else {
+            let tag = self.key.seal(self.counter, record);
+            buffer.extend_from_slice(tag.as_ref());
+            self.counter += 1;
+            return Ok(());
+        };
+        buffer.truncate(start);
+        Err(refused)
     }
 
     /// How many records were sealed: a driver rekeys long before the counter ends.
@@ -91,34 +108,28 @@ impl Sealer {
 /// Opens the records of one direction, each under the next counter.
 pub struct Opener {
     /// None once a record did not open.
-    keys: Option<Arc<StatelessTransportState>>,
+    key: Option<ChaChaPoly>,
     counter: u64,
 }
 
 impl Opener {
-    /// Opens `record` into `out`, which is replaced and whose memory is used again.
+    /// Opens `sealed`, ciphertext and tag, in place, and returns the plaintext in it.
     ///
     /// # Errors
     /// [`TransportError::Open`], whatever the cause, for this record and for every later one: the
-    /// tunnel is over. `out` is empty then.
-    pub fn open(&mut self, record: &[u8], out: &mut Vec<u8>) -> Result<(), TransportError> {
-        let opened = self.try_open(record, out);
-        if opened.is_none() {
-            self.keys = None;
-            out.clear();
+    /// tunnel is over. What `sealed` holds then means nothing.
+    pub fn open<'s>(&mut self, sealed: &'s mut [u8]) -> Result<&'s mut [u8], TransportError> {
+        let fits = (TAG_BYTES..=MAX_NOISE_BYTES).contains(&sealed.len());
+        let opened = match &self.key {
+            Some(key) if fits && self.counter <= LAST_COUNTER => key.open(self.counter, sealed),
+            _ => None,
+        };
+        if opened.is_some() {
+            self.counter += 1;
+        } else {
+            self.key = None;
         }
         opened.ok_or(TransportError::Open)
-    }
-
-    fn try_open(&mut self, record: &[u8], out: &mut Vec<u8>) -> Option<()> {
-        let keys = self.keys.as_ref()?;
-        if record.len() > MAX_NOISE_BYTES {
-            return None;
-        }
-        out.resize(record.len().checked_sub(TAG_BYTES)?, 0);
-        keys.read_message(self.counter, record, out).ok()?;
-        self.counter += 1;
-        Some(())
     }
 
     /// How many records were opened.
@@ -163,18 +174,23 @@ mod tests {
     }
 
     fn sealed(sealer: &mut Sealer, plaintext: &[u8]) -> Vec<u8> {
-        let mut record = Vec::new();
-        sealer.seal(plaintext, &mut record).unwrap();
+        let mut record = plaintext.to_vec();
+        sealer.seal(&mut record, 0).unwrap();
         record
+    }
+
+    #[track_caller]
+    fn opens(opener: &mut Opener, record: &[u8], plaintext: &[u8]) {
+        assert_eq!(opener.open(&mut record.to_vec()).unwrap(), plaintext);
     }
 
     /// Opens what must not open, and proves that the opener stays dead.
     #[track_caller]
     fn refused(opener: &mut Opener, record: &[u8], next: &[u8]) {
-        let mut out = b"older plaintext".to_vec();
-        assert_eq!(opener.open(record, &mut out), Err(TransportError::Open));
-        assert!(out.is_empty());
-        assert_eq!(opener.open(next, &mut out), Err(TransportError::Open));
+        let counter = opener.records();
+        assert_eq!(opener.open(&mut record.to_vec()), Err(TransportError::Open));
+        assert_eq!(opener.open(&mut next.to_vec()), Err(TransportError::Open));
+        assert_eq!(opener.records(), counter);
     }
 
     #[test]
@@ -193,7 +209,7 @@ mod tests {
     fn replayed_reordered_and_dropped_records_do_not_open() {
         let (mut sealer, mut opener) = direction();
         let (first, second) = (sealed(&mut sealer, b"1"), sealed(&mut sealer, b"2"));
-        assert_eq!(opener.open(&first, &mut Vec::new()), Ok(()));
+        opens(&mut opener, &first, b"1");
         refused(&mut opener, &first, &second);
         let (mut sealer, mut opener) = direction();
         let (first, second) = (sealed(&mut sealer, b"1"), sealed(&mut sealer, b"2"));
@@ -223,13 +239,12 @@ mod tests {
     #[test]
     fn records_have_a_limit_at_both_ends() {
         let (mut sealer, mut opener) = direction();
-        let mut out = vec![1];
         let over = vec![0; MAX_RECORD_BYTES + 1];
-        assert_eq!(sealer.seal(&over, &mut out), Err(TransportError::TooLong));
-        assert!(out.is_empty());
+        let mut buffer = [&[7], over.as_slice()].concat();
+        assert_eq!(sealer.seal(&mut buffer, 1), Err(TransportError::TooLong));
+        assert_eq!(buffer, [7]);
         let largest = sealed(&mut sealer, &over[1..]);
-        assert_eq!(opener.open(&largest, &mut out), Ok(()));
-        assert_eq!(out.len(), MAX_RECORD_BYTES);
+        opens(&mut opener, &largest, &over[1..]);
         refused(&mut opener, &vec![0; MAX_NOISE_BYTES + 1], &largest);
     }
 
@@ -238,25 +253,28 @@ mod tests {
         let (mut sealer, mut opener) = direction();
         (sealer.counter, opener.counter) = (u64::MAX - 1, u64::MAX - 1);
         let last = sealed(&mut sealer, b"last");
-        assert_eq!(opener.open(&last, &mut Vec::new()), Ok(()));
+        opens(&mut opener, &last, b"last");
         for _ in 0..2 {
-            let mut out = vec![1];
-            assert_eq!(sealer.seal(b"over", &mut out), Err(TransportError::Exhausted));
-            assert!(out.is_empty());
+            let mut buffer = b"over".to_vec();
+            assert_eq!(sealer.seal(&mut buffer, 0), Err(TransportError::Exhausted));
+            assert!(buffer.is_empty());
         }
         refused(&mut opener, &last, &last);
     }
 
     #[test]
-    fn records_are_sealed_into_the_same_memory() {
+    fn records_are_sealed_and_opened_in_place() {
         let (mut sealer, mut opener) = direction();
-        let (mut record, mut out) = (Vec::with_capacity(1016), Vec::with_capacity(1000));
-        let memory = (record.as_ptr(), out.as_ptr());
+        let mut buffer = Vec::with_capacity(8 + 1000 + TAG_BYTES);
+        let memory = buffer.as_ptr();
         for length in [1000, 3, 0, 1000] {
-            sealer.seal(&vec![9; length], &mut record).unwrap();
-            opener.open(&record, &mut out).unwrap();
-            assert_eq!((record.len(), out.len()), (length + 16, length));
-            assert_eq!((record.as_ptr(), out.as_ptr()), memory);
+            buffer.clear();
+            buffer.extend_from_slice(b"heading.");
+            buffer.resize(8 + length, 9);
+            sealer.seal(&mut buffer, 8).unwrap();
+            assert_eq!((&buffer[..8], buffer.len()), (&b"heading."[..], 8 + length + TAG_BYTES));
+            assert_eq!(opener.open(&mut buffer[8..]).unwrap(), vec![9; length]);
+            assert_eq!(buffer.as_ptr(), memory);
         }
         assert_eq!((sealer.records(), opener.records()), (4, 4));
     }

@@ -18,7 +18,12 @@ use std::{
 };
 
 use bytes::{Buf as _, Bytes};
-use connect_spec::{control::close, encoding::Encoding, limits::MAX_DATA_FRAME_BYTES};
+use connect_spec::{
+    control::close,
+    encoding::Encoding,
+    frame::{self, FrameError, Head, MAX_CONTROL_BYTES, MAX_HEAD_BYTES, Opcode, Parsed, Sender},
+    limits::MAX_DATA_FRAME_BYTES,
+};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf},
     time::{MissedTickBehavior, interval, timeout},
@@ -28,21 +33,6 @@ use crate::limits::{FAREWELL_LIMIT, RELAY_BUFFER_BYTES, TUNNEL_IDLE_CHECK, TUNNE
 
 /// Room that the output needs beyond the input: a header that arrived earlier, a pong, a close.
 const SLACK_BYTES: usize = 512;
-/// Payload of a control frame (RFC 6455 section 5.5).
-const MAX_CONTROL_PAYLOAD: usize = 125;
-/// Head of a frame: two bytes, up to eight of length, four of mask.
-const MAX_HEAD_BYTES: usize = 14;
-
-const FIN: u8 = 0x80;
-const RESERVED: u8 = 0x70;
-const MASKED: u8 = 0x80;
-const CONTINUATION: u8 = 0x0;
-const TEXT: u8 = 0x1;
-const BINARY: u8 = 0x2;
-const CLOSE: u8 = 0x8;
-const PING: u8 = 0x9;
-const PONG: u8 = 0xa;
-
 /// One data socket after its upgrade.
 #[derive(Debug)]
 pub struct Leg<T> {
@@ -106,7 +96,7 @@ pub struct Summary {
 #[derive(Debug, Clone, Copy)]
 struct Control {
     length: usize,
-    bytes: [u8; MAX_CONTROL_PAYLOAD],
+    bytes: [u8; MAX_CONTROL_BYTES],
 }
 
 impl Control {
@@ -132,12 +122,14 @@ impl Output<'_> {
         &mut self.buffer[start..self.length]
     }
 
-    fn put_control(&mut self, opcode: u8, payload: &[u8]) {
-        #[expect(
-            clippy::cast_possible_truncation,
-            reason = "control payloads have at most 125 bytes"
-        )]
-        self.put(&[FIN | opcode, payload.len() as u8]);
+    /// A head of the hub's own, which masks nothing.
+    fn put_head(&mut self, fin: bool, opcode: Opcode, length: usize) {
+        self.length +=
+            Head { fin, opcode, length, mask: None }.write(&mut self.buffer[self.length..]);
+    }
+
+    fn put_control(&mut self, opcode: Opcode, payload: &[u8]) {
+        self.put_head(true, opcode, payload.len());
         self.put(payload);
     }
 }
@@ -145,6 +137,15 @@ impl Output<'_> {
 /// A breach of the protocol, with the code that closes the socket for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Violation(u16);
+
+impl From<FrameError> for Violation {
+    fn from(error: FrameError) -> Self {
+        match error {
+            FrameError::Protocol => Self(close::PROTOCOL),
+            FrameError::TooLong => Self(close::TOO_BIG),
+        }
+    }
+}
 
 /// Whether more frames may follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -159,7 +160,7 @@ enum Step {
 enum State {
     Head { have: usize, bytes: [u8; MAX_HEAD_BYTES] },
     Data { left: usize, mask: [u8; 4] },
-    Control { opcode: u8, mask: [u8; 4], have: usize, payload: Control },
+    Control { opcode: Opcode, mask: [u8; 4], have: usize, payload: Control },
 }
 
 const NEXT_FRAME: State = State::Head { have: 0, bytes: [0; MAX_HEAD_BYTES] };
@@ -169,7 +170,7 @@ const NEXT_FRAME: State = State::Head { have: 0, bytes: [0; MAX_HEAD_BYTES] };
 #[derive(Debug)]
 struct Translator {
     /// The one kind of data message that the subprotocol has.
-    data_opcode: u8,
+    data_opcode: Opcode,
     state: State,
     /// Inside a fragmented message.
     in_message: bool,
@@ -182,8 +183,8 @@ struct Translator {
 impl Translator {
     fn new(encoding: Encoding) -> Self {
         let data_opcode = match encoding {
-            Encoding::Base64 => TEXT,
-            Encoding::Binary => BINARY,
+            Encoding::Base64 => Opcode::Text,
+            Encoding::Binary => Opcode::Binary,
         };
         Self { data_opcode, state: NEXT_FRAME, in_message: false, message_bytes: 0, total: 0 }
     }
@@ -206,23 +207,23 @@ impl Translator {
             if self.at_boundary()
                 && let Some(pong) = pong.take()
             {
-                output.put_control(PONG, pong.payload());
+                output.put_control(Opcode::Pong, pong.payload());
             }
             match &mut self.state {
                 State::Head { have, bytes } => {
-                    while let Some(missing) = missing_head(&bytes[..*have])? {
-                        if input.is_empty() {
-                            return Ok(Step::More);
+                    let head = loop {
+                        match Head::parse(&bytes[..*have], Sender::Client)? {
+                            Parsed::Head(head, _) => break head,
+                            Parsed::Missing(_) if input.is_empty() => return Ok(Step::More),
+                            Parsed::Missing(missing) => {
+                                let (now, rest) = input.split_at(missing.min(input.len()));
+                                bytes[*have..*have + now.len()].copy_from_slice(now);
+                                *have += now.len();
+                                input = rest;
+                            }
                         }
-                        let taken = missing.min(input.len());
-                        let (now, rest) = input.split_at(taken);
-                        bytes[*have..*have + taken].copy_from_slice(now);
-                        *have += taken;
-                        input = rest;
-                    }
-                    let head = *bytes;
-                    let have = *have;
-                    self.begin_frame(&head[..have], output)?;
+                    };
+                    self.begin_frame(&head, output)?;
                 }
                 State::Data { left: 0, .. } => self.state = NEXT_FRAME,
                 State::Data { left, mask } => {
@@ -231,7 +232,7 @@ impl Translator {
                     }
                     let taken = (*left).min(input.len());
                     let (now, rest) = input.split_at(taken);
-                    unmask(now, output.room(taken), *mask);
+                    frame::mask_to(now, output.room(taken), *mask);
                     mask.rotate_left(taken % 4);
                     *left -= taken;
                     self.total += taken as u64;
@@ -246,19 +247,17 @@ impl Translator {
                     if *have < payload.length {
                         return Ok(Step::More);
                     }
-                    for (byte, mask) in payload.bytes.iter_mut().zip(mask.iter().cycle()) {
-                        *byte ^= mask;
-                    }
+                    frame::mask(&mut payload.bytes, *mask);
                     let (opcode, payload) = (*opcode, *payload);
                     self.state = NEXT_FRAME;
                     match opcode {
-                        CLOSE if payload.length == 1 => return Err(Violation(close::PROTOCOL)),
-                        CLOSE => {
-                            output.put_control(CLOSE, payload.payload());
+                        Opcode::Close if payload.length == 1 => return Err(Violation(close::PROTOCOL)),
+                        Opcode::Close => {
+                            output.put_control(Opcode::Close, payload.payload());
                             return Ok(Step::Closed);
                         }
                         // Only the latest needs an answer (RFC 6455 section 5.5.3).
-                        PING => *answer = Some(payload),
+                        Opcode::Ping => *answer = Some(payload),
                         // Unasked-for pongs are allowed and mean nothing.
                         _ => {}
                     }
@@ -268,101 +267,33 @@ impl Translator {
     }
 
     /// Judges a complete head and, for data, writes the hub's own.
-    fn begin_frame(&mut self, head: &[u8], output: &mut Output<'_>) -> Result<(), Violation> {
-        let (first, length) = (head[0], payload_length(head)?);
-        let mut mask = [0; 4];
-        mask.copy_from_slice(&head[head.len() - 4..]);
-        let opcode = first & 0x0f;
+    fn begin_frame(&mut self, head: &Head, output: &mut Output<'_>) -> Result<(), Violation> {
+        let Head { fin, opcode, length, .. } = *head;
+        let mask = head.mask.expect("a client's head has one");
         match opcode {
-            CLOSE | PING | PONG => {
-                if first & FIN == 0 || length > MAX_CONTROL_PAYLOAD {
-                    return Err(Violation(close::PROTOCOL));
-                }
-                let payload = Control { length, bytes: [0; MAX_CONTROL_PAYLOAD] };
+            Opcode::Close | Opcode::Ping | Opcode::Pong => {
+                let payload = Control { length, bytes: [0; MAX_CONTROL_BYTES] };
                 self.state = State::Control { opcode, mask, have: 0, payload };
                 return Ok(());
             }
-            CONTINUATION if self.in_message => {}
-            TEXT | BINARY if self.in_message => return Err(Violation(close::PROTOCOL)),
-            TEXT | BINARY if opcode != self.data_opcode => {
+            Opcode::Continuation if self.in_message => {}
+            Opcode::Text | Opcode::Binary if self.in_message => {
+                return Err(Violation(close::PROTOCOL));
+            }
+            Opcode::Text | Opcode::Binary if opcode != self.data_opcode => {
                 return Err(Violation(close::UNSUPPORTED));
             }
-            TEXT | BINARY => self.message_bytes = 0,
-            _ => return Err(Violation(close::PROTOCOL)),
+            Opcode::Text | Opcode::Binary => self.message_bytes = 0,
+            Opcode::Continuation => return Err(Violation(close::PROTOCOL)),
         }
         self.message_bytes += length;
         if self.message_bytes > MAX_DATA_FRAME_BYTES {
             return Err(Violation(close::TOO_BIG));
         }
-        self.in_message = first & FIN == 0;
-        output.put(&[first]);
-        put_length(length, output);
+        self.in_message = !fin;
+        output.put_head(fin, opcode, length);
         self.state = State::Data { left: length, mask };
         Ok(())
-    }
-}
-
-/// How many more bytes the head needs; `None` when it is complete.
-fn missing_head(head: &[u8]) -> Result<Option<usize>, Violation> {
-    let &[first, second, ..] = head else {
-        return Ok(Some(2 - head.len()));
-    };
-    if first & RESERVED != 0 || second & MASKED == 0 {
-        return Err(Violation(close::PROTOCOL));
-    }
-    let whole = match second & !MASKED {
-        126 => 2 + 2 + 4,
-        127 => 2 + 8 + 4,
-        _ => 2 + 4,
-    };
-    Ok(Some(whole - head.len()).filter(|missing| *missing > 0))
-}
-
-/// The payload length that a complete head gives, if it is the shortest spelling and within limits.
-fn payload_length(head: &[u8]) -> Result<usize, Violation> {
-    let spelled = match *head {
-        [_, _, high, low, _, _, _, _] => u64::from(u16::from_be_bytes([high, low])),
-        [_, _, a, b, c, d, e, f, g, h, _, _, _, _] => u64::from_be_bytes([a, b, c, d, e, f, g, h]),
-        [_, second, ..] => return Ok(usize::from(second & !MASKED)),
-        _ => return Err(Violation(close::PROTOCOL)),
-    };
-    let shortest = if head.len() == 2 + 2 + 4 { 126 } else { 0x1_0000 };
-    if spelled < shortest {
-        return Err(Violation(close::PROTOCOL));
-    }
-    usize::try_from(spelled)
-        .ok()
-        .filter(|length| *length <= MAX_DATA_FRAME_BYTES)
-        .ok_or(Violation(close::TOO_BIG))
-}
-
-/// Writes the length of an unmasked frame.
-#[expect(clippy::cast_possible_truncation, reason = "each arm bounds the value")]
-fn put_length(length: usize, output: &mut Output<'_>) {
-    match length {
-        0..=125 => output.put(&[length as u8]),
-        126..=0xffff => {
-            output.put(&[126]);
-            output.put(&(length as u16).to_be_bytes());
-        }
-        _ => {
-            output.put(&[127]);
-            output.put(&(length as u64).to_be_bytes());
-        }
-    }
-}
-
-/// `output[i] = input[i] ^ mask[i % 4]`, eight bytes at a time so that the compiler can use wide registers.
-fn unmask(input: &[u8], output: &mut [u8], mask: [u8; 4]) {
-    let [a, b, c, d] = mask;
-    let wide = u64::from_ne_bytes([a, b, c, d, a, b, c, d]);
-    let (words, tail) = input.as_chunks::<8>();
-    let (words_out, tail_out) = output.as_chunks_mut::<8>();
-    for (out, word) in words_out.iter_mut().zip(words) {
-        *out = (u64::from_ne_bytes(*word) ^ wide).to_ne_bytes();
-    }
-    for ((out, byte), mask) in tail_out.iter_mut().zip(tail).zip(mask.iter().cycle()) {
-        *out = byte ^ mask;
     }
 }
 
@@ -706,8 +637,11 @@ async fn farewell<T: AsyncRead + AsyncWrite + Unpin>(
         if let Some(code) = code
             && flow.translator.at_boundary()
         {
-            let [high, low] = code.to_be_bytes();
-            io.write_all(&[FIN | CLOSE, 2, high, low]).await?;
+            let mut close = [0; MAX_HEAD_BYTES + 2];
+            let mut output = Output { buffer: &mut close, length: 0 };
+            output.put_control(Opcode::Close, &code.to_be_bytes());
+            let length = output.length;
+            io.write_all(&close[..length]).await?;
         }
         io.shutdown().await?;
         let mut unread = vec![0; 4096];

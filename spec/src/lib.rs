@@ -11,6 +11,7 @@ pub mod bytes;
 pub mod cbor;
 pub mod control;
 pub mod encoding;
+pub mod frame;
 pub mod handshake;
 pub mod hash;
 pub mod ids;

@@ -8,6 +8,16 @@ use tokio::{
 
 use super::*;
 
+// Spelled out once more: what the tests expect does not come from what they test.
+const FIN: u8 = 0x80;
+const MASKED: u8 = 0x80;
+const CONTINUATION: u8 = 0x0;
+const TEXT: u8 = 0x1;
+const BINARY: u8 = 0x2;
+const CLOSE: u8 = 0x8;
+const PING: u8 = 0x9;
+const PONG: u8 = 0xa;
+
 const MASK: [u8; 4] = [0xa1, 0x02, 0xc3, 0x54];
 
 /// A frame as an agent sends it.
@@ -24,14 +34,12 @@ fn masked(first: u8, payload: &[u8]) -> Vec<u8> {
 
 /// A frame as the hub sends it.
 fn unmasked(first: u8, payload: &[u8]) -> Vec<u8> {
-    let mut buffer = vec![0; payload.len() + MAX_HEAD_BYTES];
-    let mut output = Output { buffer: &mut buffer, length: 0 };
-    output.put(&[first]);
-    put_length(payload.len(), &mut output);
-    output.put(payload);
-    let length = output.length;
-    buffer.truncate(length);
-    buffer
+    let length = match payload.len() as u64 {
+        short @ 0..=125 => vec![short as u8],
+        medium @ 126..=0xffff => [&[126], &medium.to_be_bytes()[6..]].concat(),
+        long => [&[127], &long.to_be_bytes()[..]].concat(),
+    };
+    [&[first], length.as_slice(), payload].concat()
 }
 
 fn close_frame(code: u16) -> Vec<u8> {
@@ -119,18 +127,6 @@ fn frames_against_the_protocol_are_refused() {
         for chunk in [1, 4096] {
             check_translation(&input, chunk, Err(code));
         }
-    }
-}
-
-#[test]
-fn masks_of_any_phase_and_length_come_off() {
-    for length in 0..40 {
-        let plain = bytes(length);
-        let hidden: Vec<u8> =
-            plain.iter().zip(MASK.iter().cycle()).map(|(byte, mask)| byte ^ mask).collect();
-        let mut out = vec![0; length];
-        unmask(&hidden, &mut out, MASK);
-        assert_eq!(out, plain);
     }
 }
 

@@ -39,7 +39,7 @@ use crate::{
     io::{
         hub::Session,
         splice::splice,
-        tunnel::{ChannelHandle, Status, Stream, TunnelEnd, open_data_socket},
+        tunnel::{ChannelHandle, Status, Stream, TunnelEnd},
     },
     keeper, random,
     target::Target,
@@ -368,13 +368,9 @@ impl Exposer {
             FromAgent::AcceptTunnel { tunnel_id: request.tunnel_id, message: Blob(message) };
         let failed = |error: &dyn std::fmt::Display| Refusal::new(ErrorCode::Offline, error);
         session.tell(accept).await.map_err(|error| failed(&error))?;
-        let socket = open_data_socket(&core.hub, &ticket, request.encoding)
+        let mut end = TunnelEnd::open(&core.hub, &ticket, request.encoding, transport)
             .await
             .map_err(|error| failed(&error))?;
-
-        let (sealer, opener) = transport.split();
-        let encoding = request.encoding;
-        let mut end = TunnelEnd { socket, encoding, sealer, opener };
         let guest = Guest { peer, tags, service };
         let judge = |identity: &Identity| {
             guest.judge(identity).map_err(|refusal| Error::new(ErrorKind::Refused, refusal.why))

@@ -25,7 +25,7 @@ use crate::{
     identity::Identity,
     io::{
         hub::Session,
-        tunnel::{ChannelHandle, End, Status, Stream, TunnelEnd, open_data_socket},
+        tunnel::{ChannelHandle, End, Status, Stream, TunnelEnd},
     },
     keeper, random,
 };
@@ -117,7 +117,7 @@ impl Reached {
     ///
     /// # Errors
     /// Why there is no channel, after waiting 30 s for one.
-    pub async fn open(&self) -> Result<Stream> {
+    pub(crate) async fn open(&self) -> Result<Stream> {
         let mut state = self.0.state.subscribe();
         let opened = timeout(OPEN_TIMEOUT, async {
             loop {
@@ -400,9 +400,7 @@ async fn establish(
     core.check_noise_key(&peer)?;
     let claims = Claims { own: identity.trust.head(), peer: payload.head };
     let transport = reply.confirm(&peer).map_err(|error| untrusted(name, &error))?;
-    let socket = open_data_socket(&core.hub, &ticket, encoding).await?;
-    let (sealer, opener) = transport.split();
-    let mut end = TunnelEnd { socket, encoding, sealer, opener };
+    let mut end = TunnelEnd::open(&core.hub, &ticket, encoding, transport).await?;
     let still_good = |identity: &Identity| {
         judge(name, identity, peer.agent_id(), peer.presented().clone()).map(|_| ())
     };

@@ -386,7 +386,9 @@ fn main() -> io::Result<()> {
     }
     for (name, seed) in records() {
         write("record_decode", name, &seed)?;
-        write("base64_packet", name, encode_base64(&seed).as_bytes())?;
+        let mut text = Vec::new();
+        encode_base64(&seed, &mut text);
+        write("base64_packet", name, &text)?;
     }
     Ok(())
 }

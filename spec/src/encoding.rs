@@ -46,28 +46,26 @@ impl Encoding {
     }
 }
 
-/// Encodes a sealed record for a text frame.
+/// Bytes of the text that a sealed record of `length` bytes becomes.
 #[must_use]
-pub fn encode_base64(record: &[u8]) -> String {
-    base64_simd::STANDARD_NO_PAD.encode_to_string(record)
+pub fn base64_length(length: usize) -> usize {
+    (4 * length).div_ceil(3)
 }
 
-/// Decodes a text frame into `record`, replacing what was there.
+/// Appends a sealed record as the text of a frame to `out`.
+pub fn encode_base64(record: &[u8], out: &mut Vec<u8>) {
+    base64_simd::STANDARD_NO_PAD.encode_append(record, out);
+}
+
+/// Decodes the text of a frame in place, and returns the sealed record.
 ///
 /// # Errors
 /// [`BadPacket`]: padding, another alphabet, non-zero trailing bits, or more than a Noise message.
-pub fn decode_base64(text: &[u8], record: &mut Vec<u8>) -> Result<(), BadPacket> {
-    record.clear();
-    if text.len() > MAX_NOISE_BYTES.div_ceil(3) * 4 {
+pub fn decode_base64(text: &mut [u8]) -> Result<&mut [u8], BadPacket> {
+    if text.len() > base64_length(MAX_NOISE_BYTES) {
         return Err(BadPacket);
     }
-    record.resize(text.len() / 4 * 3 + 3, 0);
-    let length = base64_simd::STANDARD_NO_PAD
-        .decode(text, base64_simd::Out::from_slice(record))
-        .map_err(|_| BadPacket)?
-        .len();
-    record.truncate(length);
-    Ok(())
+    base64_simd::STANDARD_NO_PAD.decode_inplace(text).map_err(|_| BadPacket)
 }
 
 #[cfg(test)]
@@ -76,22 +74,35 @@ mod tests {
 
     use super::*;
 
+    fn decoded(text: &[u8]) -> Result<Vec<u8>, BadPacket> {
+        decode_base64(&mut text.to_vec()).map(|record| record.to_vec())
+    }
+
     #[test]
     fn only_the_canonical_base64_is_a_packet() {
-        let mut record = Vec::new();
-        assert_eq!(decode_base64(b"AAEC", &mut record), Ok(()));
-        assert_eq!(record, [0, 1, 2]);
+        assert_eq!(decoded(b"AAEC"), Ok(vec![0, 1, 2]));
         for bad in ["AAE=", "AA==", "AA-_", "A", "AAE\n", "AAF", " AAEC", "AB"] {
-            assert_eq!(decode_base64(bad.as_bytes(), &mut record), Err(BadPacket), "{bad}");
+            assert_eq!(decoded(bad.as_bytes()), Err(BadPacket), "{bad}");
         }
+    }
+
+    #[test]
+    fn packets_have_a_limit() {
+        let mut text = Vec::new();
+        encode_base64(&vec![7; MAX_NOISE_BYTES], &mut text);
+        assert_eq!(decoded(&text), Ok(vec![7; MAX_NOISE_BYTES]));
+        text.clear();
+        encode_base64(&vec![7; MAX_NOISE_BYTES + 1], &mut text);
+        assert_eq!(decoded(&text), Err(BadPacket));
     }
 
     proptest! {
         #[test]
         fn packets_round_trip(raw in proptest::collection::vec(any::<u8>(), 0..4096)) {
-            let mut record = vec![1, 2, 3];
-            prop_assert_eq!(decode_base64(encode_base64(&raw).as_bytes(), &mut record), Ok(()));
-            prop_assert_eq!(record, raw);
+            let mut text = b"head".to_vec();
+            encode_base64(&raw, &mut text);
+            prop_assert_eq!(text.len(), 4 + base64_length(raw.len()));
+            prop_assert_eq!(decoded(&text[4..]), Ok(raw));
         }
     }
 }

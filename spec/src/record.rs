@@ -262,7 +262,7 @@ const END_NONE: u8 = 0;
 const END_FIN: u8 = 1;
 const END_RESET: u8 = 2;
 
-/// Begins a DATA record of `length` bytes in `record`, which is replaced.
+/// Begins a DATA record of `length` bytes at the end of `record`.
 ///
 /// The caller appends exactly `length` bytes and then calls [`end_data`]; so bytes go from where
 /// they are kept into the record in one copy.
@@ -271,16 +271,15 @@ const END_RESET: u8 = 2;
 /// When `length` is 0 or over [`MAX_DATA_BYTES`]: the caller cuts what it sends.
 pub fn begin_data(record: &mut Vec<u8>, stream: StreamId, offset: u64, length: usize) {
     assert!((1..=MAX_DATA_BYTES).contains(&length), "DATA carries 1 to {MAX_DATA_BYTES} bytes");
-    record.clear();
     record.push(number::DATA);
     record.push(padding(length));
     record.extend_from_slice(&stream.0.to_be_bytes());
     record.extend_from_slice(&offset.to_be_bytes());
 }
 
-/// Pads the DATA record that [`begin_data`] began.
-pub fn end_data(record: &mut Vec<u8>) {
-    record.resize(record.len().next_multiple_of(DATA_PADDING), 0);
+/// Pads the DATA record of `length` bytes that [`begin_data`] began.
+pub fn end_data(record: &mut Vec<u8>, length: usize) {
+    record.resize(record.len() + usize::from(padding(length)), 0);
 }
 
 fn padding(length: usize) -> u8 {
@@ -343,12 +342,11 @@ impl Progress {
 }
 
 impl<'b> Record<'b> {
-    /// Encodes into `record`, replacing what was there.
+    /// Appends the encoding to `record`.
     ///
     /// # Panics
     /// When DATA holds no byte or too many, or a list has over [`STREAMS_PER_PROGRESS`] streams.
     pub fn encode(&self, record: &mut Vec<u8>) {
-        record.clear();
         match self {
             Self::Hello { new, progress } => {
                 progress.encode(record, number::HELLO, if *new { FLAG_NEW } else { 0 });
@@ -373,7 +371,7 @@ impl<'b> Record<'b> {
             Self::Data { stream, offset, bytes } => {
                 begin_data(record, *stream, *offset, bytes.len());
                 record.extend_from_slice(bytes);
-                end_data(record);
+                end_data(record, bytes.len());
             }
             Self::Ack { stream, offset } => {
                 put(record, number::ACK, *stream, &offset.to_be_bytes());

@@ -13,6 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::{Buf, Bytes};
 use connect_spec::{
     limits::{CHANNEL_WINDOW, DEAD_AFTER, KEEPALIVE, MAX_DATA_BYTES, MAX_STREAMS},
     record::{
@@ -85,10 +86,10 @@ pub(crate) enum Event {
 }
 
 /// What a read found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Read {
-    /// So many bytes.
-    Bytes(usize),
+    /// At least one byte.
+    Bytes(Bytes),
     /// The peer finished, and everything was read.
     Finished,
     /// Nothing yet; [`Event::Readable`] tells when.
@@ -277,6 +278,8 @@ impl Channel {
         let early = self.side == Side::Reacher && !std::mem::replace(&mut self.was_attached, true);
         self.phase = Phase::Greeting { ready: false, early };
         self.liveness.heard = now;
+        // Another way, another round trip.
+        self.liveness.round_trip = None;
         if self.side == Side::Exposer {
             return;
         }
@@ -371,15 +374,15 @@ impl Channel {
     }
 
     /// Takes as many bytes as there is room for; 0 asks for an [`Event::Writable`].
-    pub(crate) fn write(&mut self, id: StreamId, bytes: &[u8]) -> Result<usize, StreamError> {
-        let taken = bytes.len().min(self.room(id)?);
+    pub(crate) fn write(&mut self, id: StreamId, bytes: impl Buf) -> Result<usize, StreamError> {
+        let taken = bytes.remaining().min(self.room(id)?);
         let stream = self.live(id)?;
         if stream.send.is_finished() {
             return Err(StreamError::Closed);
         }
-        stream.send.write(&bytes[..taken]);
-        self.kept += taken;
         if taken > 0 {
+            stream.send.write(bytes, taken);
+            self.kept += taken;
             self.queue(id);
         }
         Ok(taken)
@@ -392,27 +395,22 @@ impl Channel {
         Ok(())
     }
 
-    /// Moves received bytes to `out`; [`Read::Blocked`] asks for an [`Event::Readable`].
-    pub(crate) fn read(&mut self, id: StreamId, out: &mut [u8]) -> Result<Read, StreamError> {
+    /// Takes received bytes, at most `most`; [`Read::Blocked`] asks for an [`Event::Readable`].
+    pub(crate) fn read(&mut self, id: StreamId, most: usize) -> Result<Read, StreamError> {
         let stream = self.live(id)?;
-        let length = stream.recv.read(out);
-        if length == 0 {
+        let bytes = stream.recv.read(most);
+        if bytes.is_empty() {
             if stream.recv.is_done() {
                 return Ok(Read::Finished);
             }
-            stream.recv.blocked = !out.is_empty();
+            stream.recv.blocked = most > 0;
             return Ok(Read::Blocked);
         }
         if stream.recv.window_due() {
             self.feedback.insert(id);
         }
-        self.consumed(length as u64);
-        Ok(Read::Bytes(length))
-    }
-
-    /// How many bytes a read would find now.
-    pub(crate) fn waiting(&self, id: StreamId) -> usize {
-        self.streams.get(&id).map_or(0, |stream| stream.recv.waiting())
+        self.consumed(bytes.len() as u64);
+        Ok(Read::Bytes(bytes))
     }
 
     /// Ends both directions at once.
@@ -450,15 +448,15 @@ impl Channel {
 
     // What the tunnel does.
 
-    /// Takes a decrypted record.
-    pub(crate) fn handle_record(&mut self, now: Instant, bytes: &[u8]) {
+    /// Takes a decrypted record; what it brings for a stream is kept without a copy.
+    pub(crate) fn handle_record(&mut self, now: Instant, bytes: &Bytes) {
         if self.phase == Phase::Closed {
             return;
         }
         self.liveness.heard = now;
         let handled = Record::decode(bytes)
             .map_err(CloseReason::from)
-            .and_then(|record| self.dispatch(now, record));
+            .and_then(|record| self.dispatch(now, record, bytes));
         if let Err(reason) = handled {
             let answer = match reason {
                 CloseReason::Violation(_) | CloseReason::Record(_) => Some(CloseCode::Protocol),
@@ -468,7 +466,7 @@ impl Channel {
         }
     }
 
-    /// Replaces `record` with the next plaintext record to seal and send; `false` when there is none.
+    /// Appends the next plaintext record to seal and send to `record`; `false` when there is none.
     pub(crate) fn poll_transmit(&mut self, now: Instant, record: &mut Vec<u8>) -> bool {
         let greeted = match self.phase {
             Phase::Detached => return false,
@@ -533,7 +531,13 @@ impl Channel {
 
     // How records are handled.
 
-    fn dispatch(&mut self, now: Instant, record: Record<'_>) -> Result<(), CloseReason> {
+    /// Handles a record that was read from `whole`.
+    fn dispatch(
+        &mut self,
+        now: Instant,
+        record: Record<'_>,
+        whole: &Bytes,
+    ) -> Result<(), CloseReason> {
         match (self.phase, record) {
             (_, Record::ChannelClose(code)) => Err(CloseReason::Peer(code)),
             (_, Record::TunnelClose(code)) => {
@@ -545,7 +549,7 @@ impl Channel {
             (_, Record::Open(stream)) => Ok(self.handle_open(stream)?),
             (_, Record::Opened(stream)) => Ok(self.handle_opened(stream)?),
             (_, Record::Data { stream, offset, bytes }) => {
-                Ok(self.handle_data(now, stream, offset, bytes)?)
+                Ok(self.handle_data(now, stream, offset, whole.slice_ref(bytes))?)
             }
             (_, Record::Ack { stream, offset }) => Ok(self.handle_ack(stream, offset)?),
             (_, Record::Window { stream: None, max_data }) => {
@@ -787,7 +791,7 @@ impl Channel {
         now: Instant,
         id: StreamId,
         offset: u64,
-        bytes: &[u8],
+        bytes: Bytes,
     ) -> Result<(), ProtocolViolation> {
         let Some(stream) = self.known(id)? else {
             return Ok(());
@@ -942,7 +946,11 @@ impl Channel {
             if length > 0 {
                 record::begin_data(record, id, stream.send.sent(), length);
                 self.credit.sent += stream.send.take(length, record);
-                record::end_data(record);
+                record::end_data(record, length);
+                let woken = stream.send.worth_waking() && self.kept < MAX_KEPT;
+                if woken && self.blocked_writers.remove(&id) {
+                    self.events.push_back(Event::Writable(id));
+                }
                 self.queue(id);
                 return true;
             }
@@ -998,7 +1006,7 @@ impl Channel {
         }
         let streams = &self.streams;
         let woken = self.blocked_writers.extract_if(.., |id| {
-            streams.get(id).is_none_or(|stream| stream.reset.is_some() || stream.send.room() > 0)
+            streams.get(id).is_none_or(|stream| stream.reset.is_some() || stream.send.worth_waking())
         });
         self.events.extend(woken.map(Event::Writable));
     }

@@ -5,5 +5,6 @@
 
 pub(crate) mod backoff;
 pub(crate) mod channel;
+mod chunks;
 pub(crate) mod freshness;
 mod stream;

@@ -1,22 +1,24 @@
 //! The two halves of one stream: what is kept until acknowledged, and what waits to be read.
 
-use std::{collections::VecDeque, time::Instant};
+use std::time::{Duration, Instant};
 
+use bytes::{Buf, Bytes};
 use connect_spec::limits::{INITIAL_STREAM_WINDOW, MAX_STREAM_WINDOW};
 
-use super::channel::ProtocolViolation;
+use super::{channel::ProtocolViolation, chunks::Chunks};
 
-/// Bytes that a writer may put ahead of its credit, so that a WINDOW finds work waiting.
-const WRITE_AHEAD: u64 = 64 * 1024;
+/// Bytes that a writer may put ahead of what is sent: enough that the tunnel always finds work, and
+/// little enough that it is still in the processor's cache when it is sealed.
+const WRITE_AHEAD: u64 = 128 * 1024;
+/// A writer that found no room is told of at least so much: small pieces cost more than they bring.
+const WORTH_WAKING: usize = 64 * 1024;
 /// Received bytes that may wait for an ACK before one is sent at once.
 const ACK_EVERY: u64 = 128 * 1024;
-/// A buffer that grew beyond this is given back when it runs empty: idle streams hold little.
-const IDLE_BUFFER: usize = 16 * 1024;
 
 /// The sending half: bytes stay until the peer has them, so that a new tunnel can send them again.
 #[derive(Debug)]
 pub(super) struct SendHalf {
-    kept: VecDeque<u8>,
+    kept: Chunks,
     /// Offset of the first kept byte: everything below is acknowledged.
     acked: u64,
     /// Bytes below this offset are sent over the tunnel that is up.
@@ -36,7 +38,7 @@ pub(super) struct SendHalf {
 impl SendHalf {
     pub(super) fn new() -> Self {
         Self {
-            kept: VecDeque::new(),
+            kept: Chunks::default(),
             acked: 0,
             sent: 0,
             charged: 0,
@@ -55,14 +57,19 @@ impl SendHalf {
     /// How many bytes a write may take. However much credit a peer grants, no more is kept for it than
     /// an honest one would ever need.
     pub(super) fn room(&self) -> usize {
-        let credit = self.max_data.min(self.acked.saturating_add(MAX_STREAM_WINDOW));
-        let room = credit.saturating_add(WRITE_AHEAD).saturating_sub(self.written());
+        let sent = self.sent.min(self.acked.saturating_add(MAX_STREAM_WINDOW));
+        let room = sent.saturating_add(WRITE_AHEAD).saturating_sub(self.written());
         usize::try_from(room).unwrap_or(usize::MAX)
     }
 
-    /// Takes all of `bytes`, for which [`SendHalf::room`] was asked.
-    pub(super) fn write(&mut self, bytes: &[u8]) {
-        self.kept.extend(bytes);
+    /// Whether a writer that waits for room should be told.
+    pub(super) fn worth_waking(&self) -> bool {
+        self.room() >= WORTH_WAKING
+    }
+
+    /// Takes the next `length` of `bytes`, for which [`SendHalf::room`] was asked.
+    pub(super) fn write(&mut self, bytes: impl Buf, length: usize) {
+        self.kept.push(bytes, length);
     }
 
     /// Bytes that are kept until the peer has them.
@@ -93,6 +100,12 @@ impl SendHalf {
         self.fin_tried.then_some(self.charged)
     }
 
+    /// Bytes that the peer would still take.
+    #[cfg(test)]
+    pub(super) fn credit(&self) -> u64 {
+        self.max_data - self.sent
+    }
+
     /// Bytes sent that the peer may still lose.
     #[cfg(test)]
     pub(super) fn unacknowledged(&self) -> u64 {
@@ -110,12 +123,7 @@ impl SendHalf {
     /// are new to the channel's credit.
     pub(super) fn take(&mut self, length: usize, record: &mut Vec<u8>) -> u64 {
         let start = usize::try_from(self.sent - self.acked).expect("kept bytes fit memory");
-        let (front, back) = self.kept.as_slices();
-        let from_front = front.get(start..).unwrap_or_default();
-        let from_front = &from_front[..from_front.len().min(length)];
-        let back_start = start.saturating_sub(front.len());
-        record.extend_from_slice(from_front);
-        record.extend_from_slice(&back[back_start..back_start + length - from_front.len()]);
+        self.kept.copy_to(start, length, record);
         self.sent += length as u64;
         let new = self.sent.saturating_sub(self.charged);
         self.charged += new;
@@ -145,11 +153,8 @@ impl SendHalf {
         if let Some(freed) = acked.checked_sub(self.acked) {
             // A reset stream keeps nothing, and what it sent before may still be acknowledged.
             let freed = usize::try_from(freed).unwrap_or(usize::MAX).min(self.kept.len());
-            self.kept.drain(..freed);
+            self.kept.advance(freed);
             self.acked = acked;
-            if self.kept.is_empty() && self.kept.capacity() > IDLE_BUFFER {
-                self.kept = VecDeque::new();
-            }
         }
         Ok(())
     }
@@ -189,7 +194,7 @@ impl SendHalf {
 /// The receiving half: bytes in order, waiting for the application.
 #[derive(Debug)]
 pub(super) struct RecvHalf {
-    waiting: VecDeque<u8>,
+    waiting: Chunks,
     /// Bytes below this offset are received.
     received: u64,
     /// Bytes below this offset are read by the application, or dropped.
@@ -197,7 +202,8 @@ pub(super) struct RecvHalf {
     /// Credit granted to the peer.
     max_data: u64,
     window: u64,
-    granted_at: Option<Instant>,
+    /// When, and at which offset, the reader's pace was last looked at.
+    paced: Option<(Instant, u64)>,
     total: Option<u64>,
     /// What the last ACK said.
     acked: u64,
@@ -210,12 +216,12 @@ pub(super) struct RecvHalf {
 impl RecvHalf {
     pub(super) fn new() -> Self {
         Self {
-            waiting: VecDeque::new(),
+            waiting: Chunks::default(),
             received: 0,
             consumed: 0,
             max_data: INITIAL_STREAM_WINDOW,
             window: INITIAL_STREAM_WINDOW,
-            granted_at: None,
+            paced: None,
             total: None,
             acked: 0,
             blocked: false,
@@ -227,7 +233,7 @@ impl RecvHalf {
     pub(super) fn handle_data(
         &mut self,
         offset: u64,
-        bytes: &[u8],
+        mut bytes: Bytes,
     ) -> Result<u64, ProtocolViolation> {
         let end = offset + bytes.len() as u64;
         if offset > self.received {
@@ -245,7 +251,9 @@ impl RecvHalf {
         if self.discard {
             self.consumed = self.received;
         } else {
-            self.waiting.extend(&bytes[repeated..]);
+            bytes.advance(repeated);
+            let length = bytes.len();
+            self.waiting.push(bytes, length);
         }
         Ok(fresh)
     }
@@ -280,19 +288,11 @@ impl RecvHalf {
         self.received
     }
 
-    /// Moves waiting bytes to `out`; returns how many.
-    pub(super) fn read(&mut self, out: &mut [u8]) -> usize {
-        let length = out.len().min(self.waiting.len());
-        let (front, back) = self.waiting.as_slices();
-        let from_front = front.len().min(length);
-        out[..from_front].copy_from_slice(&front[..from_front]);
-        out[from_front..length].copy_from_slice(&back[..length - from_front]);
-        self.waiting.drain(..length);
-        self.consumed += length as u64;
-        if self.waiting.is_empty() && self.waiting.capacity() > IDLE_BUFFER {
-            self.waiting = VecDeque::new();
-        }
-        length
+    /// Takes waiting bytes, at most `most`; none when nothing waits.
+    pub(super) fn read(&mut self, most: usize) -> Bytes {
+        let bytes = self.waiting.pop(most);
+        self.consumed += bytes.len() as u64;
+        bytes
     }
 
     /// Drops what waits and what will come; returns how many bytes were waiting.
@@ -343,21 +343,17 @@ impl RecvHalf {
         self.total.is_none() && self.consumed + self.window - self.max_data >= self.window / 4
     }
 
-    /// A new grant. The window doubles while a grant is used up within two round trips: then the
-    /// window, not the application, is what the sender waits for.
-    pub(super) fn take_window(
-        &mut self,
-        now: Instant,
-        round_trip: Option<std::time::Duration>,
-    ) -> u64 {
-        let quick = match (self.granted_at, round_trip) {
-            (Some(then), Some(round_trip)) => now.duration_since(then) < 2 * round_trip,
-            _ => false,
-        };
-        if quick {
-            self.window = (2 * self.window).min(MAX_STREAM_WINDOW);
+    /// A new grant. The window doubles while a whole one is read within two of the tunnel's shortest
+    /// round trips: then the window, not the reader, is what the sender waits for. A window that
+    /// followed the round trips under load would feed itself.
+    pub(super) fn take_window(&mut self, now: Instant, round_trip: Option<Duration>) -> u64 {
+        let (since, from) = *self.paced.get_or_insert((now, self.consumed));
+        if self.consumed - from >= self.window {
+            if round_trip.is_some_and(|round_trip| now.duration_since(since) < 2 * round_trip) {
+                self.window = (2 * self.window).min(MAX_STREAM_WINDOW);
+            }
+            self.paced = Some((now, self.consumed));
         }
-        self.granted_at = Some(now);
         // After the end, nothing more is granted: the final size was within the last grant.
         if self.total.is_none() {
             self.max_data = self.consumed + self.window;

@@ -1,7 +1,16 @@
 //! From a hub's address to an open WebSocket: name, TCP, TLS with roots or pin, upgrade.
 
-use std::{fmt, net::IpAddr, str::FromStr, sync::Arc, time::Duration};
+use std::{
+    fmt, io,
+    net::IpAddr,
+    pin::Pin,
+    str::FromStr,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
+use bytes::Bytes;
 use connect_crypto::invite::HubAddress;
 use http::{HeaderValue, Uri, uri::Scheme};
 use rustls::{
@@ -12,7 +21,7 @@ use rustls::{
 };
 use sha2::{Digest, Sha256};
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
+    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
     time::timeout,
 };
@@ -36,8 +45,8 @@ pub(crate) struct HubUrl {
     pin: Option<[u8; 32]>,
 }
 
-/// A socket to the hub, whatever is under it.
-pub(crate) type HubSocket = WebSocketStream<Box<dyn Io>>;
+/// A WebSocket to the hub, whatever is under it.
+pub(crate) type HubSocket = WebSocketStream<Upgrading>;
 
 /// A byte stream that a WebSocket can run on.
 pub(crate) trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -93,6 +102,20 @@ impl HubUrl {
         format!("{}:{}", self.host, self.port)
     }
 
+    /// Opens a WebSocket on `path` and gives back the stream under it, with what the hub said after its
+    /// answer: for whoever reads and writes frames himself.
+    ///
+    /// # Errors
+    /// As [`HubUrl::open`].
+    pub(crate) async fn open_stream(
+        &self,
+        path: &str,
+        headers: &[(http::HeaderName, HeaderValue)],
+    ) -> Result<(Box<dyn Io>, Bytes)> {
+        let upgraded = self.open(path, headers, WebSocketConfig::default()).await?.into_inner();
+        Ok((upgraded.io, upgraded.early))
+    }
+
     /// Opens a WebSocket on `path`.
     ///
     /// # Errors
@@ -135,7 +158,7 @@ impl HubUrl {
         for (name, value) in headers {
             request.headers_mut().insert(name.clone(), value.clone());
         }
-        let upgraded = client_async_with_config(request, io, Some(config)).await;
+        let upgraded = client_async_with_config(request, Upgrading::new(io), Some(config)).await;
         let (socket, _) = upgraded.map_err(|error| {
             if let tungstenite::Error::Http(response) = &error {
                 return self
@@ -177,6 +200,80 @@ impl HubUrl {
 
     fn unreachable(&self, cause: impl fmt::Display) -> Error {
         Error::new(ErrorKind::HubUnreachable, format_args!("cannot reach the hub {self}: {cause}"))
+    }
+}
+
+/// A stream that is being upgraded to a WebSocket: until the end of the hub's answer it hands out no
+/// byte beyond it, so that nothing is lost if the stream is then taken out of the WebSocket.
+pub(crate) struct Upgrading {
+    io: Box<dyn Io>,
+    /// How much of the blank line that ends the answer was handed out; all of it means that it ended.
+    blank_line: usize,
+    /// What was read beyond the answer.
+    early: Bytes,
+}
+
+const BLANK_LINE: &[u8; 4] = b"\r\n\r\n";
+/// Read at once while the answer is awaited.
+const ANSWER_PART: usize = 1024;
+
+impl Upgrading {
+    fn new(io: Box<dyn Io>) -> Self {
+        Self { io, blank_line: 0, early: Bytes::new() }
+    }
+}
+
+impl AsyncRead for Upgrading {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        out: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if !self.early.is_empty() {
+            let length = self.early.len().min(out.remaining());
+            out.put_slice(&self.early.split_to(length));
+            return Poll::Ready(Ok(()));
+        }
+        if self.blank_line == BLANK_LINE.len() {
+            return Pin::new(&mut self.io).poll_read(cx, out);
+        }
+        let mut part = [0; ANSWER_PART];
+        let mut part = ReadBuf::new(&mut part[..ANSWER_PART.min(out.remaining())]);
+        ready!(Pin::new(&mut self.io).poll_read(cx, &mut part))?;
+        let part = part.filled();
+        let mut end = part.len();
+        for (index, byte) in part.iter().enumerate() {
+            self.blank_line = match self.blank_line {
+                next if *byte == BLANK_LINE[next] => next + 1,
+                _ => usize::from(*byte == BLANK_LINE[0]),
+            };
+            if self.blank_line == BLANK_LINE.len() {
+                end = index + 1;
+                break;
+            }
+        }
+        let (answer, early) = part.split_at(end);
+        out.put_slice(answer);
+        self.early = Bytes::copy_from_slice(early);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Upgrading {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }
 
@@ -259,6 +356,8 @@ impl ServerCertVerifier for PinVerifier {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncReadExt;
+
     use super::*;
 
     #[track_caller]
@@ -272,6 +371,33 @@ mod tests {
             }
             (parsed, _) => panic!("{url}: {parsed:?}"),
         }
+    }
+
+    /// However the answer is cut into reads, it ends where it ends, and what follows is kept.
+    #[tokio::test]
+    async fn nothing_after_the_answer_is_lost() {
+        let (answer, early) = (&b"HTTP/1.1 101 x\r\r\n a: b\r\n\r\n"[..], &b"\x82\x01z\r\n\r\n"[..]);
+        let whole = [answer, early].concat();
+        for cut in 1..whole.len() {
+            let io = in_two_reads(&whole[..cut], &whole[cut..]);
+            let mut upgrading = Upgrading::new(Box::new(io));
+            let mut read = Vec::new();
+            while read.len() < answer.len() {
+                assert!(upgrading.read_buf(&mut read).await.expect("memory") > 0);
+            }
+            assert_eq!(read, answer, "cut at {cut}");
+            let mut rest = Vec::new();
+            upgrading.read_to_end(&mut rest).await.expect("memory");
+            assert_eq!(rest, early, "cut at {cut}");
+        }
+    }
+
+    /// Reads the one, then the other, then the end.
+    fn in_two_reads(first: &[u8], second: &[u8]) -> impl Io + use<> {
+        tokio::io::join(
+            std::io::Cursor::new(first.to_vec()).chain(std::io::Cursor::new(second.to_vec())),
+            tokio::io::sink(),
+        )
     }
 
     #[test]

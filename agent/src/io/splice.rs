@@ -1,11 +1,17 @@
 //! Joins a TCP connection and a stream, byte for byte, half-close by half-close, reset by reset.
 
-use std::io;
+use std::{
+    cell::RefCell,
+    future::poll_fn,
+    io,
+    pin::pin,
+    task::{Context, Poll, ready},
+};
 
-use bytes::BufMut;
+use bytes::{BufMut, Bytes, BytesMut};
 use connect_spec::record::ResetCode;
 use tokio::{
-    io::AsyncWriteExt,
+    io::{AsyncReadExt, AsyncWriteExt},
     net::{
         TcpStream,
         tcp::{ReadHalf, WriteHalf},
@@ -14,8 +20,14 @@ use tokio::{
 
 use super::tunnel::Stream;
 
-/// Most bytes moved at once; the buffer lives only while bytes move, so an idle connection has none.
+/// Most bytes moved at once.
 const SPLICE_BYTES: usize = 64 * 1024;
+
+thread_local! {
+    /// What all connections of a thread read into, so that an idle one has no buffer. What was read is
+    /// cut off; the rest is for the next.
+    static INBOX: RefCell<BytesMut> = RefCell::default();
+}
 
 /// Copies both ways until both directions ended, or one failed.
 ///
@@ -55,29 +67,34 @@ impl Drop for Connection {
     }
 }
 
-async fn to_stream(tcp: ReadHalf<'_>, stream: &Stream) -> io::Result<()> {
+async fn to_stream(mut tcp: ReadHalf<'_>, stream: &Stream) -> io::Result<()> {
     loop {
         tcp.readable().await?;
         let room = stream.writable().await?;
-        let most = room.min(SPLICE_BYTES);
-        let mut buffer = Vec::with_capacity(most).limit(most);
-        match tcp.try_read_buf(&mut buffer) {
-            Ok(0) => return stream.finish(),
-            Ok(_) => {
-                stream.write_now(&buffer.into_inner())?;
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
+        let bytes = poll_fn(|cx| poll_read(cx, &mut tcp, room.min(SPLICE_BYTES))).await?;
+        if bytes.is_empty() {
+            return stream.finish();
         }
+        stream.write(bytes)?;
     }
+}
+
+/// Reads at most `most` bytes; none is the end.
+fn poll_read(cx: &mut Context<'_>, tcp: &mut ReadHalf<'_>, most: usize) -> Poll<io::Result<Bytes>> {
+    INBOX.with_borrow_mut(|inbox| {
+        inbox.reserve(SPLICE_BYTES);
+        let mut part = (&mut *inbox).limit(most);
+        ready!(pin!(tcp.read_buf(&mut part)).poll(cx))?;
+        Poll::Ready(Ok(inbox.split().freeze()))
+    })
 }
 
 async fn to_tcp(stream: &Stream, mut tcp: WriteHalf<'_>) -> io::Result<()> {
     loop {
-        let chunk = stream.read_chunk(SPLICE_BYTES).await?;
-        if chunk.is_empty() {
+        let bytes = stream.read(SPLICE_BYTES).await?;
+        if bytes.is_empty() {
             return tcp.shutdown().await;
         }
-        tcp.write_all(&chunk).await?;
+        tcp.write_all(&bytes).await?;
     }
 }

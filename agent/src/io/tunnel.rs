@@ -1,99 +1,90 @@
 //! Drives a channel over one data socket after the other, and lends its streams to the rest of the
 //! program.
 //!
-//! One task per tunnel opens and seals every record; streams touch the channel under its lock and
+//! One task per tunnel reads, opens, seals and writes; streams touch the channel under its lock and
 //! wake that task. Nothing here waits while it holds the lock.
 
 use std::{
     collections::BTreeMap,
+    future::poll_fn,
     io,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker},
     time::{Duration, Instant},
 };
 
-use connect_crypto::transport::{Opener, Sealer};
+use bytes::Bytes;
+use connect_crypto::transport::{Opener, Sealer, Transport};
 use connect_spec::{
     control::TICKET_SCHEME,
     control::{TUNNEL_PATH, Ticket},
-    encoding::{self, Encoding},
-    limits::{DEAD_AFTER, MAX_DATA_FRAME_BYTES},
+    encoding::Encoding,
+    limits::DEAD_AFTER,
     record::{CloseCode, Record, ResetCode, StreamId},
-};
-use futures_util::{
-    SinkExt, StreamExt,
-    stream::{SplitSink, SplitStream},
 };
 use http::{
     HeaderValue,
     header::{AUTHORIZATION, SEC_WEBSOCKET_PROTOCOL},
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    sync::{Notify, mpsc, watch},
-    time::{sleep_until, timeout, timeout_at},
+    sync::{mpsc, watch},
+    time::{Sleep, sleep_until, timeout, timeout_at},
 };
-use tokio_tungstenite::tungstenite::{self, Bytes, Message, protocol::WebSocketConfig};
 
-use super::dial::{HubSocket, HubUrl};
+use super::{
+    dial::HubUrl,
+    packets::{PacketError, PacketSocket},
+};
 use crate::{
     engine::channel::{Channel, CloseReason, Event, Read, Side, StreamError},
     error::Result,
     random,
 };
 
-/// Read buffer of a data socket: a few records.
-const READ_BUFFER: usize = 128 * 1024;
-/// Records collect up to this size before they are written, unless nothing more is ready.
-const WRITE_BUFFER: usize = 64 * 1024;
 /// Keepalives are spread over this much time.
 const JITTER_MILLIS: u32 = 3000;
 /// How long the last records of a closing tunnel may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Opens the data socket of one end of a tunnel.
-///
-/// # Errors
-/// As [`HubUrl::open`].
-pub(crate) async fn open_data_socket(
-    hub: &HubUrl,
-    ticket: &Ticket,
-    encoding: Encoding,
-) -> Result<HubSocket> {
-    let mut config = WebSocketConfig::default();
-    config.read_buffer_size = READ_BUFFER;
-    config.write_buffer_size = WRITE_BUFFER;
-    config.max_message_size = Some(MAX_DATA_FRAME_BYTES);
-    config.max_frame_size = Some(MAX_DATA_FRAME_BYTES);
-    let mut authorization = HeaderValue::try_from(format!("{TICKET_SCHEME} {}", ticket.reveal()))
-        .expect("a ticket is hex");
-    authorization.set_sensitive(true);
-    let headers = [
-        (AUTHORIZATION, authorization),
-        (SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(encoding.subprotocol())),
-    ];
-    hub.open(TUNNEL_PATH, &headers, config).await
-}
-
 /// One end of a tunnel: a data socket and the keys for it.
 pub(crate) struct TunnelEnd {
-    pub(crate) socket: HubSocket,
-    pub(crate) encoding: Encoding,
-    pub(crate) sealer: Sealer,
-    pub(crate) opener: Opener,
+    socket: PacketSocket,
+    sealer: Sealer,
+    opener: Opener,
 }
 
 impl TunnelEnd {
+    /// Opens the data socket of one end of a tunnel.
+    ///
+    /// # Errors
+    /// As [`HubUrl::open`].
+    pub(crate) async fn open(
+        hub: &HubUrl,
+        ticket: &Ticket,
+        encoding: Encoding,
+        transport: Transport,
+    ) -> Result<Self> {
+        let mut authorization =
+            HeaderValue::try_from(format!("{TICKET_SCHEME} {}", ticket.reveal()))
+                .expect("a ticket is hex");
+        authorization.set_sensitive(true);
+        let headers = [
+            (AUTHORIZATION, authorization),
+            (SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(encoding.subprotocol())),
+        ];
+        let (io, early) = hub.open_stream(TUNNEL_PATH, &headers).await?;
+        let (sealer, opener) = transport.split();
+        Ok(Self { socket: PacketSocket::new(io, early, encoding), sealer, opener })
+    }
+
     /// Reads one record before the channel is put on the tunnel. The first one confirms that the peer
     /// has the keys.
     ///
     /// # Errors
     /// [`End`] when the socket ends before, or the record does not open.
-    pub(crate) async fn read_record(&mut self) -> std::result::Result<Vec<u8>, End> {
-        let (mut packet, mut record) = (Vec::new(), Vec::new());
-        receive_record(&mut self.socket, &mut self.opener, &mut packet, &mut record).await?;
-        Ok(record)
+    pub(crate) async fn read_record(&mut self) -> std::result::Result<Bytes, End> {
+        Ok(self.socket.receive(&mut self.opener).await?)
     }
 
     /// Sends one record before the channel is put on the tunnel.
@@ -104,13 +95,14 @@ impl TunnelEnd {
         &mut self,
         record: &Record<'_>,
     ) -> std::result::Result<(), End> {
-        let (mut plain, mut packet) = (Vec::new(), Vec::new());
-        record.encode(&mut plain);
-        self.sealer
-            .seal(&plain, &mut packet)
-            .map_err(|_| End::Socket("the key of this tunnel is used up".into()))?;
-        let sent = self.socket.send(message(self.encoding, &packet)).await;
-        sent.map_err(|error| End::Socket(error.to_string()))
+        let compose = |out: &mut Vec<u8>| {
+            record.encode(out);
+            true
+        };
+        self.socket
+            .queue(&mut self.sealer, compose)
+            .map_err(|error| End::Socket(error.to_string()))?;
+        self.socket.flush().await.map_err(|error| End::Socket(error.to_string()))
     }
 
     /// Closes the tunnel with a word to the peer; the channel it was for is none of its business.
@@ -118,7 +110,7 @@ impl TunnelEnd {
         let say = async {
             // A peer that is gone needs no word.
             let _ = self.send_record(&Record::TunnelClose(code)).await;
-            let _ = self.socket.close(None).await;
+            let _ = self.socket.close().await;
         };
         // A peer that does not read it cannot hold us.
         let _ = timeout(CLOSE_TIMEOUT, say).await;
@@ -161,6 +153,15 @@ pub(crate) enum End {
     Tampered,
 }
 
+impl From<PacketError> for End {
+    fn from(error: PacketError) -> Self {
+        match error {
+            PacketError::Socket(cause) => Self::Socket(cause),
+            PacketError::Tampered => Self::Tampered,
+        }
+    }
+}
+
 /// One channel; clones share it.
 #[derive(Debug, Clone)]
 pub(crate) struct ChannelHandle(Arc<Shared>);
@@ -168,7 +169,6 @@ pub(crate) struct ChannelHandle(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     inner: Mutex<Inner>,
-    transmit: Notify,
     status: watch::Sender<Status>,
     /// Number of the tunnel that the channel is on; changes when a newer one takes over.
     tunnel: watch::Sender<u64>,
@@ -177,12 +177,21 @@ struct Shared {
 #[derive(Debug)]
 struct Inner {
     channel: Channel,
+    /// The task of the tunnel that the channel is on.
+    driver: Option<Waker>,
     wakers: BTreeMap<StreamId, Wakers>,
     /// Where incoming streams go; `None` for a reacher.
     incoming: Option<mpsc::UnboundedSender<StreamId>>,
     ended: Option<CloseReason>,
     /// The tunnel is of no more use, for this reason.
     over: Option<Option<CloseCode>>,
+}
+
+impl Inner {
+    /// The channel ended, or the tunnel is of no more use.
+    fn is_over(&self) -> bool {
+        self.ended.is_some() || self.over.is_some()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -209,12 +218,12 @@ impl ChannelHandle {
         Self(Arc::new(Shared {
             inner: Mutex::new(Inner {
                 channel: Channel::new(side, Instant::now(), jitter),
+                driver: None,
                 wakers: BTreeMap::new(),
                 incoming,
                 ended: None,
                 over: None,
             }),
-            transmit: Notify::new(),
             status: watch::Sender::new(Status::Detached),
             tunnel: watch::Sender::new(0),
         }))
@@ -314,12 +323,20 @@ impl ChannelHandle {
     }
 
     fn after(&self, mut inner: MutexGuard<'_, Inner>) {
-        while let Some(event) = inner.channel.poll_event() {
-            self.dispatch(&mut inner, event);
-        }
-        if inner.channel.wants_transmit() || inner.ended.is_some() || inner.over.is_some() {
+        self.tell(&mut inner);
+        if inner.channel.wants_transmit() || inner.is_over() {
+            let driver = inner.driver.take();
             drop(inner);
-            self.0.transmit.notify_one();
+            if let Some(driver) = driver {
+                driver.wake();
+            }
+        }
+    }
+
+    /// Tells everybody but the tunnel's task.
+    fn tell(&self, inner: &mut Inner) {
+        while let Some(event) = inner.channel.poll_event() {
+            self.dispatch(inner, event);
         }
     }
 
@@ -366,8 +383,7 @@ impl ChannelHandle {
 
     /// Puts the channel on a tunnel and runs it until the tunnel ends. A tunnel that it was on before
     /// is dropped at once. `first` is a record that was read already.
-    pub(crate) async fn run(&self, end: TunnelEnd, first: Option<Vec<u8>>) -> End {
-        let TunnelEnd { socket, encoding, sealer, opener } = end;
+    pub(crate) async fn run(&self, mut end: TunnelEnd, first: Option<Bytes>) -> End {
         let mut newest = self.0.tunnel.subscribe();
         let number = {
             let mut inner = self.lock();
@@ -386,134 +402,140 @@ impl ChannelHandle {
             self.after(inner);
             number
         };
-        let (sink, stream) = socket.split();
-        let end = tokio::select! {
-            end = self.receive(number, stream, opener) => end,
-            end = self.transmit(sink, encoding, sealer) => end,
+        let ended = tokio::select! {
+            ended = self.drive(number, &mut end) => ended,
             _ = newest.wait_for(|newest| *newest != number) => End::Replaced,
         };
         let mut inner = self.lock();
         if *self.0.tunnel.borrow() != number {
-            return end;
+            return ended;
         }
         let status = if inner.ended.is_some() { Status::Closed } else { Status::Detached };
         inner.channel.detach();
+        inner.driver = None;
         self.0.status.send_replace(status);
-        match (end, inner.ended, inner.over) {
+        match (ended, inner.ended, inner.over) {
             // The record that says why came just before the socket ended.
             (End::Socket(_), Some(reason), _) => End::Channel(reason),
             (End::Socket(_), None, Some(Some(code))) => End::Peer(code),
-            (end, _, _) => end,
+            (ended, _, _) => ended,
         }
     }
 
-    async fn receive(
-        &self,
-        number: u64,
-        mut stream: SplitStream<HubSocket>,
-        mut opener: Opener,
-    ) -> End {
-        let (mut packet, mut record) = (Vec::new(), Vec::new());
-        loop {
-            let received = receive_record(&mut stream, &mut opener, &mut packet, &mut record).await;
-            if let Err(end) = received {
-                return end;
+    /// Moves records between socket and channel until the tunnel ends.
+    async fn drive(&self, number: u64, end: &mut TunnelEnd) -> End {
+        let mut timer = pin!(Timer::new());
+        let ended = poll_fn(|cx| {
+            if timer.as_mut().poll_expired(cx) {
+                end.socket.rest();
+                self.with(|channel| channel.handle_timeout(Instant::now()));
             }
+            if let Poll::Ready(ended) = self.poll_turn(cx, number, end) {
+                return Poll::Ready(ended);
+            }
+            let deadline = self.lock().channel.poll_timeout();
+            timer.as_mut().set(cx, deadline);
+            Poll::Pending
+        })
+        .await;
+        let said = matches!(ended, End::Channel(_) | End::Peer(_) | End::Silent);
+        if said {
+            // The last record is on its way; a peer that does not read it cannot hold us.
+            let _ = timeout(CLOSE_TIMEOUT, end.socket.close()).await;
+        }
+        ended
+    }
+
+    /// One read, and what follows from it; one write. Streams get their turn after each.
+    fn poll_turn(&self, cx: &mut Context<'_>, number: u64, end: &mut TunnelEnd) -> Poll<End> {
+        let read = match end.socket.poll_fill(cx) {
+            Poll::Ready(Ok(())) => true,
+            Poll::Ready(Err(error)) => return Poll::Ready(error.into()),
+            Poll::Pending => false,
+        };
+        loop {
+            let record = match end.socket.next_record(&mut end.opener) {
+                Ok(Some(record)) => record,
+                Ok(None) => break,
+                Err(error) => return Poll::Ready(error.into()),
+            };
             let mut inner = self.lock();
             if *self.0.tunnel.borrow() != number {
-                return End::Replaced;
+                return Poll::Ready(End::Replaced);
             }
             inner.channel.handle_record(Instant::now(), &record);
-            self.after(inner);
+            self.tell(&mut inner);
         }
-    }
-
-    async fn transmit(
-        &self,
-        mut sink: SplitSink<HubSocket, Message>,
-        encoding: Encoding,
-        mut sealer: Sealer,
-    ) -> End {
-        let (mut record, mut packet) = (Vec::new(), Vec::new());
-        loop {
-            loop {
-                let now = Instant::now();
-                if !self.lock().channel.poll_transmit(now, &mut record) {
-                    break;
-                }
-                if sealer.seal(&record, &mut packet).is_err() {
-                    return End::Socket("the key of this tunnel is used up".into());
-                }
-                if let Err(error) = sink.feed(message(encoding, &packet)).await {
-                    return End::Socket(error.to_string());
-                }
-            }
-            if let Err(error) = sink.flush().await {
-                return End::Socket(error.to_string());
-            }
-            let (ended, over, deadline) = {
-                let inner = self.lock();
-                (inner.ended, inner.over, inner.channel.poll_timeout())
+        let now = Instant::now();
+        while end.socket.has_room() {
+            let compose = |out: &mut Vec<u8>| {
+                let mut inner = self.lock();
+                let composed = inner.channel.poll_transmit(now, out);
+                self.tell(&mut inner);
+                composed
             };
-            if ended.is_some() || over.is_some() {
-                // The last record is on its way; a peer that does not read it cannot hold us.
-                let _ = timeout(CLOSE_TIMEOUT, sink.close()).await;
-                return match (ended, over) {
-                    (Some(reason), _) => End::Channel(reason),
-                    (None, Some(Some(code))) => End::Peer(code),
-                    (None, _) => End::Silent,
-                };
-            }
-            let timer = async {
-                match deadline {
-                    Some(deadline) => sleep_until(deadline.into()).await,
-                    None => std::future::pending().await,
-                }
-            };
-            tokio::select! {
-                () = self.0.transmit.notified() => {}
-                () = timer => self.with(|channel| channel.handle_timeout(Instant::now())),
+            match end.socket.queue(&mut end.sealer, compose) {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(error) => return Poll::Ready(End::Socket(error.to_string())),
             }
         }
-    }
-}
-
-/// A sealed record as the WebSocket carries it.
-fn message(encoding: Encoding, packet: &[u8]) -> Message {
-    match encoding {
-        Encoding::Base64 => Message::text(encoding::encode_base64(packet)),
-        Encoding::Binary => Message::Binary(Bytes::copy_from_slice(packet)),
-    }
-}
-
-/// Receives and opens one record; `packet` is a buffer that is used again and again.
-async fn receive_record(
-    stream: &mut (impl futures_util::Stream<Item = tungstenite::Result<Message>> + Unpin),
-    opener: &mut Opener,
-    packet: &mut Vec<u8>,
-    record: &mut Vec<u8>,
-) -> std::result::Result<(), End> {
-    loop {
-        let opened = match stream.next().await {
-            Some(Ok(Message::Binary(bytes))) => opener.open(&bytes, record),
-            Some(Ok(Message::Text(text))) => {
-                if encoding::decode_base64(text.as_bytes(), packet).is_err() {
-                    return Err(End::Tampered);
-                }
-                opener.open(packet, record)
-            }
-            Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => continue,
-            Some(Ok(Message::Close(frame))) => {
-                let why = frame.map_or_else(
-                    || "closed by the hub".to_owned(),
-                    |frame| format!("closed by the hub with code {}", u16::from(frame.code)),
-                );
-                return Err(End::Socket(why));
-            }
-            Some(Err(error)) => return Err(End::Socket(error.to_string())),
-            None => return Err(End::Socket("closed".into())),
+        let full = !end.socket.has_room();
+        let flushed = match end.socket.poll_flush(cx) {
+            Poll::Ready(Ok(())) => true,
+            Poll::Ready(Err(error)) => return Poll::Ready(End::Socket(error.to_string())),
+            Poll::Pending => false,
         };
-        return opened.map_err(|_| End::Tampered);
+        let mut inner = self.lock();
+        if flushed && !full {
+            match (inner.ended, inner.over) {
+                (Some(reason), _) => return Poll::Ready(End::Channel(reason)),
+                (None, Some(Some(code))) => return Poll::Ready(End::Peer(code)),
+                (None, Some(None)) => return Poll::Ready(End::Silent),
+                (None, None) => {}
+            }
+        }
+        if read || flushed && full {
+            // There may be more, after those who wait for what has been.
+            cx.waker().wake_by_ref();
+            inner.driver = None;
+        } else if !inner.driver.as_ref().is_some_and(|driver| driver.will_wake(cx.waker())) {
+            inner.driver = Some(cx.waker().clone());
+        }
+        Poll::Pending
+    }
+}
+
+/// A timer that is set anew far more often than it expires: it is touched only to be made earlier.
+struct Timer {
+    sleep: Pin<Box<Sleep>>,
+    set_for: Option<Instant>,
+}
+
+impl Timer {
+    fn new() -> Self {
+        Self { sleep: Box::pin(sleep_until(tokio::time::Instant::now())), set_for: None }
+    }
+
+    /// Whether the time it was set for has come.
+    fn poll_expired(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> bool {
+        let expired = self.set_for.is_some() && self.sleep.as_mut().poll(cx).is_ready();
+        if expired {
+            self.set_for = None;
+        }
+        expired
+    }
+
+    /// Wakes the task at `deadline`, or before.
+    fn set(mut self: Pin<&mut Self>, cx: &mut Context<'_>, deadline: Option<Instant>) {
+        let Some(deadline) = deadline else { return };
+        if self.set_for.is_none_or(|set_for| deadline < set_for) {
+            self.set_for = Some(deadline);
+            self.sleep.as_mut().reset(deadline.into());
+            if self.sleep.as_mut().poll(cx).is_ready() {
+                cx.waker().wake_by_ref();
+            }
+        }
     }
 }
 
@@ -522,7 +544,7 @@ async fn receive_record(
 /// Dropping it before both directions ended resets it, which the other side's client sees as a
 /// connection reset, never as a clean end.
 #[derive(Debug)]
-pub struct Stream {
+pub(crate) struct Stream {
     channel: ChannelHandle,
     id: StreamId,
 }
@@ -533,7 +555,7 @@ impl Stream {
     /// # Errors
     /// When the stream was reset.
     pub(crate) async fn writable(&self) -> io::Result<usize> {
-        std::future::poll_fn(|context| {
+        poll_fn(|context| {
             let mut inner = self.channel.lock();
             match inner.channel.room(self.id) {
                 Ok(0) => {
@@ -551,8 +573,11 @@ impl Stream {
     ///
     /// # Errors
     /// When the stream was reset.
-    pub(crate) fn write_now(&self, bytes: &[u8]) -> io::Result<usize> {
-        self.channel.with(|channel| channel.write(self.id, bytes)).map_err(to_io)
+    pub(crate) fn write(&self, bytes: Bytes) -> io::Result<()> {
+        let length = bytes.len();
+        let taken = self.channel.with(|channel| channel.write(self.id, bytes)).map_err(to_io)?;
+        debug_assert_eq!(taken, length, "there was room, and nobody else writes");
+        Ok(())
     }
 
     /// Ends this direction cleanly.
@@ -563,30 +588,24 @@ impl Stream {
         self.channel.with(|channel| channel.finish(self.id)).map_err(to_io)
     }
 
-    /// Waits for bytes and reads up to `most` of them; an empty result is the end.
+    /// Waits for bytes and takes up to `most` of them; an empty result is the end.
     ///
     /// # Errors
     /// When the stream was reset.
-    pub(crate) async fn read_chunk(&self, most: usize) -> io::Result<Vec<u8>> {
-        std::future::poll_fn(|context| {
-            let mut chunk = Vec::new();
+    pub(crate) async fn read(&self, most: usize) -> io::Result<Bytes> {
+        poll_fn(|context| {
             let mut inner = self.channel.lock();
-            let waiting = inner.channel.waiting(self.id).min(most);
-            chunk.resize(waiting.max(1), 0);
-            let read = inner.channel.read(self.id, &mut chunk);
-            if matches!(read, Ok(Read::Blocked)) {
-                inner.wakers.entry(self.id).or_default().read = Some(context.waker().clone());
-                return Poll::Pending;
-            }
-            self.channel.after(inner);
-            Poll::Ready(match read {
-                Ok(Read::Bytes(length)) => {
-                    chunk.truncate(length);
-                    Ok(chunk)
+            let read = match inner.channel.read(self.id, most) {
+                Ok(Read::Blocked) => {
+                    inner.wakers.entry(self.id).or_default().read = Some(context.waker().clone());
+                    return Poll::Pending;
                 }
-                Ok(Read::Finished | Read::Blocked) => Ok(Vec::new()),
+                Ok(Read::Bytes(bytes)) => Ok(bytes),
+                Ok(Read::Finished) => Ok(Bytes::new()),
                 Err(error) => Err(to_io(error)),
-            })
+            };
+            self.channel.after(inner);
+            Poll::Ready(read)
         })
         .await
     }
@@ -608,59 +627,6 @@ impl Drop for Stream {
         inner.wakers.remove(&self.id);
         inner.channel.release(self.id);
         self.channel.after(inner);
-    }
-}
-
-impl AsyncRead for Stream {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let mut inner = self.channel.lock();
-        match inner.channel.read(self.id, buffer.initialize_unfilled()) {
-            Ok(Read::Bytes(length)) => {
-                self.channel.after(inner);
-                buffer.advance(length);
-                Poll::Ready(Ok(()))
-            }
-            Ok(Read::Finished) => Poll::Ready(Ok(())),
-            Ok(Read::Blocked) if buffer.remaining() == 0 => Poll::Ready(Ok(())),
-            Ok(Read::Blocked) => {
-                inner.wakers.entry(self.id).or_default().read = Some(context.waker().clone());
-                Poll::Pending
-            }
-            Err(error) => Poll::Ready(Err(to_io(error))),
-        }
-    }
-}
-
-impl AsyncWrite for Stream {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        let mut inner = self.channel.lock();
-        match inner.channel.write(self.id, bytes) {
-            Ok(0) if !bytes.is_empty() => {
-                inner.wakers.entry(self.id).or_default().write = Some(context.waker().clone());
-                Poll::Pending
-            }
-            Ok(length) => {
-                self.channel.after(inner);
-                Poll::Ready(Ok(length))
-            }
-            Err(error) => Poll::Ready(Err(to_io(error))),
-        }
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(self.finish())
     }
 }
 

@@ -53,5 +53,6 @@ pub use govern::{EntryInfo, Governor, InviteInfo, Recovered, Revoked, invites, l
 pub use home::{Home, HomeLock};
 pub use host::{Host, Keep};
 pub use identity::Identity;
+pub use io::tunnel::Stream;
 pub use reacher::{ReachStatus, Reached};
 pub use target::Target;

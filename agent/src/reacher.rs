@@ -117,7 +117,7 @@ impl Reached {
     ///
     /// # Errors
     /// Why there is no channel, after waiting 30 s for one.
-    pub(crate) async fn open(&self) -> Result<Stream> {
+    pub async fn open(&self) -> Result<Stream> {
         let mut state = self.0.state.subscribe();
         let opened = timeout(OPEN_TIMEOUT, async {
             loop {

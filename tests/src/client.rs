@@ -500,9 +500,9 @@ impl Tunnel {
 
     /// Sends a record.
     pub async fn send(&mut self, record: &Record<'_>) {
-        let (mut plain, mut packet) = (Vec::new(), Vec::new());
-        record.encode(&mut plain);
-        self.sealer.seal(&plain, &mut packet).expect("a new key");
+        let mut packet = Vec::new();
+        record.encode(&mut packet);
+        self.sealer.seal(&mut packet, 0).expect("a new key");
         let text = base64_simd::STANDARD_NO_PAD.encode_to_string(packet);
         // The other end may have closed already, which shows when it is read.
         let _ = self.socket.send(Message::text(text)).await;
@@ -514,9 +514,8 @@ impl Tunnel {
             match timeout(PATIENCE, self.socket.next()).await.expect("it is closed, or goes on")? {
                 Ok(Message::Text(text)) => {
                     let packet = base64_simd::STANDARD_NO_PAD.decode_to_vec(text.as_bytes());
-                    let mut record = Vec::new();
-                    let opened = self.opener.open(&packet.expect("base64"), &mut record);
-                    return opened.ok().map(|()| record);
+                    let mut packet = packet.expect("base64");
+                    return self.opener.open(&mut packet).ok().map(|record| record.to_vec());
                 }
                 Ok(Message::Ping(_) | Message::Pong(_)) => {}
                 Ok(Message::Binary(_) | Message::Close(_) | Message::Frame(_)) | Err(_) => {

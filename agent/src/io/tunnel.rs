@@ -10,7 +10,7 @@ use std::{
     io,
     pin::{Pin, pin},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    task::{Context, Poll, Waker},
+    task::{Context, Poll, Waker, ready},
     time::{Duration, Instant},
 };
 
@@ -28,6 +28,7 @@ use http::{
     header::{AUTHORIZATION, SEC_WEBSOCKET_PROTOCOL},
 };
 use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::{mpsc, watch},
     time::{Sleep, sleep_until, timeout, timeout_at},
 };
@@ -544,7 +545,7 @@ impl Timer {
 /// Dropping it before both directions ended resets it, which the other side's client sees as a
 /// connection reset, never as a clean end.
 #[derive(Debug)]
-pub(crate) struct Stream {
+pub struct Stream {
     channel: ChannelHandle,
     id: StreamId,
 }
@@ -555,18 +556,19 @@ impl Stream {
     /// # Errors
     /// When the stream was reset.
     pub(crate) async fn writable(&self) -> io::Result<usize> {
-        poll_fn(|context| {
-            let mut inner = self.channel.lock();
-            match inner.channel.room(self.id) {
-                Ok(0) => {
-                    inner.wakers.entry(self.id).or_default().write = Some(context.waker().clone());
-                    Poll::Pending
-                }
-                Ok(room) => Poll::Ready(Ok(room)),
-                Err(error) => Poll::Ready(Err(to_io(error))),
+        poll_fn(|context| self.poll_writable(context)).await
+    }
+
+    fn poll_writable(&self, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let mut inner = self.channel.lock();
+        match inner.channel.room(self.id) {
+            Ok(0) => {
+                inner.wakers.entry(self.id).or_default().write = Some(context.waker().clone());
+                Poll::Pending
             }
-        })
-        .await
+            Ok(room) => Poll::Ready(Ok(room)),
+            Err(error) => Poll::Ready(Err(to_io(error))),
+        }
     }
 
     /// Writes bytes for which [`Stream::writable`] found room.
@@ -593,21 +595,22 @@ impl Stream {
     /// # Errors
     /// When the stream was reset.
     pub(crate) async fn read(&self, most: usize) -> io::Result<Bytes> {
-        poll_fn(|context| {
-            let mut inner = self.channel.lock();
-            let read = match inner.channel.read(self.id, most) {
-                Ok(Read::Blocked) => {
-                    inner.wakers.entry(self.id).or_default().read = Some(context.waker().clone());
-                    return Poll::Pending;
-                }
-                Ok(Read::Bytes(bytes)) => Ok(bytes),
-                Ok(Read::Finished) => Ok(Bytes::new()),
-                Err(error) => Err(to_io(error)),
-            };
-            self.channel.after(inner);
-            Poll::Ready(read)
-        })
-        .await
+        poll_fn(|context| self.poll_take(context, most)).await
+    }
+
+    fn poll_take(&self, context: &mut Context<'_>, most: usize) -> Poll<io::Result<Bytes>> {
+        let mut inner = self.channel.lock();
+        let read = match inner.channel.read(self.id, most) {
+            Ok(Read::Blocked) => {
+                inner.wakers.entry(self.id).or_default().read = Some(context.waker().clone());
+                return Poll::Pending;
+            }
+            Ok(Read::Bytes(bytes)) => Ok(bytes),
+            Ok(Read::Finished) => Ok(Bytes::new()),
+            Err(error) => Err(to_io(error)),
+        };
+        self.channel.after(inner);
+        Poll::Ready(read)
     }
 
     /// Tells the reacher that the target answered.
@@ -627,6 +630,43 @@ impl Drop for Stream {
         inner.wakers.remove(&self.id);
         inner.channel.release(self.id);
         self.channel.after(inner);
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if buffer.remaining() == 0 {
+            return Poll::Ready(Ok(()));
+        }
+        let bytes = ready!(self.poll_take(context, buffer.remaining()))?;
+        buffer.put_slice(&bytes);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        if bytes.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
+        ready!(self.poll_writable(context))?;
+        Poll::Ready(self.channel.with(|channel| channel.write(self.id, bytes)).map_err(to_io))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(self.finish())
     }
 }
 

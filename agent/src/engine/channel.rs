@@ -468,6 +468,27 @@ impl Channel {
         }
     }
 
+    /// Takes note that the peer was heard, by a record that was not for the channel.
+    pub(crate) fn hear(&mut self, now: Instant) {
+        self.liveness.heard = now;
+    }
+
+    /// Ends the channel because of a record that was not for it.
+    pub(crate) fn break_off(&mut self, violation: ProtocolViolation) {
+        self.end(violation.into(), Some(CloseCode::Protocol));
+    }
+
+    /// Whether the greeting on this tunnel is still to come, or not over.
+    pub(crate) fn is_greeting(&self) -> bool {
+        matches!(self.phase, Phase::Greeting { .. })
+    }
+
+    /// Whether the greeting is over, and this side's last record of it transmitted.
+    pub(crate) fn is_greeted(&self) -> bool {
+        let said = !matches!(self.outbox.front(), Some(Outgoing::Greeting(_)));
+        self.phase == Phase::Established && said
+    }
+
     /// Replaces `record` with the next plaintext record to seal and send; `false` when there is none.
     pub(crate) fn poll_transmit(&mut self, now: Instant, record: &mut Vec<u8>) -> bool {
         let greeted = match self.phase {
@@ -577,6 +598,11 @@ impl Channel {
             (_, Record::TrustGet(_) | Record::Trust { .. }) => {
                 Err(ProtocolViolation("trust entries after the greeting").into())
             }
+            // Those that come in their turn are for the machine of the tunnel.
+            (
+                _,
+                Record::HsWant(_) | Record::Hs1 { .. } | Record::Hs2 { .. } | Record::Switch(_),
+            ) => Err(ProtocolViolation("a rekey out of turn").into()),
         }
     }
 

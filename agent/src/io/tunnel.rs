@@ -8,12 +8,15 @@ use std::{
     collections::BTreeMap,
     io,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll, Waker},
     time::{Duration, Instant},
 };
 
-use connect_crypto::transport::{Opener, Sealer};
+use connect_crypto::transport::{Opener, Sealer, Transport};
 use connect_spec::{
     control::TICKET_SCHEME,
     control::{TUNNEL_PATH, Ticket},
@@ -38,7 +41,10 @@ use tokio_tungstenite::tungstenite::{self, Bytes, Message, protocol::WebSocketCo
 
 use super::dial::{HubSocket, HubUrl};
 use crate::{
-    engine::channel::{Channel, CloseReason, Event, Read, Side, StreamError},
+    engine::{
+        channel::{Channel, CloseReason, Event, Read, Side, StreamError},
+        rekey::{Opened, Rekey, RekeyEnd},
+    },
     error::Result,
     random,
 };
@@ -82,6 +88,7 @@ pub(crate) struct TunnelEnd {
     pub(crate) encoding: Encoding,
     pub(crate) sealer: Sealer,
     pub(crate) opener: Opener,
+    pub(crate) rekey: Rekey<Transport>,
 }
 
 impl TunnelEnd {
@@ -156,6 +163,9 @@ pub(crate) enum End {
     /// The data socket ended without a close record.
     #[error("the data connection was lost: {0}")]
     Socket(String),
+    /// Its keys were not replaced when they had to be.
+    #[error(transparent)]
+    Rekey(#[from] RekeyEnd),
     /// A packet did not open: it was changed on the way, or made up.
     #[error("a packet was altered on the way")]
     Tampered,
@@ -172,6 +182,8 @@ struct Shared {
     status: watch::Sender<Status>,
     /// Number of the tunnel that the channel is on; changes when a newer one takes over.
     tunnel: watch::Sender<u64>,
+    /// How often the keys of a tunnel were replaced while the channel was on it.
+    rekeys: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -217,6 +229,7 @@ impl ChannelHandle {
             transmit: Notify::new(),
             status: watch::Sender::new(Status::Detached),
             tunnel: watch::Sender::new(0),
+            rekeys: AtomicU64::new(0),
         }))
     }
 
@@ -242,6 +255,11 @@ impl ChannelHandle {
     /// Streams that are open now.
     pub(crate) fn open_streams(&self) -> usize {
         self.lock().channel.open_streams()
+    }
+
+    /// How often the keys of the channel's tunnels were replaced, the first keys of each not counted.
+    pub(crate) fn rekeys(&self) -> u64 {
+        self.0.rekeys.load(Ordering::Relaxed)
     }
 
     /// How the channel is doing, as it changes.
@@ -367,7 +385,9 @@ impl ChannelHandle {
     /// Puts the channel on a tunnel and runs it until the tunnel ends. A tunnel that it was on before
     /// is dropped at once. `first` is a record that was read already.
     pub(crate) async fn run(&self, end: TunnelEnd, first: Option<Vec<u8>>) -> End {
-        let TunnelEnd { socket, encoding, sealer, opener } = end;
+        let TunnelEnd { socket, encoding, sealer, opener, rekey } = end;
+        // Rekeying, 1 of 4: a lock of its own, for a handshake takes longer than streams should wait.
+        let rekey = Mutex::new(rekey);
         let mut newest = self.0.tunnel.subscribe();
         let number = {
             let mut inner = self.lock();
@@ -388,8 +408,8 @@ impl ChannelHandle {
         };
         let (sink, stream) = socket.split();
         let end = tokio::select! {
-            end = self.receive(number, stream, opener) => end,
-            end = self.transmit(sink, encoding, sealer) => end,
+            end = self.receive(number, stream, opener, &rekey) => end,
+            end = self.transmit(sink, encoding, sealer, &rekey) => end,
             _ = newest.wait_for(|newest| *newest != number) => End::Replaced,
         };
         let mut inner = self.lock();
@@ -412,6 +432,7 @@ impl ChannelHandle {
         number: u64,
         mut stream: SplitStream<HubSocket>,
         mut opener: Opener,
+        rekey: &Mutex<Rekey<Transport>>,
     ) -> End {
         let (mut packet, mut record) = (Vec::new(), Vec::new());
         loop {
@@ -419,12 +440,32 @@ impl ChannelHandle {
             if let Err(end) = received {
                 return end;
             }
+            // Rekeying, 2 of 4: every record is shown to the machine, and some are for it alone.
+            let now = Instant::now();
+            let greeted = !self.lock().channel.is_greeting();
+            let (opened, transmit) = {
+                let mut rekey = lock(rekey);
+                (rekey.opened(now, greeted, &record), rekey.wants_transmit(now))
+            };
             let mut inner = self.lock();
             if *self.0.tunnel.borrow() != number {
                 return End::Replaced;
             }
-            inner.channel.handle_record(Instant::now(), &record);
+            match opened {
+                Ok(Opened::ForChannel) => inner.channel.handle_record(now, &record),
+                Ok(Opened::Taken) => inner.channel.hear(now),
+                Ok(Opened::Switched(next)) => {
+                    opener = next;
+                    inner.channel.hear(now);
+                    let rekeys = self.0.rekeys.fetch_add(1, Ordering::Relaxed) + 1;
+                    tracing::debug!(tunnel = number, rekeys, "the peer uses new keys");
+                }
+                Err(violation) => inner.channel.break_off(violation),
+            }
             self.after(inner);
+            if transmit {
+                self.0.transmit.notify_one();
+            }
         }
     }
 
@@ -433,16 +474,33 @@ impl ChannelHandle {
         mut sink: SplitSink<HubSocket, Message>,
         encoding: Encoding,
         mut sealer: Sealer,
+        rekey: &Mutex<Rekey<Transport>>,
     ) -> End {
         let (mut record, mut packet) = (Vec::new(), Vec::new());
         loop {
             loop {
                 let now = Instant::now();
-                if !self.lock().channel.poll_transmit(now, &mut record) {
-                    break;
+                // Rekeying, 3 of 4: its records go first, and no others under a key that is too old.
+                let greeted = self.lock().channel.is_greeted();
+                let polled = lock(rekey).poll_transmit(now, greeted, &mut record);
+                match polled {
+                    Ok(true) => {}
+                    Ok(false) => {
+                        if !self.lock().channel.poll_transmit(now, &mut record) {
+                            break;
+                        }
+                    }
+                    Err(ended) => {
+                        // What was sealed, a word to the peer too, is on its way.
+                        let _ = timeout(CLOSE_TIMEOUT, sink.close()).await;
+                        return End::Rekey(ended);
+                    }
                 }
                 if sealer.seal(&record, &mut packet).is_err() {
                     return End::Socket("the key of this tunnel is used up".into());
+                }
+                if let Some(next) = lock(rekey).sealed(record.len()) {
+                    sealer = next;
                 }
                 if let Err(error) = sink.feed(message(encoding, &packet)).await {
                     return End::Socket(error.to_string());
@@ -453,7 +511,10 @@ impl ChannelHandle {
             }
             let (ended, over, deadline) = {
                 let inner = self.lock();
-                (inner.ended, inner.over, inner.channel.poll_timeout())
+                // Rekeying, 4 of 4: the machine has times too.
+                let rekey = lock(rekey).poll_timeout(inner.channel.is_greeted());
+                let deadline = inner.channel.poll_timeout().map_or(rekey, |at| at.min(rekey));
+                (inner.ended, inner.over, deadline)
             };
             if ended.is_some() || over.is_some() {
                 // The last record is on its way; a peer that does not read it cannot hold us.
@@ -464,18 +525,17 @@ impl ChannelHandle {
                     (None, _) => End::Silent,
                 };
             }
-            let timer = async {
-                match deadline {
-                    Some(deadline) => sleep_until(deadline.into()).await,
-                    None => std::future::pending().await,
-                }
-            };
             tokio::select! {
                 () = self.0.transmit.notified() => {}
-                () = timer => self.with(|channel| channel.handle_timeout(Instant::now())),
+                () = sleep_until(deadline.into()) => self.with(|channel| channel.handle_timeout(Instant::now())),
             }
         }
     }
+}
+
+/// A panic elsewhere cannot leave the machine in a worse state than a lost tunnel.
+fn lock(rekey: &Mutex<Rekey<Transport>>) -> MutexGuard<'_, Rekey<Transport>> {
+    rekey.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A sealed record as the WebSocket carries it.

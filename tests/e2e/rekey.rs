@@ -54,44 +54,66 @@ fn echo(client: &mut TcpStream, text: &[u8]) {
     assert_eq!(echoed, text);
 }
 
+fn no_tunnel_ended(pair: &Pair) {
+    assert!(!pair.exposer_agent.stderr().contains("tunnel ended"));
+    assert!(!pair.reacher_agent.stderr().contains("no tunnel"));
+}
+
 /// A byte that tells where in the stream it belongs.
 fn pattern(offset: usize) -> u8 {
     u8::try_from(offset % 251).expect("below 251")
 }
 
-/// Both directions at once, with new keys every few records: every byte arrives, in one tunnel.
+/// Tens of megabytes there and back, with new keys every few records: every byte arrives, in one tunnel.
 #[test]
 fn a_transfer_goes_on_through_a_thousand_rekeys() {
-    const TOTAL: usize = 64_000_000;
+    const PART: usize = 16 * 1024;
+    const AT_LEAST: usize = 32_000_000;
+    const REKEYS: u64 = 1000;
+    let pair = start(Hub::shared(), "records=4", "records=4");
+    let service = Service::echo();
+    let mut client = connect(pair.carry(service.address(), "echo"));
+    let part =
+        |number: usize| -> Vec<u8> { (number * PART..(number + 1) * PART).map(pattern).collect() };
+    // One part is always on its way, and no more: what waits in buffers would hold new keys up.
+    client.write_all(&part(0)).expect("open");
+    let mut echoed = vec![0; PART];
+    let mut parts = 0;
+    while parts * PART < AT_LEAST || rekeys(&pair) < REKEYS {
+        for _ in 0..64 {
+            client.write_all(&part(parts + 1)).expect("the connection does not break");
+            client.read_exact(&mut echoed).expect("the connection does not break");
+            assert_eq!(echoed, part(parts), "part {parts}");
+            parts += 1;
+        }
+        assert!(parts * PART < 8 * AT_LEAST, "only {} rekeys", rekeys(&pair));
+    }
+    client.read_exact(&mut echoed).expect("the last part");
+    assert_eq!(echoed, part(parts));
+    no_tunnel_ended(&pair);
+}
+
+/// With as much on its way as there is room for.
+#[test]
+fn a_full_pipe_goes_on_through_rekeys() {
+    const TOTAL: usize = 12_000_000;
     let pair = start(Hub::shared(), "records=20", "records=20");
     let service = Service::echo();
-    let address = pair.carry(service.address(), "echo");
-    let client = connect(address);
+    let client = connect(pair.carry(service.address(), "echo"));
     let mut writing = client.try_clone().expect("one more handle");
     let writer = thread::spawn(move || {
         let bytes: Vec<u8> = (0..TOTAL).map(pattern).collect();
         writing.write_all(&bytes).expect("the connection does not break");
         writing.shutdown(std::net::Shutdown::Write).expect("it is whole to the end");
     });
-    let mut reading = &client;
-    let (mut received, mut part) = (0, vec![0; 64 * 1024]);
-    loop {
-        let length = reading.read(&mut part).expect("the connection does not break");
-        if length == 0 {
-            break;
-        }
-        for (index, byte) in part[..length].iter().enumerate() {
-            assert_eq!(*byte, pattern(received + index), "at {}", received + index);
-        }
-        received += length;
-    }
-    assert_eq!(received, TOTAL);
+    let mut received = Vec::new();
+    (&client).read_to_end(&mut received).expect("the connection does not break");
     writer.join().expect("the writer is done");
-    let rekeys = rekeys(&pair);
-    assert!(rekeys >= 1000, "only {rekeys}");
-    for agent in [&pair.exposer_agent, &pair.reacher_agent] {
-        assert!(!agent.stderr().contains("tunnel ended"), "{}", agent.stderr());
-    }
+    assert_eq!(received.len(), TOTAL);
+    let wrong = received.iter().enumerate().find(|(at, byte)| **byte != pattern(*at));
+    assert_eq!(wrong, None);
+    assert!(rekeys(&pair) >= 3, "only {}", rekeys(&pair));
+    no_tunnel_ended(&pair);
 }
 
 /// The reacher would not begin by itself: the exposer's own limit makes it ask.
@@ -150,7 +172,5 @@ fn keys_are_replaced_without_the_hubs_control_side() {
     let before = rekeys(&pair);
     eventually("keys are replaced", || rekeys(&pair) >= before + 3);
     echo(&mut client, b"after");
-    for agent in [&pair.exposer_agent, &pair.reacher_agent] {
-        assert!(!agent.stderr().contains("tunnel ended"), "{}", agent.stderr());
-    }
+    no_tunnel_ended(&pair);
 }

@@ -556,7 +556,8 @@ impl<K: Keys> Rekey<K> {
     }
 
     fn is_due(&self, now: Instant) -> bool {
-        let worn = |used: Used| used.records >= self.after.records || used.bytes >= self.after.bytes;
+        let worn =
+            |used: Used| used.records >= self.after.records || used.bytes >= self.after.bytes;
         now >= self.made + self.after.time || worn(self.sealed) || worn(self.opened)
     }
 

@@ -376,23 +376,20 @@ impl<K: Keys> Rekey<K> {
         if !std::mem::take(&mut self.switching) {
             return None;
         }
-        match std::mem::replace(&mut self.phase, Phase::Settled) {
-            Phase::Agreed(next, tries) => {
-                let Next { attempt, made, hash, sealer, opener } = next;
-                self.phase = Phase::Sent(Pending { attempt, hash, opener }, tries);
-                (self.made, self.sealed) = (made, Used::default());
-                Some(sealer)
-            }
-            Phase::Confirming { next, confirmed: None } => {
-                (self.made, self.sealed) = (next.made, Used::default());
-                self.settle(next.hash);
-                Some(next.sealer)
-            }
+        let phase = std::mem::replace(&mut self.phase, Phase::Settled);
+        if let Phase::Agreed(next, tries) = phase {
+            let Next { attempt, made, hash, sealer, opener } = next;
+            self.phase = Phase::Sent(Pending { attempt, hash, opener }, tries);
+            (self.made, self.sealed) = (made, Used::default());
+            Some(sealer)
+        } else if let Phase::Confirming { next, confirmed: None } = phase {
+            (self.made, self.sealed) = (next.made, Used::default());
+            self.settle(next.hash);
+            Some(next.sealer)
+        } else {
             // Only this machine makes a SWITCH, and only in those two.
-            other => {
-                self.phase = other;
-                None
-            }
+            self.phase = phase;
+            None
         }
     }
 
@@ -517,27 +514,29 @@ impl<K: Keys> Rekey<K> {
 
     fn handle_switch(&mut self, rekey: RekeyTry) -> Result<K::Opener, ProtocolViolation> {
         const VIOLATION: ProtocolViolation = ProtocolViolation("a switch to no key");
-        if !self.is_next(rekey.number) {
+        let is_agreed = match &self.phase {
+            Phase::Sent(pending, _) => pending.attempt == rekey.attempt,
+            // What was not said yet cannot be known.
+            Phase::Answering { said, .. } => rekey.attempt < *said,
+            Phase::Settled | Phase::Begun { .. } | Phase::Agreed(..) | Phase::Confirming { .. } => {
+                false
+            }
+        };
+        if !is_agreed || !self.is_next(rekey.number) {
             return Err(VIOLATION);
         }
-        let opener = match std::mem::replace(&mut self.phase, Phase::Settled) {
-            Phase::Sent(pending, _) if pending.attempt == rekey.attempt => {
-                self.settle(pending.hash);
-                pending.opener
-            }
-            // What was not said yet cannot be known.
-            Phase::Answering { mut answers, said } if rekey.attempt < said => {
-                let (next, Unsaid { confirmed, .. }) =
-                    answers.swap_remove(usize::from(rekey.attempt));
-                let Next { attempt, made, hash, sealer, opener } = next;
-                let next = NextSealer { attempt, made, hash, sealer };
-                self.phase = Phase::Confirming { next, confirmed: Some(confirmed) };
-                opener
-            }
-            other => {
-                self.phase = other;
-                return Err(VIOLATION);
-            }
+        let phase = std::mem::replace(&mut self.phase, Phase::Settled);
+        let opener = if let Phase::Answering { mut answers, .. } = phase {
+            let (next, Unsaid { confirmed, .. }) = answers.swap_remove(rekey.attempt.into());
+            let Next { attempt, made, hash, sealer, opener } = next;
+            let next = NextSealer { attempt, made, hash, sealer };
+            self.phase = Phase::Confirming { next, confirmed: Some(confirmed) };
+            opener
+        } else if let Phase::Sent(pending, _) = phase {
+            self.settle(pending.hash);
+            pending.opener
+        } else {
+            return Err(VIOLATION);
         };
         self.opened = Used::default();
         Ok(opener)

@@ -130,6 +130,28 @@ fn an_exposer_gets_new_keys_by_asking_for_them() {
     });
 }
 
+/// Rekeying uses the static keys of its moment. One that the exposer has forgotten ends the tunnel, for the
+/// reacher must look the new one up, and the connection goes on in the next.
+#[test]
+fn static_keys_rotate_under_a_living_tunnel() {
+    let pair = start(Hub::shared(), "seconds=1", "seconds=1");
+    let service = Service::echo();
+    let mut client = connect(pair.carry(service.address(), "echo"));
+    echo(&mut client, b"before");
+    pair.exposer().ok(&["rotate"]);
+    pair.reacher.ok(&["rotate"]);
+    let before = rekeys(&pair);
+    eventually("keys are replaced", || rekeys(&pair) >= before + 3);
+    echo(&mut client, b"between");
+    no_tunnel_ended(&pair);
+
+    pair.exposer().ok(&["rotate"]);
+    pair.exposer_agent.stderr_line("its keys were not replaced: handshake message does not open");
+    let before = rekeys(&pair);
+    eventually("keys are replaced in the next tunnel", || rekeys(&pair) >= before + 3);
+    echo(&mut client, b"after");
+}
+
 /// A hub's PostgreSQL that answers nothing until this is dropped.
 struct StoppedDatabase(Vec<Pid>);
 

@@ -10,6 +10,7 @@ use connect_spec::{
     control::{Request, SessionKind},
     encoding::Encoding,
     ids::{AgentId, ServiceId, ServiceName},
+    keys::StaticPublicKey,
     objects::UnixTime,
     trust::VerifiedPeer,
 };
@@ -21,7 +22,7 @@ use tokio::{
 use crate::{
     clock,
     directory::{Directory, FoundService},
-    engine::{backoff::Backoff, freshness::Freshness},
+    engine::{backoff::Backoff, freshness::Freshness, rekey::RekeyAfter},
     error::{Error, ErrorKind, Result},
     exposer::{Exposed, Exposer},
     home::{Home, HomeLock, Peers, SeenNoiseKey, State},
@@ -50,6 +51,8 @@ pub struct Options {
     pub encoding: Encoding,
     /// A static key of this age is rotated.
     pub rotate_after: Duration,
+    /// The keys of a tunnel are replaced after so much use.
+    pub rekey_after: RekeyAfter,
 }
 
 impl Options {
@@ -59,7 +62,11 @@ impl Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { encoding: Encoding::default(), rotate_after: Self::ROTATE_AFTER }
+        Self {
+            encoding: Encoding::default(),
+            rotate_after: Self::ROTATE_AFTER,
+            rekey_after: RekeyAfter::default(),
+        }
     }
 }
 
@@ -509,6 +516,14 @@ impl Core {
         let peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
         let seen = peers.noise_keys.get(&peer.agent_id());
         seen.is_some_and(|seen| seen.counter > peer.noise_key_counter())
+    }
+
+    /// The newest static key that was seen of a peer, which may be newer than what it showed there.
+    pub(crate) fn newest_static_key(&self, peer: &VerifiedPeer) -> StaticPublicKey {
+        let peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        let seen = peers.noise_keys.get(&peer.agent_id());
+        let newer = seen.filter(|seen| seen.counter > peer.noise_key_counter());
+        newer.map_or_else(|| peer.static_key(), |seen| seen.static_key)
     }
 
     /// Remembers a peer whose keys a first record has confirmed.

@@ -107,6 +107,10 @@ async fn exchange(
             | Record::Reset { .. }
             | Record::Ping(_)
             | Record::Pong(_)
+            | Record::HsWant(_)
+            | Record::Hs1 { .. }
+            | Record::Hs2 { .. }
+            | Record::Switch(_)
             | Record::ChannelClose(_) => return Err(unexpected()),
         }
     }

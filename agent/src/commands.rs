@@ -12,7 +12,7 @@ use std::{
 
 use clap::CommandFactory;
 use connect_agent::{
-    Directory, Error, ErrorKind, Governor, Home, HomeLock, Host, Keep, Options, Result,
+    Directory, Error, ErrorKind, Governor, Home, HomeLock, Host, Keep, Options, RekeyAfter, Result,
     local::{self, Answer, Command as Ask},
 };
 use connect_crypto::words::workspace_words;
@@ -607,6 +607,9 @@ fn misunderstood() -> Error {
         .hint("it may be of another version: `connect down`, then `connect up`")
 }
 
+/// Makes keys of tunnels live shorter, for tests: see `RekeyAfter`.
+const REKEY_AFTER: &str = "CONNECT_REKEY_AFTER";
+
 async fn start(
     home: Home,
     lock: HomeLock,
@@ -618,7 +621,13 @@ async fn start(
         Encoding::Base64 => connect_spec::encoding::Encoding::Base64,
         Encoding::Binary => connect_spec::encoding::Encoding::Binary,
     };
-    Host::start(home, lock, Options { encoding, rotate_after }).await
+    let rekey_after = match std::env::var(REKEY_AFTER) {
+        Ok(text) => text.parse().map_err(|error| {
+            Error::new(ErrorKind::Usage, format_args!("{REKEY_AFTER}: {error}"))
+        })?,
+        Err(_) => RekeyAfter::default(),
+    };
+    Host::start(home, lock, Options { encoding, rotate_after, rekey_after }).await
 }
 
 /// A thousand connections are a thousand files, more than systems allow by default.

@@ -13,6 +13,7 @@ use std::{
 use connect_crypto::{
     CryptoError,
     handshake::{self, HandshakeError, Received},
+    transport::Transport,
 };
 use connect_spec::{
     bytes::Blob,
@@ -34,6 +35,7 @@ use crate::{
     agent::Core,
     catch_up::{Claims, catch_up},
     clock,
+    engine::rekey::{Answer, Answered, Failed, Role},
     error::{Error, ErrorKind},
     identity::{Identity, NoiseIdentity},
     io::{
@@ -178,6 +180,18 @@ impl Guest {
         let presented = self.peer.presented().clone();
         identity.trust.verify_peer(self.peer.agent_id(), presented, clock::now())?;
         authorise(&self.service, &self.peer, &self.tags)
+    }
+}
+
+impl From<Refusal> for Failed {
+    fn from(refusal: Refusal) -> Self {
+        Self { code: CloseCode::Forbidden, why: refusal.why }
+    }
+}
+
+impl From<HandshakeError> for Failed {
+    fn from(error: HandshakeError) -> Self {
+        Self { code: CloseCode::Protocol, why: error.to_string() }
     }
 }
 
@@ -368,7 +382,15 @@ impl Exposer {
             FromAgent::AcceptTunnel { tunnel_id: request.tunnel_id, message: Blob(message) };
         let failed = |error: &dyn std::fmt::Display| Refusal::new(ErrorCode::Offline, error);
         session.tell(accept).await.map_err(|error| failed(&error))?;
-        let mut end = TunnelEnd::open(&core.hub, &ticket, request.encoding, transport)
+        let key = ChannelKey {
+            peer: initiator,
+            service_id: request.service_id,
+            share_id: request.share_id,
+            channel_id: request.channel_id,
+        };
+        let answer = answer_rekey(core.clone(), key, service.clone(), prologue);
+        let (role, after) = (Role::Exposer(answer), core.options.rekey_after);
+        let mut end = TunnelEnd::open(&core.hub, &ticket, request.encoding, transport, role, after)
             .await
             .map_err(|error| failed(&error))?;
         let guest = Guest { peer, tags, service };
@@ -393,7 +415,7 @@ impl Exposer {
             Err(_) => return Err(failed(&"the initiator says nothing")),
         };
         core.remember(&guest.peer, None);
-        match self.enter(core, guest, &request) {
+        match self.enter(core, guest, key, request.tunnel_no) {
             Some(channel) => {
                 // Lives exactly as long as the tunnel, which every way of stopping the agent closes.
                 tokio::spawn(async move {
@@ -426,33 +448,39 @@ impl Exposer {
         }
     }
 
+    /// Takes over what a peer showed in a rekey: from here on it is judged by that.
+    fn renew(&self, key: &ChannelKey, tunnel_no: u32, guest: Guest, identity: &Identity) {
+        if let Some(channel) = self.channels().get_mut(key)
+            && channel.tunnel_no == tunnel_no
+        {
+            // What was learned since it was judged was not held against it yet.
+            if guest.judge(identity).is_err() {
+                channel.handle.close(CloseCode::Forbidden);
+            }
+            channel.guest = guest;
+        }
+    }
+
     /// The channel that a tunnel is for, begun if it is new; `None` for a tunnel that comes too late.
     fn enter(
         &self,
         core: &Arc<Core>,
         guest: Guest,
-        request: &TunnelRequest,
+        key: ChannelKey,
+        tunnel_no: u32,
     ) -> Option<ChannelHandle> {
-        let peer = guest.peer.agent_id();
-        let key = ChannelKey {
-            peer,
-            service_id: request.service_id,
-            share_id: request.share_id,
-            channel_id: request.channel_id,
-        };
         let mut channels = self.channels();
         if let Some(channel) = channels.get_mut(&key) {
-            if request.tunnel_no <= channel.tunnel_no {
+            if tunnel_no <= channel.tunnel_no {
                 return None;
             }
-            channel.tunnel_no = request.tunnel_no;
+            channel.tunnel_no = tunnel_no;
             channel.guest = guest;
             return Some(channel.handle.clone());
         }
-        make_room(&channels, peer);
+        make_room(&channels, key.peer);
         let (handle, streams) = ChannelHandle::exposer();
         let service = guest.service.clone();
-        let tunnel_no = request.tunnel_no;
         let channel = LiveChannel { handle: handle.clone(), tunnel_no, guest };
         channels.insert(key, channel);
         // Lives exactly as long as the channel.
@@ -587,6 +615,55 @@ fn receive<'i>(
         }
     }
     Err(refused)
+}
+
+/// The exposer's half of the handshakes that replace the keys of a tunnel: whoever asks for a new key is
+/// judged as if it asked for a tunnel, by what is known then. The hub has no part in it.
+fn answer_rekey(
+    core: Arc<Core>,
+    key: ChannelKey,
+    service: Arc<Exposed>,
+    first: Prologue,
+) -> Answer<Transport> {
+    let tunnel_no = first.tunnel_no;
+    Box::new(move |place, message1| {
+        let identity = core.identity();
+        let prologue = place.prologue(&first);
+        let (noise, received) = receive(&identity, &prologue, message1)?;
+        let payload = received.payload();
+        let presented = payload.presented.clone();
+        let peer = identity
+            .trust
+            .verify_peer(key.peer, presented, clock::now())
+            .map_err(|error| refused_rekey(key.peer, error.into()))?;
+        let tags = payload.attrs.tags.clone();
+        core.check_noise_key(&peer)
+            .map_err(|error| Refusal::new(ErrorCode::Refused, error))
+            .and_then(|()| authorise(&service, &peer, &tags))
+            .map_err(|refusal| refused_rekey(key.peer, refusal))?;
+        let (keys, message2) =
+            received.answer(&peer, &local(&identity, noise), &mut random::rng())?;
+        let guest = Guest { peer, tags, service: service.clone() };
+        let confirmed = Box::new({
+            let core = core.clone();
+            move || {
+                core.remember(&guest.peer, None);
+                core.exposer.renew(&key, tunnel_no, guest, &core.identity());
+            }
+        });
+        Ok(Answered { keys, message2, confirmed })
+    })
+}
+
+fn refused_rekey(peer: AgentId, refusal: Refusal) -> Failed {
+    tracing::warn!(
+        event = "peer_ended",
+        code = refusal.event,
+        peer = %peer.short(),
+        why = refusal.why,
+        "a tunnel gets no new keys"
+    );
+    refusal.into()
 }
 
 /// This agent's own side of a handshake that uses the static key of `noise`.

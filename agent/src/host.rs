@@ -333,6 +333,7 @@ impl Host {
                 active: status.active,
                 rtt_ms: status.round_trip.map(|time| time.as_secs_f64() * 1000.0),
                 streams: status.streams,
+                rekeys: status.rekeys,
                 error: status.error,
             }
         });

@@ -46,6 +46,7 @@ pub use connect_crypto::custody::Passphrase;
 
 pub use agent::{Agent, Options, Rotated, rotate};
 pub use directory::{AgentInfo, Directory, ListedMember, ServiceInfo, Verification};
+pub use engine::rekey::RekeyAfter;
 pub use enrol::{FIRST_INVITE, Founded, init, invite, join};
 pub use error::{Error, ErrorKind, Result};
 pub use exposer::Exposed;

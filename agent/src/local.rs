@@ -157,6 +157,9 @@ pub struct ReachedStatus {
     pub rtt_ms: Option<f64>,
     /// Open streams.
     pub streams: usize,
+    /// How often the keys were replaced under the conversation that goes on.
+    #[serde(default)]
+    pub rekeys: u64,
     /// Why it is not active.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<Error>,

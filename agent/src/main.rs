@@ -14,7 +14,13 @@ use crate::{cli::Cli, output::Output};
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let output = Output { json: cli.json, quiet: cli.quiet };
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    // One thread carries everything that moves: handing a packet from one to another costs more time
+    // than sealing it. What computes for long has threads of its own (`spawn_blocking`).
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(error) => {
             output.error(&error.into());

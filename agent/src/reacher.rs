@@ -3,12 +3,13 @@
 
 use std::{sync::Arc, time::Duration};
 
-use connect_crypto::handshake;
+use connect_crypto::{handshake, transport::Transport};
 use connect_spec::{
     bytes::Blob,
     control::{ErrorCode, ErrorReport, Reply, Request, TunnelRequest},
     ids::{AgentId, ChannelId, CredentialId, ServiceId, ServiceName, TunnelId},
     limits::PARKED_AT_REACHER,
+    prologue::Prologue,
     record::CloseCode,
     trust::{Presented, VerifiedPeer},
 };
@@ -19,7 +20,11 @@ use crate::{
     catch_up::{Claims, catch_up},
     clock,
     directory::{Directory, FoundService},
-    engine::{backoff::Backoff, channel::CloseReason},
+    engine::{
+        backoff::Backoff,
+        channel::CloseReason,
+        rekey::{Failed, Finish, Initiate, Role},
+    },
     error::{Error, ErrorKind, Result},
     exposer::{local, prologue},
     identity::Identity,
@@ -67,6 +72,8 @@ pub struct ReachStatus {
     pub round_trip: Option<Duration>,
     /// Streams that are open.
     pub streams: usize,
+    /// How often the keys were replaced under the conversation that goes on.
+    pub rekeys: u64,
     /// Why the service is not active.
     pub error: Option<Error>,
 }
@@ -146,7 +153,8 @@ impl Reached {
         ReachStatus {
             active: round_trip.is_some(),
             round_trip,
-            streams: state.channel.map_or(0, |channel| channel.open_streams()),
+            streams: state.channel.as_ref().map_or(0, ChannelHandle::open_streams),
+            rekeys: state.channel.as_ref().map_or(0, ChannelHandle::rekeys),
             error: state.error.filter(|_| round_trip.is_none()),
         }
     }
@@ -211,7 +219,7 @@ impl Conversation {
 
 /// Keeps the service reached until it is let go of: one tunnel after the other, and a new channel when
 /// the old one is over.
-async fn keep(core: &Core, name: &ServiceName, state: &watch::Sender<State>) {
+async fn keep(core: &Arc<Core>, name: &ServiceName, state: &watch::Sender<State>) {
     let mut backoff = Backoff::default();
     let mut link = core.link();
     let mut conversation: Option<Conversation> = None;
@@ -257,7 +265,7 @@ async fn keep(core: &Core, name: &ServiceName, state: &watch::Sender<State>) {
 
 /// Brings up one tunnel and runs it to its end. `Ok` when the service was let go of.
 async fn connect(
-    core: &Core,
+    core: &Arc<Core>,
     session: Arc<Session>,
     name: &ServiceName,
     state: &watch::Sender<State>,
@@ -269,7 +277,7 @@ async fn connect(
         old.channel.close(CloseCode::Lost);
     }
     let conversation = conversation.get_or_insert_with(|| Conversation::begin(&service));
-    let end = match establish(core, &session, name, &service, conversation).await {
+    let (end, shown) = match establish(core, &session, name, &service, conversation).await {
         Err(error) if matches!(error.kind, ErrorKind::Refused | ErrorKind::TrustViolation) => {
             // The exposer may have rotated its static key since it was looked up. What the hub says now
             // must not hide what was wrong before.
@@ -310,7 +318,7 @@ async fn connect(
     };
     let end = tokio::select! {
         end = run => end,
-        error = distrusted(core, name, &service.exposer) => {
+        error = distrusted(core, name, shown) => {
             tracing::warn!(event = "peer_ended", service = %name, %error, "the channel was closed");
             channel.close(CloseCode::Forbidden);
             return Err(error);
@@ -350,14 +358,15 @@ async fn find(core: &Core, session: &Arc<Session>, name: &ServiceName) -> Result
     if service.online { Ok(service) } else { Err(offline(name)) }
 }
 
-/// Runs the handshake through the hub, and opens the data socket.
+/// Runs the handshake through the hub, and opens the data socket. Also tells what the exposer shows of
+/// itself, then and whenever keys are replaced.
 async fn establish(
-    core: &Core,
+    core: &Arc<Core>,
     session: &Session,
     name: &ServiceName,
     service: &FoundService,
     conversation: &mut Conversation,
-) -> Result<TunnelEnd> {
+) -> Result<(TunnelEnd, watch::Receiver<VerifiedPeer>)> {
     let identity = core.identity();
     let encoding = core.options.encoding;
     if !session.encodings().contains(&encoding) {
@@ -400,7 +409,10 @@ async fn establish(
     core.check_noise_key(&peer)?;
     let claims = Claims { own: identity.trust.head(), peer: payload.head };
     let transport = reply.confirm(&peer).map_err(|error| untrusted(name, &error))?;
-    let mut end = TunnelEnd::open(&core.hub, &ticket, encoding, transport).await?;
+    let (shows, shown) = watch::channel(peer.clone());
+    let role = Role::Reacher(begin_rekey(core.clone(), name.clone(), prologue, shows));
+    let after = core.options.rekey_after;
+    let mut end = TunnelEnd::open(&core.hub, &ticket, encoding, transport, role, after).await?;
     let still_good = |identity: &Identity| {
         judge(name, identity, peer.agent_id(), peer.presented().clone()).map(|_| ())
     };
@@ -415,7 +427,50 @@ async fn establish(
         end.refuse(CloseCode::Forbidden).await;
         return Err(error);
     }
-    Ok(end)
+    Ok((end, shown))
+}
+
+/// The reacher's half of the handshakes that replace the keys of a tunnel: the exposer is judged as if
+/// it answered for a new tunnel, by what is known then. The hub has no part in it.
+fn begin_rekey(
+    core: Arc<Core>,
+    name: ServiceName,
+    first: Prologue,
+    shows: watch::Sender<VerifiedPeer>,
+) -> Initiate<Transport> {
+    let (shows, responder) = (Arc::new(shows), first.responder);
+    Box::new(move |place| {
+        let identity = core.identity();
+        let exposer = core.newest_static_key(&shows.borrow());
+        let (waiting, message1) = handshake::initiate(
+            &local(&identity, &identity.noise),
+            &place.prologue(&first),
+            &exposer,
+            &mut random::rng(),
+        )?;
+        let (core, name, shows) = (core.clone(), name.clone(), shows.clone());
+        let finish: Finish<Transport> = Box::new(move |message2| {
+            let reply = waiting.read(message2)?;
+            let presented = reply.payload().presented.clone();
+            let identity = core.identity();
+            let peer = judge(&name, &identity, responder, presented)
+                .and_then(|peer| core.check_noise_key(&peer).map(|()| peer))
+                .map_err(|error| {
+                    tracing::warn!(
+                        event = "peer_ended",
+                        service = %name,
+                        %error,
+                        "a tunnel gets no new keys"
+                    );
+                    Failed { code: CloseCode::Forbidden, why: error.to_string() }
+                })?;
+            let transport = reply.confirm(&peer)?;
+            core.remember(&peer, Some(&name));
+            shows.send_replace(peer);
+            Ok(transport)
+        });
+        Ok((finish, message1))
+    })
 }
 
 /// Whether an agent is an exposer, by what is known now.
@@ -436,18 +491,25 @@ fn judge(
     }
 }
 
-/// Waits until the trust log says that the exposer is none any more.
-async fn distrusted(core: &Core, name: &ServiceName, exposer: &VerifiedPeer) -> Error {
+/// Waits until the trust log says that the exposer is none any more, by what it showed last.
+async fn distrusted(
+    core: &Core,
+    name: &ServiceName,
+    mut shown: watch::Receiver<VerifiedPeer>,
+) -> Error {
     let mut identities = core.identity_changes();
     loop {
         let identity = identities.borrow_and_update().clone();
+        let exposer = shown.borrow_and_update().clone();
         let presented = exposer.presented().clone();
         if let Err(error) = judge(name, &identity, exposer.agent_id(), presented) {
             return error;
         }
-        if identities.changed().await.is_err() {
-            // The sender lives as long as the core.
-            std::future::pending::<()>().await;
+        tokio::select! {
+            Ok(()) = identities.changed() => {}
+            Ok(()) = shown.changed() => {}
+            // The senders live as long as the core and the tunnel.
+            else => std::future::pending::<()>().await,
         }
     }
 }
@@ -490,7 +552,7 @@ fn why_ended(name: &ServiceName, end: &End) -> Error {
             ErrorKind::Refused,
             format_args!("the exposer of `{name}` does not allow this agent any more"),
         ),
-        End::Channel(_) | End::Peer(_) | End::Silent | End::Replaced => Error::new(
+        End::Channel(_) | End::Peer(_) | End::Silent | End::Replaced | End::Rekey(_) => Error::new(
             ErrorKind::ExposerOffline,
             format_args!("the tunnel to `{name}` ended: {end}"),
         ),

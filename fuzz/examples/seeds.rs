@@ -20,7 +20,10 @@ use connect_spec::{
         AgentRecord, AgentRole, Attributes, Certificate, Credential, CredentialKind, Founder,
         Genesis, Issuer, NoiseKey, SUITE_1, ServiceRecord, SignerRole,
     },
-    record::{CloseCode, End, Progress, Record, ResetCode, StreamId, StreamState, put_trust_entry},
+    record::{
+        CloseCode, End, Progress, Record, RekeyTry, ResetCode, StreamId, StreamState,
+        put_trust_entry,
+    },
     signed::{Body, Signed},
 };
 
@@ -344,6 +347,7 @@ fn records() -> Vec<(&'static str, Vec<u8>)> {
         assert!(put_trust_entry(&mut entries, &entry), "the seeds fit one record");
     }
     let places = [9, 8, 1].map(|seq| Head { seq, hash: EntryHash([3; 32]) });
+    let rekey = RekeyTry { number: 1, attempt: 2 };
     let records = [
         ("trust_get", Record::TrustGet(places.to_vec())),
         ("trust", Record::Trust { more: true, entries: &entries }),
@@ -355,6 +359,10 @@ fn records() -> Vec<(&'static str, Vec<u8>)> {
         ("fin", Record::Fin { stream: STREAM, total: 16 }),
         ("reset", Record::Reset { stream: STREAM, code: ResetCode::Busy, total: 16 }),
         ("ping", Record::Ping(42)),
+        ("hs_want", Record::HsWant(1)),
+        ("hs1", Record::Hs1 { rekey, message: &[0x0a; 128] }),
+        ("hs2", Record::Hs2 { rekey, message: &[0x0b; 128] }),
+        ("switch", Record::Switch(rekey)),
         ("tunnel_close", Record::TunnelClose(CloseCode::Other(99))),
     ];
     let encode = |record: Record<'_>| {

@@ -251,7 +251,9 @@ impl Translator {
                     let (opcode, payload) = (*opcode, *payload);
                     self.state = NEXT_FRAME;
                     match opcode {
-                        Opcode::Close if payload.length == 1 => return Err(Violation(close::PROTOCOL)),
+                        Opcode::Close if payload.length == 1 => {
+                            return Err(Violation(close::PROTOCOL));
+                        }
                         Opcode::Close => {
                             output.put_control(Opcode::Close, payload.payload());
                             return Ok(Step::Closed);

@@ -245,12 +245,12 @@ mod tests {
         let over = (MAX_DATA_FRAME_BYTES as u64 + 1).to_be_bytes();
         let too_long = [&[0x82, 127][..], &over].concat();
         for (bytes, error) in [
-            (&[0xc2, 0][..], FrameError::Protocol),          // a reserved bit
-            (&[0x83, 0], FrameError::Protocol),              // an opcode that is none
-            (&[0x82, 0x80], FrameError::Protocol),           // a mask from the hub
-            (&[0x09, 0], FrameError::Protocol),              // a ping in parts
-            (&[0x89, 126, 0, 126], FrameError::Protocol),    // a long ping
-            (&[0x82, 126, 0, 125], FrameError::Protocol),    // two bytes where one does
+            (&[0xc2, 0][..], FrameError::Protocol),       // a reserved bit
+            (&[0x83, 0], FrameError::Protocol),           // an opcode that is none
+            (&[0x82, 0x80], FrameError::Protocol),        // a mask from the hub
+            (&[0x09, 0], FrameError::Protocol),           // a ping in parts
+            (&[0x89, 126, 0, 126], FrameError::Protocol), // a long ping
+            (&[0x82, 126, 0, 125], FrameError::Protocol), // two bytes where one does
             (&[0x82, 127, 0, 0, 0, 0, 0, 0, 0xff, 0xff], FrameError::Protocol),
             (&too_long, FrameError::TooLong),
             (&[0x82, 127, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff], FrameError::TooLong),

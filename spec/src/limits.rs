@@ -119,3 +119,16 @@ pub const MAX_PARKED_PER_PEER: usize = 64;
 pub const KEEPALIVE: Duration = Duration::from_secs(15);
 /// A connection silent for this long is dead.
 pub const DEAD_AFTER: Duration = Duration::from_secs(40);
+
+/// The keys of a tunnel are replaced after this time.
+pub const REKEY_AFTER: Duration = Duration::from_secs(120);
+/// Records of one direction under one key: far below what ChaCha20-Poly1305 bears.
+pub const REKEY_AFTER_RECORDS: u64 = 1 << 24;
+/// Bytes of records of one direction under one key: 64 GiB.
+pub const REKEY_AFTER_BYTES: u64 = 64 << 30;
+/// A reacher that got no answer to the first message of a rekey begins it again after this time.
+pub const REKEY_RETRY: Duration = Duration::from_secs(10);
+/// Handshakes begun for one rekey: as many as fit between [`REKEY_AFTER`] and [`MAX_KEY_AGE`].
+pub const MAX_REKEY_ATTEMPTS: u8 = 6;
+/// Nothing is sent under a key of this age.
+pub const MAX_KEY_AGE: Duration = Duration::from_secs(180);

@@ -2,11 +2,13 @@
 //!
 //! `type u8 || fields`, integers big-endian. The streams inside a channel follow QUIC (RFC 9000
 //! sections 2 to 4): absolute offsets, credit per stream and per channel, final sizes.
-//!
-//! Numbers 0x30 to 0x33 are reserved for rekeying.
 
 use crate::{
-    limits::{DATA_PADDING, MAX_DATA_BYTES, MAX_LOCATOR, MAX_RECORD_BYTES, MAX_TRUST_BYTES},
+    keys::ML_KEM_768_CT_BYTES,
+    limits::{
+        DATA_PADDING, MAX_DATA_BYTES, MAX_HANDSHAKE_BYTES, MAX_LOCATOR, MAX_RECORD_BYTES,
+        MAX_REKEY_ATTEMPTS, MAX_TRUST_BYTES,
+    },
     log::{EntryHash, Head},
 };
 
@@ -142,6 +144,15 @@ pub struct Progress {
     pub more: bool,
 }
 
+/// Names one handshake of a rekey.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RekeyTry {
+    /// Which keys of the tunnel these will be: the first are 0, so at least 1.
+    pub number: u32,
+    /// How many handshakes were begun for the same number before: below [`MAX_REKEY_ATTEMPTS`].
+    pub attempt: u8,
+}
+
 /// One record.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Record<'b> {
@@ -212,6 +223,24 @@ pub enum Record<'b> {
     Ping(u64),
     /// Answers a PING with its number.
     Pong(u64),
+    /// Asks the reacher to begin the rekey of this number.
+    HsWant(u32),
+    /// Message 1 of the handshake of a rekey.
+    Hs1 {
+        /// Which rekey, and which try.
+        rekey: RekeyTry,
+        /// As an `open_tunnel` carries it.
+        message: &'b [u8],
+    },
+    /// Message 2, which answers the message 1 of the same rekey and try.
+    Hs2 {
+        /// Which rekey, and which try.
+        rekey: RekeyTry,
+        /// As an `accept_tunnel` carries it.
+        message: &'b [u8],
+    },
+    /// The sender's last record under its old key: all that follow are under the key of this handshake.
+    Switch(RekeyTry),
     /// The tunnel ends; the channel may go on in another.
     TunnelClose(CloseCode),
     /// The channel ends, and every stream in it.
@@ -247,6 +276,10 @@ mod number {
     pub(super) const RESET: u8 = 0x16;
     pub(super) const PING: u8 = 0x20;
     pub(super) const PONG: u8 = 0x21;
+    pub(super) const HS_WANT: u8 = 0x30;
+    pub(super) const HS1: u8 = 0x31;
+    pub(super) const HS2: u8 = 0x32;
+    pub(super) const SWITCH: u8 = 0x33;
     pub(super) const TUNNEL_CLOSE: u8 = 0x3e;
     pub(super) const CHANNEL_CLOSE: u8 = 0x3f;
 }
@@ -285,6 +318,25 @@ pub fn end_data(record: &mut Vec<u8>, length: usize) {
 fn padding(length: usize) -> u8 {
     let total = DATA_HEADER_BYTES + length;
     u8::try_from(total.next_multiple_of(DATA_PADDING) - total).expect("padding is below 16")
+}
+
+/// Whether a record is one of those that replace the keys of the tunnel, by its type alone.
+#[must_use]
+pub fn is_rekey(record: &[u8]) -> bool {
+    matches!(record.first(), Some(number::HS_WANT..=number::SWITCH))
+}
+
+impl RekeyTry {
+    fn encode(self, record: &mut Vec<u8>, kind: u8) {
+        record.push(kind);
+        record.extend_from_slice(&self.number.to_be_bytes());
+        record.push(self.attempt);
+    }
+
+    fn decode(fields: &mut Reader<'_>) -> Result<Self, RecordError> {
+        let rekey = Self { number: fields.rekey_number()?, attempt: fields.u8()? };
+        if rekey.attempt < MAX_REKEY_ATTEMPTS { Ok(rekey) } else { Err(fields.bad_value()) }
+    }
 }
 
 impl Progress {
@@ -346,6 +398,7 @@ impl<'b> Record<'b> {
     ///
     /// # Panics
     /// When DATA holds no byte or too many, or a list has over [`STREAMS_PER_PROGRESS`] streams.
+    /// Handshake messages are not looked at: what is too long or empty is not read by the other side.
     pub fn encode(&self, record: &mut Vec<u8>) {
         match self {
             Self::Hello { new, progress } => {
@@ -396,6 +449,19 @@ impl<'b> Record<'b> {
                 record.push(number::PONG);
                 record.extend_from_slice(&value.to_be_bytes());
             }
+            Self::HsWant(number) => {
+                record.push(number::HS_WANT);
+                record.extend_from_slice(&number.to_be_bytes());
+            }
+            Self::Hs1 { rekey, message } => {
+                rekey.encode(record, number::HS1);
+                record.extend_from_slice(message);
+            }
+            Self::Hs2 { rekey, message } => {
+                rekey.encode(record, number::HS2);
+                record.extend_from_slice(message);
+            }
+            Self::Switch(rekey) => rekey.encode(record, number::SWITCH),
             Self::TunnelClose(code) => {
                 record.push(number::TUNNEL_CLOSE);
                 record.extend_from_slice(&code.number().to_be_bytes());
@@ -475,6 +541,16 @@ impl<'b> Record<'b> {
             },
             number::PING => Self::Ping(fields.u64()?),
             number::PONG => Self::Pong(fields.u64()?),
+            number::HS_WANT => Self::HsWant(fields.rekey_number()?),
+            number::HS1 => Self::Hs1 {
+                rekey: RekeyTry::decode(&mut fields)?,
+                message: fields.handshake(MAX_HANDSHAKE_BYTES)?,
+            },
+            number::HS2 => Self::Hs2 {
+                rekey: RekeyTry::decode(&mut fields)?,
+                message: fields.handshake(ML_KEM_768_CT_BYTES + MAX_HANDSHAKE_BYTES)?,
+            },
+            number::SWITCH => Self::Switch(RekeyTry::decode(&mut fields)?),
             number::TUNNEL_CLOSE => Self::TunnelClose(CloseCode::from_number(fields.u16()?)),
             number::CHANNEL_CLOSE => Self::ChannelClose(CloseCode::from_number(fields.u16()?)),
             unknown => return Err(RecordError::Type(unknown)),
@@ -548,6 +624,23 @@ impl<'b> Reader<'b> {
 
     fn stream(&mut self) -> Result<StreamId, RecordError> {
         StreamId::new(self.u32()?).ok_or(self.bad_value())
+    }
+
+    fn rekey_number(&mut self) -> Result<u32, RecordError> {
+        match self.u32()? {
+            0 => Err(self.bad_value()),
+            number => Ok(number),
+        }
+    }
+
+    /// A handshake message: all that is left.
+    fn handshake(&mut self, most: usize) -> Result<&'b [u8], RecordError> {
+        let message = std::mem::take(&mut self.rest);
+        if (1..=most).contains(&message.len()) {
+            Ok(message)
+        } else {
+            Err(RecordError::Length(self.kind))
+        }
     }
 
     fn data(&mut self) -> Result<Record<'b>, RecordError> {
@@ -644,6 +737,11 @@ mod tests {
         );
         check(Record::Ping(1), "20 0000000000000001");
         check(Record::Pong(1), "21 0000000000000001");
+        let rekey = RekeyTry { number: 258, attempt: 5 };
+        check(Record::HsWant(258), "30 00000102");
+        check(Record::Hs1 { rekey, message: b"abc" }, "31 00000102 05 616263");
+        check(Record::Hs2 { rekey, message: b"a" }, "32 00000102 05 61");
+        check(Record::Switch(rekey), "33 00000102 05");
         check(Record::TunnelClose(CloseCode::Stale), "3e 0004");
         check(Record::ChannelClose(CloseCode::Other(999)), "3f 03e7");
     }
@@ -675,7 +773,19 @@ mod tests {
         check("05 02", RecordError::Value(0x05));
         check("05 00 000000", RecordError::Value(0x05));
         check("05 00 00000002 07", RecordError::Value(0x05));
-        check("30", RecordError::Type(0x30));
+        // Rekeying: no number, number 0, a try too many, no message, something after SWITCH.
+        check("30 000001", RecordError::Length(0x30));
+        check("30 00000000", RecordError::Value(0x30));
+        check("30 00000001 00", RecordError::Length(0x30));
+        for kind in [0x31, 0x32, 0x33] {
+            check(&format!("{kind:02x} 00000001"), RecordError::Length(kind));
+            check(&format!("{kind:02x} 00000000 00 61"), RecordError::Value(kind));
+            check(&format!("{kind:02x} 00000001 06 61"), RecordError::Value(kind));
+        }
+        check("31 00000001 00", RecordError::Length(0x31));
+        check("32 00000001 00", RecordError::Length(0x32));
+        check("33 00000001 00 00", RecordError::Length(0x33));
+        check("34", RecordError::Type(0x34));
         check("ff", RecordError::Type(0xff));
         check("03 00", RecordError::Length(0x03));
         check("10 00000002 00", RecordError::Length(0x10));
@@ -703,6 +813,17 @@ mod tests {
         check(&hello("0001", &state("00000002", "03 0000000000000000")), RecordError::Value(0x01));
         check(&hello("0001", &state("00000002", "00 0000000000000001")), RecordError::Value(0x01));
         check("02 01 00000002 0000000000000000 0000000000000000 0000", RecordError::Value(0x02));
+    }
+
+    #[test]
+    fn handshake_messages_are_bounded_at_the_limit() {
+        for (kind, most) in [(number::HS1, 4096), (number::HS2, 1088 + 4096)] {
+            let mut record = vec![kind, 0, 0, 0, 1, 0];
+            record.resize(record.len() + most, 7);
+            assert!(Record::decode(&record).is_ok());
+            record.push(7);
+            assert_eq!(Record::decode(&record), Err(RecordError::Length(kind)));
+        }
     }
 
     #[test]

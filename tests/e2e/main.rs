@@ -12,6 +12,7 @@ mod hub_sees;
 mod isolation;
 mod passphrase;
 mod reconnect;
+mod rekey;
 mod resume;
 mod rotate;
 mod secrets;

@@ -466,6 +466,27 @@ impl Channel {
         }
     }
 
+    /// Takes note that the peer was heard, by a record that was not for the channel.
+    pub(crate) fn hear(&mut self, now: Instant) {
+        self.liveness.heard = now;
+    }
+
+    /// Ends the channel because of a record that was not for it.
+    pub(crate) fn break_off(&mut self, violation: ProtocolViolation) {
+        self.end(violation.into(), Some(CloseCode::Protocol));
+    }
+
+    /// Whether the greeting on this tunnel is still to come, or not over.
+    pub(crate) fn is_greeting(&self) -> bool {
+        matches!(self.phase, Phase::Greeting { .. })
+    }
+
+    /// Whether the greeting is over, and this side's last record of it transmitted.
+    pub(crate) fn is_greeted(&self) -> bool {
+        let said = !matches!(self.outbox.front(), Some(Outgoing::Greeting(_)));
+        self.phase == Phase::Established && said
+    }
+
     /// Appends the next plaintext record to seal and send to `record`; `false` when there is none.
     pub(crate) fn poll_transmit(&mut self, now: Instant, record: &mut Vec<u8>) -> bool {
         let greeted = match self.phase {
@@ -581,6 +602,11 @@ impl Channel {
             (_, Record::TrustGet(_) | Record::Trust { .. }) => {
                 Err(ProtocolViolation("trust entries after the greeting").into())
             }
+            // Those that come in their turn are for the machine of the tunnel.
+            (
+                _,
+                Record::HsWant(_) | Record::Hs1 { .. } | Record::Hs2 { .. } | Record::Switch(_),
+            ) => Err(ProtocolViolation("a rekey out of turn").into()),
         }
     }
 
@@ -1006,7 +1032,9 @@ impl Channel {
         }
         let streams = &self.streams;
         let woken = self.blocked_writers.extract_if(.., |id| {
-            streams.get(id).is_none_or(|stream| stream.reset.is_some() || stream.send.worth_waking())
+            streams
+                .get(id)
+                .is_none_or(|stream| stream.reset.is_some() || stream.send.worth_waking())
         });
         self.events.extend(woken.map(Event::Writable));
     }

@@ -376,7 +376,8 @@ mod tests {
     /// However the answer is cut into reads, it ends where it ends, and what follows is kept.
     #[tokio::test]
     async fn nothing_after_the_answer_is_lost() {
-        let (answer, early) = (&b"HTTP/1.1 101 x\r\r\n a: b\r\n\r\n"[..], &b"\x82\x01z\r\n\r\n"[..]);
+        let (answer, early) =
+            (&b"HTTP/1.1 101 x\r\r\n a: b\r\n\r\n"[..], &b"\x82\x01z\r\n\r\n"[..]);
         let whole = [answer, early].concat();
         for cut in 1..whole.len() {
             let io = in_two_reads(&whole[..cut], &whole[cut..]);

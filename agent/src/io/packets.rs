@@ -15,7 +15,7 @@ use connect_crypto::transport::{Opener, Sealer, TransportError};
 use connect_spec::{
     encoding::{self, Encoding},
     frame::{self, Head, MAX_HEAD_BYTES, Opcode, Parsed},
-    limits::MAX_DATA_FRAME_BYTES,
+    limits::{MAX_DATA_FRAME_BYTES, TAG_BYTES},
 };
 use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
@@ -85,8 +85,8 @@ impl PacketSocket {
         self.outbox.len() < WRITE_BYTES
     }
 
-    /// Seals the record that `compose` appends to the buffer it is given, and queues it; `false` when
-    /// it appends none.
+    /// Seals the record that `compose` appends to the buffer it is given, and queues it. Returns the
+    /// length of the record, or `None` when `compose` says that it appended none.
     ///
     /// # Errors
     /// When the key is used up.
@@ -94,23 +94,22 @@ impl PacketSocket {
         &mut self,
         sealer: &mut Sealer,
         compose: impl FnOnce(&mut Vec<u8>) -> bool,
-    ) -> Result<bool, TransportError> {
+    ) -> Result<Option<usize>, TransportError> {
+        let length;
         match self.encoding {
             Encoding::Binary => {
                 // The head is as long as that of all but the shortest records, and is moved for those.
                 const HEAD_BYTES: usize = 8;
                 let start = self.outbox.len();
                 self.outbox.resize(start + HEAD_BYTES, 0);
-                let composed = compose(&mut self.outbox);
-                if composed {
-                    sealer.seal(&mut self.outbox, start + HEAD_BYTES)?;
-                } else {
+                if !compose(&mut self.outbox) {
                     self.outbox.truncate(start);
-                    return Ok(false);
+                    return Ok(None);
                 }
-                let length = self.outbox.len() - start - HEAD_BYTES;
+                length = self.outbox.len() - start - HEAD_BYTES;
+                sealer.seal(&mut self.outbox, start + HEAD_BYTES)?;
                 let mask = self.next_mask();
-                let (head, head_bytes) = head(Opcode::Binary, length, mask);
+                let (head, head_bytes) = head(Opcode::Binary, length + TAG_BYTES, mask);
                 self.outbox.drain(start..start + HEAD_BYTES - head_bytes);
                 self.outbox[start..start + head_bytes].copy_from_slice(&head[..head_bytes]);
                 frame::mask(&mut self.outbox[start + head_bytes..], mask);
@@ -118,19 +117,20 @@ impl PacketSocket {
             Encoding::Base64 => {
                 self.record.clear();
                 if !compose(&mut self.record) {
-                    return Ok(false);
+                    return Ok(None);
                 }
+                length = self.record.len();
                 sealer.seal(&mut self.record, 0)?;
                 let mask = self.next_mask();
-                let length = encoding::base64_length(self.record.len());
-                let (head, head_bytes) = head(Opcode::Text, length, mask);
+                let text_length = encoding::base64_length(self.record.len());
+                let (head, head_bytes) = head(Opcode::Text, text_length, mask);
                 self.outbox.extend_from_slice(&head[..head_bytes]);
                 let start = self.outbox.len();
                 encoding::encode_base64(&self.record, &mut self.outbox);
                 frame::mask(&mut self.outbox[start..], mask);
             }
         }
-        Ok(true)
+        Ok(Some(length))
     }
 
     fn queue_control(&mut self, opcode: Opcode, payload: &[u8]) {
@@ -191,7 +191,10 @@ impl PacketSocket {
     ///
     /// # Errors
     /// When the hub closed the socket or broke the protocol, or the record does not open.
-    pub(crate) fn next_record(&mut self, opener: &mut Opener) -> Result<Option<Bytes>, PacketError> {
+    pub(crate) fn next_record(
+        &mut self,
+        opener: &mut Opener,
+    ) -> Result<Option<Bytes>, PacketError> {
         let Some(mut packet) = self.next_packet()? else {
             return Ok(None);
         };

@@ -9,7 +9,10 @@ use std::{
     future::poll_fn,
     io,
     pin::{Pin, pin},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll, Waker, ready},
     time::{Duration, Instant},
 };
@@ -38,7 +41,10 @@ use super::{
     packets::{PacketError, PacketSocket},
 };
 use crate::{
-    engine::channel::{Channel, CloseReason, Event, Read, Side, StreamError},
+    engine::{
+        channel::{Channel, CloseReason, Event, Read, Side, StreamError},
+        rekey::{Opened, Rekey, RekeyAfter, RekeyEnd, Role},
+    },
     error::Result,
     random,
 };
@@ -53,10 +59,11 @@ pub(crate) struct TunnelEnd {
     socket: PacketSocket,
     sealer: Sealer,
     opener: Opener,
+    rekey: Rekey<Transport>,
 }
 
 impl TunnelEnd {
-    /// Opens the data socket of one end of a tunnel.
+    /// Opens the data socket of one end of a tunnel, whose first keys are in `transport`.
     ///
     /// # Errors
     /// As [`HubUrl::open`].
@@ -65,7 +72,11 @@ impl TunnelEnd {
         ticket: &Ticket,
         encoding: Encoding,
         transport: Transport,
+        role: Role<Transport>,
+        rekey_after: RekeyAfter,
     ) -> Result<Self> {
+        let hash = transport.handshake_hash();
+        let rekey = Rekey::new(role, rekey_after, random::number(), Instant::now(), hash);
         let mut authorization =
             HeaderValue::try_from(format!("{TICKET_SCHEME} {}", ticket.reveal()))
                 .expect("a ticket is hex");
@@ -76,7 +87,7 @@ impl TunnelEnd {
         ];
         let (io, early) = hub.open_stream(TUNNEL_PATH, &headers).await?;
         let (sealer, opener) = transport.split();
-        Ok(Self { socket: PacketSocket::new(io, early, encoding), sealer, opener })
+        Ok(Self { socket: PacketSocket::new(io, early, encoding), sealer, opener, rekey })
     }
 
     /// Reads one record before the channel is put on the tunnel. The first one confirms that the peer
@@ -149,6 +160,9 @@ pub(crate) enum End {
     /// The data socket ended without a close record.
     #[error("the data connection was lost: {0}")]
     Socket(String),
+    /// Its keys were not replaced when they had to be.
+    #[error(transparent)]
+    Rekey(#[from] RekeyEnd),
     /// A packet did not open: it was changed on the way, or made up.
     #[error("a packet was altered on the way")]
     Tampered,
@@ -173,6 +187,8 @@ struct Shared {
     status: watch::Sender<Status>,
     /// Number of the tunnel that the channel is on; changes when a newer one takes over.
     tunnel: watch::Sender<u64>,
+    /// How often the keys of a tunnel were replaced while the channel was on it.
+    rekeys: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -227,6 +243,7 @@ impl ChannelHandle {
             }),
             status: watch::Sender::new(Status::Detached),
             tunnel: watch::Sender::new(0),
+            rekeys: AtomicU64::new(0),
         }))
     }
 
@@ -252,6 +269,11 @@ impl ChannelHandle {
     /// Streams that are open now.
     pub(crate) fn open_streams(&self) -> usize {
         self.lock().channel.open_streams()
+    }
+
+    /// How often the keys of the channel's tunnels were replaced, the first keys of each not counted.
+    pub(crate) fn rekeys(&self) -> u64 {
+        self.0.rekeys.load(Ordering::Relaxed)
     }
 
     /// How the channel is doing, as it changes.
@@ -434,17 +456,45 @@ impl ChannelHandle {
             if let Poll::Ready(ended) = self.poll_turn(cx, number, end) {
                 return Poll::Ready(ended);
             }
-            let deadline = self.lock().channel.poll_timeout();
+            let inner = self.lock();
+            let rekey = end.rekey.poll_timeout(inner.channel.is_greeted());
+            let deadline = inner.channel.poll_timeout().map_or(rekey, |at| at.min(rekey));
+            drop(inner);
             timer.as_mut().set(cx, deadline);
             Poll::Pending
         })
         .await;
-        let said = matches!(ended, End::Channel(_) | End::Peer(_) | End::Silent);
+        let said = matches!(ended, End::Channel(_) | End::Peer(_) | End::Silent | End::Rekey(_));
         if said {
             // The last record is on its way; a peer that does not read it cannot hold us.
             let _ = timeout(CLOSE_TIMEOUT, end.socket.close()).await;
         }
         ended
+    }
+
+    /// Hands a record to the machine that it is for; an end is that of the tunnel.
+    fn take_record(&self, number: u64, end: &mut TunnelEnd, record: &Bytes) -> Option<End> {
+        let now = Instant::now();
+        // Not under the lock of the channel: a handshake takes longer than streams should wait.
+        let greeted = !self.lock().channel.is_greeting();
+        let opened = end.rekey.opened(now, greeted, record);
+        let mut inner = self.lock();
+        if *self.0.tunnel.borrow() != number {
+            return Some(End::Replaced);
+        }
+        match opened {
+            Ok(Opened::ForChannel) => inner.channel.handle_record(now, record),
+            Ok(Opened::Taken) => inner.channel.hear(now),
+            Ok(Opened::Switched(next)) => {
+                end.opener = next;
+                inner.channel.hear(now);
+                let rekeys = self.0.rekeys.fetch_add(1, Ordering::Relaxed) + 1;
+                tracing::debug!(tunnel = number, rekeys, "the peer uses new keys");
+            }
+            Err(violation) => inner.channel.break_off(violation),
+        }
+        self.tell(&mut inner);
+        None
     }
 
     /// One read, and what follows from it; one write. Streams get their turn after each.
@@ -460,24 +510,41 @@ impl ChannelHandle {
                 Ok(None) => break,
                 Err(error) => return Poll::Ready(error.into()),
             };
-            let mut inner = self.lock();
-            if *self.0.tunnel.borrow() != number {
-                return Poll::Ready(End::Replaced);
+            if let Some(ended) = self.take_record(number, end, &record) {
+                return Poll::Ready(ended);
             }
-            inner.channel.handle_record(Instant::now(), &record);
-            self.tell(&mut inner);
         }
         let now = Instant::now();
         while end.socket.has_room() {
+            let mut over = None;
             let compose = |out: &mut Vec<u8>| {
-                let mut inner = self.lock();
-                let composed = inner.channel.poll_transmit(now, out);
-                self.tell(&mut inner);
-                composed
+                // Records of a rekey go first, and no others under a key that is too old. The machine
+                // works without the lock, as it may have to make a handshake.
+                let greeted = self.lock().channel.is_greeted();
+                match end.rekey.poll_transmit(now, greeted, out) {
+                    Ok(true) => true,
+                    Ok(false) => {
+                        let mut inner = self.lock();
+                        let composed = inner.channel.poll_transmit(now, out);
+                        self.tell(&mut inner);
+                        composed
+                    }
+                    Err(ended) => {
+                        over = Some(ended);
+                        false
+                    }
+                }
             };
             match end.socket.queue(&mut end.sealer, compose) {
-                Ok(true) => {}
-                Ok(false) => break,
+                Ok(Some(length)) => {
+                    if let Some(next) = end.rekey.sealed(length) {
+                        end.sealer = next;
+                    }
+                }
+                Ok(None) => match over {
+                    Some(ended) => return Poll::Ready(End::Rekey(ended)),
+                    None => break,
+                },
                 Err(error) => return Poll::Ready(End::Socket(error.to_string())),
             }
         }
@@ -528,8 +595,7 @@ impl Timer {
     }
 
     /// Wakes the task at `deadline`, or before.
-    fn set(mut self: Pin<&mut Self>, cx: &mut Context<'_>, deadline: Option<Instant>) {
-        let Some(deadline) = deadline else { return };
+    fn set(mut self: Pin<&mut Self>, cx: &mut Context<'_>, deadline: Instant) {
         if self.set_for.is_none_or(|set_for| deadline < set_for) {
             self.set_for = Some(deadline);
             self.sleep.as_mut().reset(deadline.into());

@@ -26,7 +26,10 @@ use connect_spec::{
         ServiceRecord,
     },
     prologue::{Prologue, Realm},
-    record::{CloseCode, End, Progress, Record, ResetCode, StreamId, StreamState, put_trust_entry},
+    record::{
+        CloseCode, End, Progress, Record, RekeyTry, ResetCode, StreamId, StreamState,
+        put_trust_entry,
+    },
     signed::{Body, Signed},
     trust::TrustState,
 };
@@ -1302,7 +1305,81 @@ fn handshake() -> File {
     record("one skipped", 0, &our_records[1]);
     record("one skipped later", 1, &our_records[2]);
     record("of the other direction", 0, &their_records[0]);
+    rekey(&mut file, pair, handshake_hash, &message1, &our_records[0]);
     file
+}
+
+/// The next keys of the same tunnel.
+fn rekey(
+    file: &mut File,
+    mut pair: Pair,
+    previous_hash: [u8; 32],
+    first_message1: &[u8],
+    old_record: &[u8],
+) {
+    let first = pair.prologue.clone();
+    pair.prologue = Prologue { rekey: 1, previous_hash, ..first.clone() };
+    let (initiator_rng, responder_rng) =
+        (&mut TestRng::new("initiator rekeys"), &mut TestRng::new("responder rekeys"));
+    let (state, message1) = pair.initiate(initiator_rng);
+    let received = pair.receive(&pair.prologue, &message1).expect("sound message");
+    let (theirs, message2) = pair.answer(received, &pair.local(&pair.responder), responder_rng);
+    let reply = state.read(&message2).expect("sound message");
+    let ours = reply.confirm(&pair.peer(&pair.responder)).expect("a member");
+    let handshake_hash = ours.handshake_hash();
+    assert_eq!(handshake_hash, theirs.handshake_hash());
+    let [kem_seed, initiator_ephemeral] = initiator_rng.draws.as_slice() else {
+        panic!("the initiator draws twice")
+    };
+    let [kem_m, responder_ephemeral] = responder_rng.draws.as_slice() else {
+        panic!("the responder draws twice")
+    };
+    let (kem_secret, psk) = psk(pair.world.epoch.realm.as_bytes().as_slice(), kem_seed, &message2);
+    let (our_records, _) = seal_all(ours, &[b"first under the next key"]);
+    let (_, mut opener) = theirs.split();
+    opener.open(&mut our_records[0].clone()).expect("sound record");
+    file.valid(
+        "rekey of the tunnel above",
+        json!({
+            "prologue": hex(pair.prologue.encode()),
+            "initiator_ml_kem_seed": hex(kem_seed),
+            "initiator_ephemeral_secret": hex(initiator_ephemeral),
+            "responder_ml_kem_m": hex(kem_m),
+            "responder_ephemeral_secret": hex(responder_ephemeral),
+            "message1": hex(&message1),
+            "message2": hex(&message2),
+            "ml_kem_secret": hex(kem_secret),
+            "psk": hex(psk),
+            "handshake_hash": hex(handshake_hash),
+            "initiator_plaintexts": [hex(b"first under the next key")],
+            "initiator_records": [hex(&our_records[0])],
+        }),
+    );
+    let mut refuse = |name: &str, prologue: Prologue, message1: &[u8]| {
+        let read = pair.receive(&prologue, message1);
+        let case = json!({
+            "message": 1,
+            "prologue": hex(prologue.encode()),
+            "replaced_by": hex(message1),
+        });
+        file.invalid(&format!("rekey: {name}"), read, case);
+    };
+    let sound = &pair.prologue;
+    refuse("with the number before", Prologue { rekey: 0, ..sound.clone() }, &message1);
+    refuse("with the number after", Prologue { rekey: 2, ..sound.clone() }, &message1);
+    let no_hash = Prologue { previous_hash: [0; 32], ..sound.clone() };
+    refuse("without the handshake hash before", no_hash, &message1);
+    let own_hash = Prologue { previous_hash: handshake_hash, ..sound.clone() };
+    refuse("with its own handshake hash", own_hash, &message1);
+    refuse("as the first handshake of a tunnel", first, &message1);
+    refuse("by the message that began the tunnel", sound.clone(), first_message1);
+    let mut sealed = old_record.to_vec();
+    let opened = opener.open(&mut sealed);
+    file.invalid(
+        "rekey: record of the keys before",
+        opened,
+        json!({ "record": hex(old_record), "opened_before": 1, "of": "rekey of the tunnel above" }),
+    );
 }
 
 fn records() -> File {
@@ -1337,6 +1414,8 @@ fn records() -> File {
     for entry in [&b"first"[..], b"second"] {
         assert!(put_trust_entry(&mut two_entries, entry));
     }
+    let rekey = |number, attempt| RekeyTry { number, attempt };
+    let (longest1, longest2) = ([7; 4096], [8; 1088 + 4096]);
     let codes = [CloseCode::Normal, CloseCode::Protocol, CloseCode::Other(999)];
     let mut sound = vec![
         ("HELLO of a new channel".to_owned(), Record::Hello { new: true, progress: fresh.clone() }),
@@ -1365,6 +1444,13 @@ fn records() -> File {
         ),
         ("PING".to_owned(), Record::Ping(1)),
         ("PONG".to_owned(), Record::Pong(u64::MAX)),
+        ("HS_WANT".to_owned(), Record::HsWant(1)),
+        ("HS1".to_owned(), Record::Hs1 { rekey: rekey(1, 0), message: &[7; 96] }),
+        ("HS1, longest".to_owned(), Record::Hs1 { rekey: rekey(9, 5), message: &longest1 }),
+        ("HS2".to_owned(), Record::Hs2 { rekey: rekey(1, 0), message: &[8; 96] }),
+        ("HS2, longest".to_owned(), Record::Hs2 { rekey: rekey(9, 5), message: &longest2 }),
+        ("SWITCH".to_owned(), Record::Switch(rekey(1, 0))),
+        ("SWITCH, last number and try".to_owned(), Record::Switch(rekey(u32::MAX, 5))),
     ];
     for code in codes {
         sound.push((format!("TUNNEL_CLOSE {}", code.number()), Record::TunnelClose(code)));
@@ -1383,14 +1469,17 @@ fn records() -> File {
         file.invalid(name, Record::decode(wire), json!({ "record": hex(wire) }));
     };
     refuse("nothing", &[]);
-    for kind in [0x00, 0x06, 0x30, 0x33, 0xff] {
+    for kind in [0x00, 0x06, 0x22, 0x34, 0xff] {
         refuse(&format!("type {kind:#04x}"), &[kind]);
     }
     for (name, wire) in &wires {
         // DATA ends where its record ends, and may be padded to any length: its sender decides.
         if name == "TRUST of nothing" {
             refuse(&format!("{name}, cut"), &shorter(wire));
-        } else if !name.starts_with("DATA") {
+        } else if name.ends_with("longest") {
+            refuse(&format!("{name}, longer"), &longer(wire));
+        } else if !name.starts_with("DATA") && !name.starts_with("HS1") && !name.starts_with("HS2")
+        {
             refuse(&format!("{name}, cut"), &shorter(wire));
             refuse(&format!("{name}, longer"), &longer(wire));
         }
@@ -1406,6 +1495,18 @@ fn records() -> File {
         changed[position] = value;
         changed
     };
+    refuse("HS_WANT of the first keys", &[0x30, 0, 0, 0, 0]);
+    for (kind, name) in [(0x31, "HS1"), (0x32, "HS2"), (0x33, "SWITCH")] {
+        let message: &[u8] = if name == "SWITCH" { &[] } else { &[7] };
+        let wire = |number: u8, attempt| [&[kind, 0, 0, 0, number, attempt], message].concat();
+        assert!(Record::decode(&wire(1, 5)).is_ok());
+        refuse(&format!("{name} of the first keys"), &wire(0, 0));
+        refuse(&format!("{name} with a try too many"), &wire(1, 6));
+        refuse(&format!("{name} without a try"), &[kind, 0, 0, 0, 1]);
+        if name != "SWITCH" {
+            refuse(&format!("{name} without a message"), &[kind, 0, 0, 0, 1, 0]);
+        }
+    }
     refuse("HELLO with an unknown flag", &patched(hello, 1, 0x04));
     refuse("WELCOME that is new", &patched(welcome, 1, 0x01));
     refuse("HELLO with an odd next stream", &patched(hello, 5, 11));

@@ -302,6 +302,75 @@ fn every_field_of_the_prologue_binds_message_1() {
     refused(received, HandshakeError::Decrypt);
 }
 
+/// A pair that rekeys after a handshake with this hash. Both draw anew, as they do outside tests.
+fn rekey(pair: &Pair, previous_hash: [u8; 32]) -> (Transport, Transport) {
+    let prologue = Prologue { rekey: 1, previous_hash, ..pair.prologue.clone() };
+    let to = pair.responder.static_keypair.public();
+    let local = pair.world.local(&pair.initiator);
+    let (state, message1) =
+        initiate(&local, &prologue, &to, &mut TestRng::new("initiate again")).unwrap();
+    let received = receive(&pair.responder.static_keypair, &prologue, &message1).unwrap();
+    let local = pair.world.local(&pair.responder);
+    let peer = pair.peer(&pair.initiator);
+    let (theirs, message2) =
+        received.answer(&peer, &local, &mut TestRng::new("answer again")).unwrap();
+    let ours = state.read(&message2).unwrap().confirm(&pair.peer(&pair.responder)).unwrap();
+    (ours, theirs)
+}
+
+#[test]
+fn keys_of_a_rekey_open_nothing_of_the_keys_before_and_the_other_way_round() {
+    let pair = Pair::new();
+    let (before, before_at_peer) = pair.transports();
+    let (after, after_at_peer) = rekey(&pair, before.handshake_hash());
+    assert_eq!(after.handshake_hash(), after_at_peer.handshake_hash());
+    assert_ne!(after.handshake_hash(), before.handshake_hash());
+
+    let (mut old_record, mut new_record) = (b"old".to_vec(), b"new".to_vec());
+    before.split().0.seal(&mut old_record, 0).unwrap();
+    after.split().0.seal(&mut new_record, 0).unwrap();
+    let (_, mut old_opener) = before_at_peer.split();
+    let (_, mut new_opener) = after_at_peer.split();
+    // Each as the first record of its key, so that the counter is not what refuses it.
+    assert!(new_opener.open(&mut old_record.clone()).is_err());
+    assert!(old_opener.open(&mut new_record.clone()).is_err());
+
+    let (before, before_at_peer) = pair.transports();
+    let (_, after_at_peer) = rekey(&pair, before.handshake_hash());
+    let ((_, mut old_opener), (_, mut new_opener)) =
+        (before_at_peer.split(), after_at_peer.split());
+    old_opener.open(&mut old_record).unwrap();
+    new_opener.open(&mut new_record).unwrap();
+}
+
+#[test]
+fn a_rekey_with_another_number_or_another_handshake_before_it_is_refused() {
+    let pair = Pair::new();
+    let (before, _) = pair.transports();
+    let sound =
+        Prologue { rekey: 1, previous_hash: before.handshake_hash(), ..pair.prologue.clone() };
+    let to = pair.responder.static_keypair.public();
+    let local = pair.world.local(&pair.initiator);
+    let (_, message1) = initiate(&local, &sound, &to, &mut TestRng::new("initiate again")).unwrap();
+    assert!(receive(&pair.responder.static_keypair, &sound, &message1).is_ok());
+    let mut changed_hash = before.handshake_hash();
+    changed_hash[31] ^= 1;
+    for other in [
+        Prologue { rekey: 0, ..sound.clone() },
+        Prologue { rekey: 2, ..sound.clone() },
+        Prologue { previous_hash: [0; 32], ..sound.clone() },
+        Prologue { previous_hash: changed_hash, ..sound.clone() },
+        pair.prologue.clone(),
+    ] {
+        let received = receive(&pair.responder.static_keypair, &other, &message1);
+        refused(received, HandshakeError::Decrypt);
+    }
+    // Nor is the message that began the tunnel one that rekeys it.
+    let (_, first) = pair.initiate();
+    let received = receive(&pair.responder.static_keypair, &sound, &first);
+    refused(received, HandshakeError::Decrypt);
+}
+
 #[test]
 fn the_proof_must_be_about_the_initiator_of_the_prologue() {
     let pair = Pair::new();

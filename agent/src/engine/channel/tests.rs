@@ -229,7 +229,10 @@ fn released_stream_is_reset_and_the_other_side_hears_of_it() {
     pair.exposer.write(stream, &b"never read"[..]).expect("room");
     pair.reacher.release(stream);
     pair.drive();
-    assert_eq!(pair.exposer.read_into(stream, &mut [0; 8]), Err(StreamError::Reset(ResetCode::Aborted)));
+    assert_eq!(
+        pair.exposer.read_into(stream, &mut [0; 8]),
+        Err(StreamError::Reset(ResetCode::Aborted))
+    );
     pair.exposer.release(stream);
     assert!(pair.reacher.streams.is_empty() && pair.exposer.streams.is_empty());
 }
@@ -766,9 +769,51 @@ fn channel_credit_is_enforced() {
 fn unknown_record_ends_the_channel() {
     let mut pair = Pair::greeted();
     let now = pair.now;
-    pair.exposer.handle(now, &[0x30, 1, 2, 3]);
+    pair.exposer.handle(now, &[0x34, 1, 2, 3]);
     pair.drive();
-    pair.assert_closed(Side::Exposer, CloseReason::Record(RecordError::Type(0x30)));
+    pair.assert_closed(Side::Exposer, CloseReason::Record(RecordError::Type(0x34)));
+}
+
+/// Rekeying waits for the greeting, whose last records are the exposer's.
+#[test]
+fn a_side_is_greeted_when_its_own_part_is_out_and_the_peers_part_is_in() {
+    let mut pair = Pair::new();
+    let states = |pair: &Pair| {
+        let of = |channel: &Channel| (channel.is_greeting(), channel.is_greeted());
+        (of(&pair.reacher), of(&pair.exposer))
+    };
+    let (greeting, saying, greeted) = ((true, false), (false, false), (false, true));
+    assert_eq!(states(&pair), (greeting, greeting));
+    assert!(pair.step(Side::Reacher), "HELLO");
+    assert_eq!(states(&pair), (greeting, saying));
+    assert!(pair.step(Side::Exposer), "READY");
+    assert_eq!(states(&pair), (greeting, saying));
+    assert!(pair.step(Side::Exposer), "WELCOME");
+    assert_eq!(states(&pair), (greeted, greeted));
+    pair.reacher.close(CloseCode::Normal);
+    assert_eq!(states(&pair), ((false, false), greeted));
+}
+
+#[test]
+fn a_rekey_before_the_greeting_is_over_ends_the_channel() {
+    let rekey = connect_spec::record::RekeyTry { number: 1, attempt: 0 };
+    for hostile in [
+        Record::HsWant(1),
+        Record::Hs1 { rekey, message: &[0; 96] },
+        Record::Hs2 { rekey, message: &[0; 96] },
+        Record::Switch(rekey),
+    ] {
+        for (side, other) in [(Side::Reacher, Side::Exposer), (Side::Exposer, Side::Reacher)] {
+            let mut pair = Pair::new();
+            let (now, mut record) = (pair.now, Vec::new());
+            hostile.encode(&mut record);
+            pair.channel(side).handle(now, &record);
+            pair.drive();
+            let violation = ProtocolViolation("a record before the greeting");
+            pair.assert_closed(side, CloseReason::Violation(violation));
+            pair.assert_closed(other, CloseReason::Peer(CloseCode::Protocol));
+        }
+    }
 }
 
 #[derive(Debug, Clone)]

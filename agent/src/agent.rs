@@ -21,7 +21,7 @@ use tokio::{
 use crate::{
     clock,
     directory::{Directory, FoundService},
-    engine::{backoff::Backoff, freshness::Freshness},
+    engine::{backoff::Backoff, freshness::Freshness, tampering::Tampering},
     error::{Error, ErrorKind, Result},
     exposer::{Exposed, Exposer},
     home::{Home, HomeLock, Peers, SeenNoiseKey, State},
@@ -120,6 +120,7 @@ pub(crate) struct Core {
     link: watch::Sender<Link>,
     state: Mutex<State>,
     peers: Mutex<Peers>,
+    tampering: Mutex<Tampering>,
     _lock: HomeLock,
 }
 
@@ -151,6 +152,7 @@ impl Agent {
             state: Mutex::new(home.load_state()?),
             peers: Mutex::new(home.load_peers()?),
             workspace,
+            tampering: Mutex::default(),
             fresh: Mutex::new(Freshness::new(Instant::now())),
             announced: watch::Sender::new(0),
             home,
@@ -523,6 +525,21 @@ impl Core {
             && let Err(error) = self.home.save_peers(&peers)
         {
             tracing::warn!(%error, "what is known of peers was not saved");
+        }
+    }
+
+    /// Counts a packet that did not open, and reports it when there are too many. Each ends its tunnel and
+    /// never the channel, so connections go on when it stops.
+    pub(crate) fn note_altered(&self, peer: AgentId, service: ServiceId, name: &ServiceName) {
+        let mut tampering = self.tampering.lock().unwrap_or_else(PoisonError::into_inner);
+        if tampering.note(peer, service, Instant::now()) {
+            tracing::error!(
+                event = "tampering",
+                service = %name,
+                peer = %peer.short(),
+                "packets were altered on the way five times within a minute; nothing of them was \
+                 delivered, but the hub or somebody on the way to it is changing what passes"
+            );
         }
     }
 

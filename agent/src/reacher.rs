@@ -316,6 +316,10 @@ async fn connect(
             return Err(error);
         }
     };
+    if matches!(end, End::Tampered) {
+        tracing::warn!(service = %name, "a packet was altered on the way; the tunnel was closed");
+        core.note_altered(service.exposer.agent_id(), service.record.service_id, name);
+    }
     if state.borrow().stopped { Ok(()) } else { Err(why_ended(name, &end)) }
 }
 
@@ -414,6 +418,9 @@ async fn establish(
     };
     if let Err(error) = allowed {
         tracing::warn!(event = "peer_ended", service = %name, %error, "tunnel closed");
+        if error.altered {
+            core.note_altered(peer.agent_id(), service.record.service_id, name);
+        }
         end.refuse(CloseCode::Forbidden).await;
         return Err(error);
     }
@@ -481,10 +488,7 @@ fn untrusted(name: &ServiceName, why: &dyn std::fmt::Display) -> Error {
 
 fn why_ended(name: &ServiceName, end: &End) -> Error {
     match end {
-        End::Tampered => {
-            tracing::warn!(service = %name, "a packet was altered on the way; the tunnel was closed");
-            Error::trust(format_args!("a packet of `{name}` was altered on the way"))
-        }
+        End::Tampered => Error::trust(format_args!("a packet of `{name}` was altered on the way")),
         End::Channel(CloseReason::Peer(CloseCode::ServiceGone)) => {
             Error::new(ErrorKind::ServiceNotFound, format_args!("`{name}` is not exposed any more"))
         }

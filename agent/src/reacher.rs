@@ -214,6 +214,7 @@ impl Conversation {
 async fn keep(core: &Core, name: &ServiceName, state: &watch::Sender<State>) {
     let mut backoff = Backoff::default();
     let mut link = core.link();
+    let mut cuts = core.hub.sockets().cuts();
     let mut conversation: Option<Conversation> = None;
     let mut busy = 0;
     while !state.borrow().stopped {
@@ -251,6 +252,8 @@ async fn keep(core: &Core, name: &ServiceName, state: &watch::Sender<State>) {
             () = tokio::time::sleep(wait) => {}
             // A new session is a new chance.
             _ = link.changed() => {}
+            // And so is another network; the sender lives as long as the core.
+            _ = cuts.changed() => backoff.reset(),
         }
     }
 }

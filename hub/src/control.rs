@@ -192,8 +192,11 @@ where
         () = hub.stopped() => Err(Ending::Close(close::RESTARTING, None)),
     };
     let ending = match admitted {
-        Ok((kind, logged_in)) => {
+        Ok((kind, moved, logged_in)) => {
             visitor.admit();
+            if moved && kind == SessionKind::Agent {
+                hub.route(|router, out| router.handle_moved(logged_in.member.key, out));
+            }
             run(&hub, &mut socket, kind, logged_in).await
         }
         Err(ending) => ending,
@@ -211,7 +214,7 @@ async fn authenticate<S>(
     hub: &Hub,
     socket: &mut Socket<S>,
     visitor: &Visitor,
-) -> Result<(SessionKind, LoggedIn), Ending>
+) -> Result<(SessionKind, bool, LoggedIn), Ending>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -251,10 +254,10 @@ where
                     deadline = TokioInstant::now() + LOGIN_TIMEOUT;
                 }
                 Some(FromAgent::Login(login)) => {
-                    let Login { session, .. } = *login;
+                    let Login { session, moved, .. } = *login;
                     // Boxed, as everything that waits for the store: the session's own state stays small.
                     match Box::pin(auth::login(context, &login)).await.map_err(denied)? {
-                        Admission::In(logged_in) => return Ok(Some((session, logged_in))),
+                        Admission::In(logged_in) => return Ok(Some((session, moved, logged_in))),
                         Admission::Renewed(certificate) if !renewed => {
                             socket.say(&FromHub::Renewed { certificate }).await?;
                             renewed = true;

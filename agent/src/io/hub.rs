@@ -47,6 +47,7 @@ pub(crate) struct Greeted {
     socket: HubSocket,
     authority: String,
     nonce: Nonce,
+    moved: bool,
 }
 
 /// What the holder of an invite gets. Nothing in it is verified yet.
@@ -62,6 +63,7 @@ pub(crate) struct Session {
     outgoing: mpsc::Sender<Outgoing>,
     next_id: AtomicU64,
     encodings: Vec<Encoding>,
+    displaced: bool,
     task: AbortHandle,
 }
 
@@ -104,7 +106,8 @@ impl Greeted {
         config.max_message_size = Some(MAX_CONTROL_BYTES);
         config.max_frame_size = Some(MAX_CONTROL_BYTES);
         let socket = hub.open(control::AGENT_PATH, &[], config).await?;
-        let mut greeted = Self { socket, authority: hub.authority(), nonce: Nonce([0; 32]) };
+        let mut greeted =
+            Self { socket, authority: hub.authority(), nonce: Nonce([0; 32]), moved: false };
         let FromHub::Challenge { version, nonce } = greeted.read().await? else {
             return Err(no_hub());
         };
@@ -119,6 +122,11 @@ impl Greeted {
         }
         greeted.nonce = nonce;
         Ok(greeted)
+    }
+
+    /// What the login says of this agent's sockets of before: that they lead nowhere any more.
+    pub(crate) fn after_move(self, moved: bool) -> Self {
+        Self { moved, ..self }
     }
 
     /// Asks for what belongs to an invite, proving that it is held; the code itself stays here.
@@ -169,12 +177,7 @@ impl Greeted {
         let FromHub::Welcome { encodings, displaced, .. } = answer else {
             return Err(no_hub());
         };
-        if displaced {
-            tracing::warn!(
-                "another process was connected as this agent; it was displaced by this one"
-            );
-        }
-        Ok(Session::start(self.socket, encodings))
+        Ok(Session::start(self.socket, encodings, displaced))
     }
 
     /// Shows and proves who the agent is.
@@ -202,6 +205,7 @@ impl Greeted {
             wrap_key: Blob(identity.wrap.public().encode()),
             signature: identity.signing.sign_text(LOGIN_KIND, &text),
             create,
+            moved: self.moved,
         })))
         .await
     }
@@ -265,7 +269,11 @@ fn lost(cause: impl std::fmt::Display) -> Error {
 }
 
 impl Session {
-    fn start(socket: HubSocket, encodings: Vec<Encoding>) -> (Self, mpsc::Receiver<Incoming>) {
+    fn start(
+        socket: HubSocket,
+        encodings: Vec<Encoding>,
+        displaced: bool,
+    ) -> (Self, mpsc::Receiver<Incoming>) {
         let (outgoing, requests) = mpsc::channel(QUEUE);
         let (events, incoming) = mpsc::channel(QUEUE);
         let task = tokio::spawn(async move {
@@ -273,14 +281,19 @@ impl Session {
             // Nobody listens any more when the session was dropped; then there is nobody to tell.
             let _ = events.send(Incoming::Closed(ended)).await;
         });
-        let session =
-            Self { outgoing, next_id: AtomicU64::new(1), encodings, task: task.abort_handle() };
+        let next_id = AtomicU64::new(1);
+        let session = Self { outgoing, next_id, encodings, displaced, task: task.abort_handle() };
         (session, incoming)
     }
 
     /// What data sockets of this hub may carry.
     pub(crate) fn encodings(&self) -> &[Encoding] {
         &self.encodings
+    }
+
+    /// Whether the hub had another session of this agent, which is over now.
+    pub(crate) fn has_displaced(&self) -> bool {
+        self.displaced
     }
 
     /// Asks the hub and waits for its answer.

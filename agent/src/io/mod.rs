@@ -2,5 +2,6 @@
 
 pub(crate) mod dial;
 pub(crate) mod hub;
+pub(crate) mod sockets;
 pub(crate) mod splice;
 pub(crate) mod tunnel;

@@ -129,9 +129,6 @@ async fn run(args: Args) -> anyhow::Result<()> {
     let begin = Usage::of(args.pid)?;
     sleep(Duration::from_secs(args.rest)).await;
     let end = Usage::of(args.pid)?;
-    if let Some(ended) = agents.try_join_next() {
-        bail!("a session ended: {:?}", ended?);
-    }
     let each = end.resident_kib.saturating_sub(before.resident_kib) as f64 / args.agents as f64;
     say(format_args!(
         "memory: {} KiB before, {} KiB with them: {each:.1} KiB each",
@@ -139,7 +136,17 @@ async fn run(args: Args) -> anyhow::Result<()> {
     ))?;
     let spent = (end.ticks - begin.ticks) as f64 / TICKS_PER_SEC;
     let share = 100.0 * spent / args.rest as f64;
-    say(format_args!("processor: {spent:.2} s in {} s: {share:.2} % of a core", args.rest))
+    say(format_args!("processor: {spent:.2} s in {} s: {share:.2} % of a core", args.rest))?;
+    let mut ended = 0;
+    let mut why = None;
+    while let Some(session) = agents.try_join_next() {
+        ended += 1;
+        why.get_or_insert(session?);
+    }
+    match why {
+        None => Ok(()),
+        Some(why) => bail!("{ended} sessions ended, the first so: {why}"),
+    }
 }
 
 fn say(line: std::fmt::Arguments<'_>) -> anyhow::Result<()> {
@@ -263,14 +270,20 @@ async fn read(socket: &mut Socket) -> anyhow::Result<FromHub> {
 }
 
 /// Answers pings for as long as the session lives; why it ended.
-async fn rest(mut socket: Socket) -> Option<Message> {
-    while let Some(Ok(message)) = socket.next().await {
-        let answered = socket.flush().await;
-        if message.is_close() || answered.is_err() {
-            return Some(message);
+async fn rest(mut socket: Socket) -> String {
+    loop {
+        match socket.next().await {
+            Some(Ok(Message::Close(frame))) => return format!("closed by the hub: {frame:?}"),
+            Some(Ok(_)) => {
+                // The pong that the library has queued.
+                if let Err(error) = socket.flush().await {
+                    return format!("the answer to a ping was not sent: {error}");
+                }
+            }
+            Some(Err(error)) => return error.to_string(),
+            None => return "the end of the socket".to_owned(),
         }
     }
-    None
 }
 
 /// TLS without a look at the certificate: this program measures, and has nothing to hide.

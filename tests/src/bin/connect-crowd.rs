@@ -210,10 +210,11 @@ impl Maker {
         };
         let login = control::encode(&FromAgent::Login(Box::new(self.login(&nonce))));
         socket.send(Message::text(login)).await?;
-        match read(&mut socket).await? {
-            FromHub::Welcome { .. } => Ok(socket),
-            other => bail!("no welcome but {other:?}"),
+        let answer = read(&mut socket).await?;
+        if !matches!(answer, FromHub::Welcome { .. }) {
+            bail!("no welcome but {answer:?}");
         }
+        Ok(socket)
     }
 
     /// A login of an agent that nobody has seen before.

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use connect_spec::{
@@ -671,7 +671,7 @@ async fn look_around(core: Arc<Core>) {
         let sockets = core.hub.sockets();
         let look = Look {
             monotonic: Instant::now(),
-            wall: SystemTime::now(),
+            wall: clock::since_1970(),
             address: sockets.own_address(),
         };
         if let Some(change) = surroundings.look(look) {

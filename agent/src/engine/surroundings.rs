@@ -3,7 +3,7 @@
 use std::{
     fmt,
     net::IpAddr,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 /// The wall clock runs ahead of the monotonic one by this much only when the machine slept, or when
@@ -15,8 +15,8 @@ const ASLEEP: Duration = Duration::from_secs(5);
 pub(crate) struct Look {
     /// A clock that stands still while the machine sleeps.
     pub(crate) monotonic: Instant,
-    /// A clock that does not.
-    pub(crate) wall: SystemTime,
+    /// A clock that does not, since any fixed moment.
+    pub(crate) wall: Duration,
     /// The own address on the way to the hub; `None` while there is no way, or none was dialled yet.
     pub(crate) address: Option<IpAddr>,
 }
@@ -54,7 +54,7 @@ impl Surroundings {
         let last = self.last.replace(look)?;
         let passed = look.monotonic.duration_since(last.monotonic);
         // A wall clock that was set back shows no sleep.
-        let by_wall = look.wall.duration_since(last.wall).unwrap_or_default();
+        let by_wall = look.wall.saturating_sub(last.wall);
         let ahead = by_wall.saturating_sub(passed);
         if ahead > ASLEEP {
             return Some(Change::Slept(ahead));
@@ -74,11 +74,11 @@ mod tests {
     /// Two looks, between which the clocks and the address changed so.
     fn seen(
         monotonic: Duration,
-        wall: impl FnOnce(SystemTime) -> SystemTime,
+        wall: impl FnOnce(Duration) -> Duration,
         before: Option<IpAddr>,
         after: Option<IpAddr>,
     ) -> Option<Change> {
-        let first = Look { monotonic: Instant::now(), wall: SystemTime::now(), address: before };
+        let first = Look { monotonic: Instant::now(), wall: 1_000_000 * SECOND, address: before };
         let second =
             Look { monotonic: first.monotonic + monotonic, wall: wall(first.wall), address: after };
         let mut surroundings = Surroundings::default();

@@ -4,6 +4,7 @@
 #   make test          all set-up and all tests
 #   make check         formatting and lints, as CI demands them
 #   make acceptance    the real programs through a tunnel: pgbench, redis, curl, ssh, rsync, …
+#   make soak          pgbench and a long transfer while the hub is killed again and again (TIME, KILLS, MIB, …)
 #   make fuzz          each fuzz target for TIME=60 seconds; needs nightly and cargo-fuzz
 #   make build         the release binaries
 #   make clean
@@ -13,7 +14,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 
 TIME ?= 60
 
-.PHONY: build demo test check acceptance fuzz clean
+.PHONY: build demo test check acceptance soak fuzz clean
 
 build:
 	@scripts/toolchain
@@ -32,6 +33,9 @@ check:
 
 acceptance:
 	@scripts/acceptance
+
+soak:
+	@scripts/soak
 
 fuzz:
 	@scripts/fuzz $(TIME)

@@ -17,12 +17,19 @@ use connect_spec::{
 use tokio::{
     sync::{Notify, mpsc, watch},
     task::{AbortHandle, JoinSet},
+    time::MissedTickBehavior,
 };
 
 use crate::{
     clock,
     directory::{Directory, FoundService},
-    engine::{backoff::Backoff, freshness::Freshness, rekey::RekeyAfter},
+    engine::{
+        backoff::Backoff,
+        freshness::Freshness,
+        rekey::RekeyAfter,
+        surroundings::{Look, Surroundings},
+        tampering::Tampering,
+    },
     error::{Error, ErrorKind, Result},
     exposer::{Exposed, Exposer},
     home::{Home, HomeLock, Peers, SeenNoiseKey, State},
@@ -41,6 +48,8 @@ use crate::{
 const LOOK_AT_KEYS: Duration = Duration::from_secs(600);
 /// A rotation is reported without the hub's word when that takes longer.
 const ANNOUNCE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Between looks at clocks and network: of what a sleep or a move costs, the part that is ours.
+const LOOK_AROUND: Duration = Duration::from_secs(1);
 /// How long [`Agent::stop`] waits for last words.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -84,6 +93,7 @@ struct Running {
     _supervisor: AbortOnDrop,
     _key_keeper: AbortOnDrop,
     _judge: AbortOnDrop,
+    _watch: AbortOnDrop,
 }
 
 impl Drop for Running {
@@ -127,6 +137,7 @@ pub(crate) struct Core {
     link: watch::Sender<Link>,
     state: Mutex<State>,
     peers: Mutex<Peers>,
+    tampering: Mutex<Tampering>,
     _lock: HomeLock,
 }
 
@@ -158,6 +169,7 @@ impl Agent {
             state: Mutex::new(home.load_state()?),
             peers: Mutex::new(home.load_peers()?),
             workspace,
+            tampering: Mutex::default(),
             fresh: Mutex::new(Freshness::new(Instant::now())),
             announced: watch::Sender::new(0),
             home,
@@ -166,11 +178,13 @@ impl Agent {
         let supervisor = AbortOnDrop(tokio::spawn(supervise(core.clone())).abort_handle());
         let key_keeper = AbortOnDrop(tokio::spawn(keep_keys_fresh(core.clone())).abort_handle());
         let judge = AbortOnDrop(tokio::spawn(judge_again(core.clone())).abort_handle());
+        let watch = AbortOnDrop(tokio::spawn(look_around(core.clone())).abort_handle());
         let running = Running {
             core: core.clone(),
             _supervisor: supervisor,
             _key_keeper: key_keeper,
             _judge: judge,
+            _watch: watch,
         };
         Ok(Self { core, _running: Arc::new(running) })
     }
@@ -541,6 +555,21 @@ impl Core {
         }
     }
 
+    /// Counts a packet that did not open, and reports it when there are too many. Each ends its tunnel and
+    /// never the channel, so connections go on when it stops.
+    pub(crate) fn note_altered(&self, peer: AgentId, service: ServiceId, name: &ServiceName) {
+        let mut tampering = self.tampering.lock().unwrap_or_else(PoisonError::into_inner);
+        if tampering.note(peer, service, Instant::now()) {
+            tracing::error!(
+                event = "tampering",
+                service = %name,
+                peer = %peer.short(),
+                "packets were altered on the way five times within a minute; nothing of them was \
+                 delivered, but the hub or somebody on the way to it is changing what passes"
+            );
+        }
+    }
+
     /// Forgets which agent a name stood for: whoever exposes it next is taken for the right one.
     pub(crate) fn unpin(&self, name: &ServiceName) {
         let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
@@ -590,11 +619,24 @@ fn displaced() -> Error {
 async fn supervise(core: Arc<Core>) {
     let mut backoff = Backoff::default();
     let mut identities = core.identity_changes();
+    let mut cuts = core.hub.sockets().cuts();
+    // Whether this process had a session before, and whether the sockets of before are cut.
+    let (mut returning, mut moved) = (false, false);
     loop {
+        moved |= cuts.has_changed().unwrap_or(false);
+        cuts.mark_unchanged();
         // A change from here on is seen when the session is served.
         let identity = identities.borrow_and_update().clone();
-        let wait = match connect(&core, identity).await {
+        let wait = match connect(&core, identity, moved).await {
             Ok((session, incoming)) => {
+                moved = false;
+                // After a break the hub may still know the session that was lost.
+                if session.has_displaced() && !returning {
+                    tracing::warn!(
+                        "another process was connected as this agent; it was displaced by this one"
+                    );
+                }
+                returning = true;
                 backoff.reset();
                 tracing::info!(hub = %core.hub, "connected");
                 core.link.send_replace(Link::Up(session.clone()));
@@ -623,7 +665,35 @@ async fn supervise(core: Arc<Core>) {
                 backoff.next(random::number())
             }
         };
-        tokio::time::sleep(wait).await;
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            // The sender lives as long as the core. Another network is another chance.
+            _ = cuts.changed() => {
+                backoff.reset();
+                moved = true;
+            }
+        }
+    }
+}
+
+/// Cuts the sockets to the hub when the machine slept or its network changed, so that everything comes
+/// back at once and not when time-outs are over.
+async fn look_around(core: Arc<Core>) {
+    let mut surroundings = Surroundings::default();
+    let mut looks = tokio::time::interval(LOOK_AROUND);
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        looks.tick().await;
+        let sockets = core.hub.sockets();
+        let look = Look {
+            monotonic: Instant::now(),
+            wall: clock::since_1970(),
+            address: sockets.own_address(),
+        };
+        if let Some(change) = surroundings.look(look) {
+            tracing::info!(%change, "connecting anew");
+            sockets.cut();
+        }
     }
 }
 
@@ -631,8 +701,9 @@ async fn supervise(core: Arc<Core>) {
 async fn connect(
     core: &Arc<Core>,
     identity: Arc<Identity>,
+    moved: bool,
 ) -> Result<(Arc<Session>, mpsc::Receiver<Incoming>)> {
-    let greeted = Greeted::dial(&core.hub).await?;
+    let greeted = Greeted::dial(&core.hub).await?.after_move(moved);
     let shown = identity.noise.counter();
     let (session, incoming) = greeted.login(&core.workspace, SessionKind::Agent, None).await?;
     let session = Arc::new(session);

@@ -16,7 +16,7 @@ use tokio::time::timeout;
 use crate::{
     error::{Error, ErrorKind, Result},
     identity::Identity,
-    io::tunnel::TunnelEnd,
+    io::tunnel::{End, TunnelEnd},
     trust::Taken,
     workspace::Workspace,
 };
@@ -183,8 +183,10 @@ fn page(workspace: &Workspace, have: &[Head]) -> Result<(bool, Vec<u8>)> {
     Ok((sent < log.state().head().seq, entries))
 }
 
-fn lost(end: crate::io::tunnel::End) -> Error {
-    Error::new(ErrorKind::ExposerOffline, format_args!("the tunnel was lost: {end}"))
+fn lost(end: End) -> Error {
+    let altered = matches!(end, End::Tampered);
+    let lost = Error::new(ErrorKind::ExposerOffline, format_args!("the tunnel was lost: {end}"));
+    Error { altered, ..lost }
 }
 
 fn closed(code: CloseCode) -> Error {

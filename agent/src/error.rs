@@ -64,6 +64,9 @@ pub struct Error {
     /// Whether the other side only had too much to do: the same try may succeed in a moment.
     #[serde(skip)]
     pub(crate) busy: bool,
+    /// Whether a packet of a tunnel did not open: it was altered on the way, or made up.
+    #[serde(skip)]
+    pub(crate) altered: bool,
 }
 
 /// The result of everything here that can fail.
@@ -72,7 +75,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     /// An error of `kind` that says `message`.
     pub fn new(kind: ErrorKind, message: impl fmt::Display) -> Self {
-        Self { kind, message: message.to_string(), hint: None, busy: false }
+        Self { kind, message: message.to_string(), hint: None, busy: false, altered: false }
     }
 
     /// Adds what to do next.

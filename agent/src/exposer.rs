@@ -41,7 +41,7 @@ use crate::{
     io::{
         hub::Session,
         splice::splice,
-        tunnel::{ChannelHandle, Status, Stream, TunnelEnd},
+        tunnel::{ChannelHandle, End, Status, Stream, TunnelEnd},
     },
     keeper, random,
     target::Target,
@@ -403,24 +403,38 @@ impl Exposer {
             Ok(()) => keeper::check_policy(core, session, &core.identity(), &guest.peer).await,
             failed => failed,
         };
+        let service = guest.service.clone();
+        let altered = |core: &Core| core.note_altered(initiator, service.service_id, &service.name);
         if let Err(error) = allowed {
             tracing::warn!(event = "peer_ended", peer = %initiator.short(), %error, "tunnel closed");
+            if error.altered {
+                altered(core);
+            }
             end.refuse(CloseCode::Forbidden).await;
             return Ok(());
         }
         // The initiator's first record proves that this is no replay; nothing is touched before.
         let first = match timeout(HANDSHAKE_TIMEOUT, end.read_record()).await {
             Ok(Ok(first)) => first,
-            Ok(Err(ended)) => return Err(failed(&ended)),
+            Ok(Err(ended)) => {
+                if matches!(ended, End::Tampered) {
+                    altered(core);
+                }
+                return Err(failed(&ended));
+            }
             Err(_) => return Err(failed(&"the initiator says nothing")),
         };
         core.remember(&guest.peer, None);
         match self.enter(core, guest, key, request.tunnel_no) {
             Some(channel) => {
                 // Lives exactly as long as the tunnel, which every way of stopping the agent closes.
+                let carrying = core.clone();
                 tokio::spawn(async move {
                     let ended = channel.run(end, Some(first)).await;
                     tracing::debug!(peer = %initiator.short(), %ended, "tunnel ended");
+                    if matches!(ended, End::Tampered) {
+                        carrying.note_altered(initiator, service.service_id, &service.name);
+                    }
                 });
                 // What was learned since it was judged was not held against it yet.
                 self.judge_again(&core.identity());

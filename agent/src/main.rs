@@ -16,17 +16,14 @@ fn main() -> ExitCode {
     let output = Output { json: cli.json, quiet: cli.quiet };
     // One thread carries everything that moves: handing a packet from one to another costs more time
     // than sealing it. What computes for long has threads of its own (`spawn_blocking`).
-    let runtime = match tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()
-    {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            output.error(&error.into());
-            return ExitCode::FAILURE;
-        }
-    };
+    let runtime =
+        match tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build() {
+            Ok(runtime) => runtime,
+            Err(error) => {
+                output.error(&error.into());
+                return ExitCode::FAILURE;
+            }
+        };
     match runtime.block_on(commands::run(cli, output)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

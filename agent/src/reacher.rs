@@ -222,6 +222,7 @@ impl Conversation {
 async fn keep(core: &Arc<Core>, name: &ServiceName, state: &watch::Sender<State>) {
     let mut backoff = Backoff::default();
     let mut link = core.link();
+    let mut cuts = core.hub.sockets().cuts();
     let mut conversation: Option<Conversation> = None;
     let mut busy = 0;
     while !state.borrow().stopped {
@@ -259,6 +260,8 @@ async fn keep(core: &Arc<Core>, name: &ServiceName, state: &watch::Sender<State>
             () = tokio::time::sleep(wait) => {}
             // A new session is a new chance.
             _ = link.changed() => {}
+            // And so is another network; the sender lives as long as the core.
+            _ = cuts.changed() => backoff.reset(),
         }
     }
 }
@@ -324,6 +327,10 @@ async fn connect(
             return Err(error);
         }
     };
+    if matches!(end, End::Tampered) {
+        tracing::warn!(service = %name, "a packet was altered on the way; the tunnel was closed");
+        core.note_altered(service.exposer.agent_id(), service.record.service_id, name);
+    }
     if state.borrow().stopped { Ok(()) } else { Err(why_ended(name, &end)) }
 }
 
@@ -424,6 +431,9 @@ async fn establish(
     };
     if let Err(error) = allowed {
         tracing::warn!(event = "peer_ended", service = %name, %error, "tunnel closed");
+        if error.altered {
+            core.note_altered(peer.agent_id(), service.record.service_id, name);
+        }
         end.refuse(CloseCode::Forbidden).await;
         return Err(error);
     }
@@ -541,10 +551,7 @@ fn untrusted(name: &ServiceName, why: &dyn std::fmt::Display) -> Error {
 
 fn why_ended(name: &ServiceName, end: &End) -> Error {
     match end {
-        End::Tampered => {
-            tracing::warn!(service = %name, "a packet was altered on the way; the tunnel was closed");
-            Error::trust(format_args!("a packet of `{name}` was altered on the way"))
-        }
+        End::Tampered => Error::trust(format_args!("a packet of `{name}` was altered on the way")),
         End::Channel(CloseReason::Peer(CloseCode::ServiceGone)) => {
             Error::new(ErrorKind::ServiceNotFound, format_args!("`{name}` is not exposed any more"))
         }

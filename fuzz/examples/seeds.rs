@@ -243,6 +243,7 @@ fn control_frames() -> Vec<(&'static str, String)> {
                 wrap_key: Blob(vec![0x0e; 32]),
                 signature,
                 create: None,
+                moved: false,
             })),
         ),
         (

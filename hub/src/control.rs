@@ -11,7 +11,10 @@ use connect_spec::{
     encoding::Encoding,
     ids::{AgentId, ServiceId, WorkspaceId},
     keys::ML_KEM_768_CT_BYTES,
-    limits::{DEAD_AFTER, KEEPALIVE, LOGIN_TIMEOUT, MAX_CONTROL_BYTES, MAX_HANDSHAKE_BYTES},
+    limits::{
+        CONTROL_DEAD_AFTER, CONTROL_JITTER, CONTROL_KEEPALIVE, LOGIN_TIMEOUT, MAX_CONTROL_BYTES,
+        MAX_HANDSHAKE_BYTES,
+    },
 };
 use futures_util::{SinkExt as _, StreamExt as _};
 use tokio::{
@@ -32,8 +35,8 @@ use crate::{
     effects,
     hub::{Hub, Mail, random},
     limits::{
-        CONTROL_BUFFER_BYTES, FAREWELL_LIMIT, KEEPALIVE_JITTER, MAX_LOG_READS,
-        MAX_WAITING_REQUESTS, RESTART_PAUSE, SEND_LIMIT,
+        CONTROL_BUFFER_BYTES, FAREWELL_LIMIT, MAX_LOG_READS, MAX_WAITING_REQUESTS, RESTART_PAUSE,
+        SEND_LIMIT,
     },
     log, requests,
     router::{Member, OpenError, SessionId},
@@ -192,8 +195,11 @@ where
         () = hub.stopped() => Err(Ending::Close(close::RESTARTING, None)),
     };
     let ending = match admitted {
-        Ok((kind, logged_in)) => {
+        Ok((kind, moved, logged_in)) => {
             visitor.admit();
+            if moved && kind == SessionKind::Agent {
+                hub.route(|router, out| router.handle_moved(logged_in.member.key, out));
+            }
             run(&hub, &mut socket, kind, logged_in).await
         }
         Err(ending) => ending,
@@ -211,7 +217,7 @@ async fn authenticate<S>(
     hub: &Hub,
     socket: &mut Socket<S>,
     visitor: &Visitor,
-) -> Result<(SessionKind, LoggedIn), Ending>
+) -> Result<(SessionKind, bool, LoggedIn), Ending>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -251,10 +257,10 @@ where
                     deadline = TokioInstant::now() + LOGIN_TIMEOUT;
                 }
                 Some(FromAgent::Login(login)) => {
-                    let Login { session, .. } = *login;
+                    let Login { session, moved, .. } = *login;
                     // Boxed, as everything that waits for the store: the session's own state stays small.
                     match Box::pin(auth::login(context, &login)).await.map_err(denied)? {
-                        Admission::In(logged_in) => return Ok(Some((session, logged_in))),
+                        Admission::In(logged_in) => return Ok(Some((session, moved, logged_in))),
                         Admission::Renewed(certificate) if !renewed => {
                             socket.say(&FromHub::Renewed { certificate }).await?;
                             renewed = true;
@@ -364,7 +370,7 @@ where
             Some(answer) = answered.recv() => socket.say(&answer).await,
             () = &mut worker => Err(Ending::Gone),
             _ = pings.tick() => socket.send([Message::Ping(Bytes::new())]).await,
-            () = sleep_until(heard + DEAD_AFTER) => Err(Ending::Close(close::TIMEOUT, None)),
+            () = sleep_until(heard + CONTROL_DEAD_AFTER) => Err(Ending::Close(close::TIMEOUT, None)),
             () = hub.stopped() => {
                 let pause = RESTART_PAUSE + random_part(RESTART_PAUSE);
                 let reconnect_in_ms = u32::try_from(pause.as_millis()).unwrap_or(u32::MAX);
@@ -494,9 +500,9 @@ async fn work(
     }
 }
 
-/// Keepalive with jitter.
+/// Keepalive with jitter, so that agents that came together are not pinged together.
 fn keepalive() -> std::time::Duration {
-    KEEPALIVE + random_part(KEEPALIVE_JITTER)
+    CONTROL_KEEPALIVE + random_part(CONTROL_JITTER)
 }
 
 /// Anything from nothing to `whole`.

@@ -33,8 +33,6 @@ pub const MAX_OUTGOING: usize = 1024;
 pub const MAX_WAITING_REQUESTS: usize = 64;
 /// One message must leave within this time; a peer that takes nothing for so long is dead.
 pub const SEND_LIMIT: Duration = Duration::from_secs(10);
-/// Keepalive pings are spread by up to this much, so that agents that came together do not ping together.
-pub const KEEPALIVE_JITTER: Duration = Duration::from_secs(3);
 /// Read and write buffer of a control socket: messages are short and rare, sockets are many.
 pub const CONTROL_BUFFER_BYTES: usize = 4 * 1024;
 

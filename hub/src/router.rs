@@ -241,6 +241,22 @@ impl Router {
         (session, displaced)
     }
 
+    /// An agent says that its sockets of before lead nowhere: the other ends of its tunnels need not wait
+    /// until they notice.
+    pub fn handle_moved(&mut self, agent: AgentKey, out: &mut Vec<Output>) {
+        for key in self.tunnels_of(agent) {
+            self.end_tunnel(key, close::PEER_GONE, out);
+        }
+    }
+
+    fn tunnels_of(&self, (workspace, id): AgentKey) -> Vec<TunnelKey> {
+        let first = (workspace, TunnelId([0; 16]));
+        let last = (workspace, TunnelId([u8::MAX; 16]));
+        let tunnels = self.tunnels.range(first..=last);
+        let own = tunnels.filter(|(_, tunnel)| tunnel.reacher == id || tunnel.exposer == id);
+        own.map(|(key, _)| *key).collect()
+    }
+
     /// A control socket is gone. Tunnels that are joined go on without it.
     pub fn handle_logout(&mut self, session: SessionId, out: &mut Vec<Output>) {
         let Some(Session { member, kind }) = self.forget_session(session, out) else {
@@ -346,16 +362,7 @@ impl Router {
         now: Instant,
         out: &mut Vec<Output>,
     ) {
-        let (workspace, id) = agent;
-        let first = (workspace, TunnelId([0; 16]));
-        let last = (workspace, TunnelId([u8::MAX; 16]));
-        let tunnels: Vec<TunnelKey> = self
-            .tunnels
-            .range(first..=last)
-            .filter(|(_, tunnel)| tunnel.reacher == id || tunnel.exposer == id)
-            .map(|(key, _)| *key)
-            .collect();
-        for key in tunnels {
+        for key in self.tunnels_of(agent) {
             let joined = self.tunnels.get_mut(&key).filter(|tunnel| tunnel.stage == Stage::Joined);
             if let Some(tunnel) = joined {
                 // Told twice, as by name and by judgement, it ends at the first time.

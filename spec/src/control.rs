@@ -142,6 +142,9 @@ pub struct Login {
     /// Creates the workspace: its genesis.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub create: Option<CreateWorkspace>,
+    /// The agent slept or changed its network: sockets of before lead nowhere, and tunnels on them can end.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub moved: bool,
 }
 
 /// The part of a [`Login`] that creates a workspace.

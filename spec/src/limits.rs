@@ -115,10 +115,17 @@ pub const PARKED_AT_REACHER: Duration = Duration::from_secs(120);
 pub const PARKED_AT_EXPOSER: Duration = Duration::from_secs(180);
 /// Channels without a tunnel that an exposer keeps for one peer.
 pub const MAX_PARKED_PER_PEER: usize = 64;
-/// Pings of a quiet connection are this far apart, plus jitter.
+/// Pings of a quiet tunnel are this far apart, plus jitter.
 pub const KEEPALIVE: Duration = Duration::from_secs(15);
-/// A connection silent for this long is dead.
+/// A tunnel silent for this long is dead.
 pub const DEAD_AFTER: Duration = Duration::from_secs(40);
+/// Pings of a control socket are this far apart, plus jitter: most agents only wait, and the proxies and
+/// address translators on their way forget a quiet connection after 60 s.
+pub const CONTROL_KEEPALIVE: Duration = Duration::from_secs(50);
+/// The jitter of these pings at most.
+pub const CONTROL_JITTER: Duration = Duration::from_secs(5);
+/// A control socket silent for this long is dead: a ping, and 20 s for it to come through.
+pub const CONTROL_DEAD_AFTER: Duration = Duration::from_secs(75);
 
 /// The keys of a tunnel are replaced after this time.
 pub const REKEY_AFTER: Duration = Duration::from_secs(120);

@@ -49,7 +49,7 @@ struct Stage {
     probed: usize,
     rule: Arc<Mutex<Rule>>,
     _relay: HostileRelay,
-    _exposer_agent: Process,
+    exposer_agent: Process,
 }
 
 impl Stage {
@@ -74,16 +74,7 @@ impl Stage {
         let (service, inbox) = Service::answering_at_the_end(b"the end");
         workspace.founder.ok(&["expose", &service.address().to_string(), "--name", "prod-db"]);
         let probed = service.probed();
-        Self {
-            workspace,
-            reacher,
-            service,
-            inbox,
-            probed,
-            rule,
-            _relay: relay,
-            _exposer_agent: exposer_agent,
-        }
+        Self { workspace, reacher, service, inbox, probed, rule, _relay: relay, exposer_agent }
     }
 
     fn rule(&self, rule: impl FnMut(Passing<'_>) -> Verdict + Send + 'static) {
@@ -493,6 +484,59 @@ fn altered_packet_to_the_reacher_is_never_delivered() {
     let mut read = vec![0; bytes.len()];
     client.read_exact(&mut read).expect("the next tunnel brings it");
     assert!(read == bytes, "an altered byte was delivered");
+}
+
+/// Echoes a megabyte while one tunnel after the other is tampered with in one direction, until the side
+/// that gets the altered packets reports it. The connection goes on as if nothing had been.
+#[track_caller]
+fn check_reported(to_the_exposer: bool) {
+    const ALARMING: usize = 5;
+    let stage = Stage::set();
+    let echo = Service::echo();
+    stage.workspace.founder.ok(&["expose", &echo.address().to_string(), "--name", "echo"]);
+    let reacher_agent = stage.reacher.up();
+    let address = stage.reacher.reach("echo");
+    let mut client = TcpStream::connect(address).expect("the local port is bound");
+    client.set_read_timeout(Some(PATIENCE)).expect("our own socket");
+    let (mut left, mut last) = (ALARMING, None);
+    stage.rule(move |passing| {
+        if let Passing::Data(Data { socket, from_agent, message, .. }) = passing
+            && from_agent == to_the_exposer
+            && left > 0
+            && last != Some(socket)
+            && message.len() > 1000
+        {
+            (left, last) = (left - 1, Some(socket));
+            flip(message);
+        }
+        Verdict::Forward
+    });
+    let bytes = random(1 << 20);
+    let mut writing = client.try_clone().expect("one more handle");
+    let sent = bytes.clone();
+    let writer = std::thread::spawn(move || writing.write_all(&sent));
+    let mut read = vec![0; bytes.len()];
+    client.read_exact(&mut read).expect("the tunnels after them bring it");
+    writer.join().expect("no panic").expect("it stalls, but does not break");
+    assert!(read == bytes, "an altered byte was delivered");
+    let (seen_by, not_by) = if to_the_exposer {
+        (&stage.exposer_agent, &reacher_agent)
+    } else {
+        (&reacher_agent, &stage.exposer_agent)
+    };
+    seen_by.stderr_line("event=\"tampering\" service=echo");
+    assert_eq!(seen_by.stderr().matches("event=\"tampering\"").count(), 1, "once for five");
+    assert!(!not_by.stderr().contains("event=\"tampering\""), "it saw nothing altered");
+}
+
+#[test]
+fn tampering_on_the_way_to_the_exposer_is_reported_there() {
+    check_reported(true);
+}
+
+#[test]
+fn tampering_on_the_way_to_the_reacher_is_reported_there() {
+    check_reported(false);
 }
 
 /// What a stranger, or a member that does not finish, sends in place of the reacher's first message: the

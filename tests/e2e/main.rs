@@ -10,6 +10,7 @@ mod hostile;
 mod hostile_hub;
 mod hub_sees;
 mod isolation;
+mod network;
 mod passphrase;
 mod reconnect;
 mod rekey;

@@ -185,6 +185,7 @@ impl Keys {
             wrap_key: Blob(self.wrap.public().encode()),
             signature: self.signing.sign_text(LOGIN_KIND, &text),
             create: None,
+            moved: false,
         }
     }
 }

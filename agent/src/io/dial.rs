@@ -31,6 +31,7 @@ use tokio_tungstenite::{
     tungstenite::{self, client::IntoClientRequest, protocol::WebSocketConfig},
 };
 
+use super::sockets::{CuttableTcp, Sockets};
 use crate::error::{Error, ErrorKind, Result};
 
 /// TCP, TLS and the upgrade together must be done within this time.
@@ -43,6 +44,7 @@ pub(crate) struct HubUrl {
     host: String,
     port: u16,
     pin: Option<[u8; 32]>,
+    sockets: Sockets,
 }
 
 /// A WebSocket to the hub, whatever is under it.
@@ -94,12 +96,17 @@ impl HubUrl {
             return Err(usage("has a certificate pin but speaks plain text"));
         }
         let port = authority.port_u16().unwrap_or(if tls { 443 } else { 80 });
-        Ok(Self { tls, host, port, pin: address.pin })
+        Ok(Self { tls, host, port, pin: address.pin, sockets: Sockets::new() })
     }
 
     /// Host and port as dialled: what the login signs.
     pub(crate) fn authority(&self) -> String {
         format!("{}:{}", self.host, self.port)
+    }
+
+    /// The sockets that were opened by this value or a clone of it.
+    pub(crate) fn sockets(&self) -> &Sockets {
+        &self.sockets
     }
 
     /// Opens a WebSocket on `path` and gives back the stream under it, with what the hub said after its
@@ -127,13 +134,18 @@ impl HubUrl {
         headers: &[(http::HeaderName, HeaderValue)],
         config: WebSocketConfig,
     ) -> Result<HubSocket> {
-        timeout(DIAL_TIMEOUT, self.open_unbounded(path, headers, config)).await.unwrap_or_else(
-            |_| {
-                Err(self
-                    .unreachable("no answer in 10 s")
-                    .hint("is the address right, and the hub up?"))
-            },
-        )
+        let mut cuts = self.sockets.cuts();
+        tokio::select! {
+            opened = timeout(DIAL_TIMEOUT, self.open_unbounded(path, headers, config)) => {
+                opened.unwrap_or_else(|_| {
+                    Err(self
+                        .unreachable("no answer in 10 s")
+                        .hint("is the address right, and the hub up?"))
+                })
+            }
+            // The sender lives as long as this value.
+            _ = cuts.changed() => Err(self.unreachable("the machine slept, or its network changed")),
+        }
     }
 
     async fn open_unbounded(
@@ -148,6 +160,7 @@ impl HubUrl {
                 .hint("is the address right, and is `connect-hub serve` running there?")
         })?;
         tcp.set_nodelay(true).map_err(|error| self.unreachable(error))?;
+        let tcp = self.sockets.add(tcp).map_err(|error| self.unreachable(error))?;
         let io: Box<dyn Io> =
             if self.tls { Box::new(self.tls(host, tcp).await?) } else { Box::new(tcp) };
 
@@ -173,8 +186,8 @@ impl HubUrl {
     async fn tls(
         &self,
         host: &str,
-        tcp: TcpStream,
-    ) -> Result<tokio_rustls::client::TlsStream<TcpStream>> {
+        tcp: CuttableTcp,
+    ) -> Result<tokio_rustls::client::TlsStream<CuttableTcp>> {
         let name =
             ServerName::try_from(host.to_owned()).map_err(|error| self.unreachable(error))?;
         let config = client_config(self.pin).map_err(|error| self.unreachable(error))?;
@@ -220,6 +233,12 @@ const ANSWER_PART: usize = 1024;
 impl Upgrading {
     fn new(io: Box<dyn Io>) -> Self {
         Self { io, blank_line: 0, early: Bytes::new() }
+    }
+
+    /// A stream whose answer was read.
+    #[cfg(test)]
+    pub(crate) fn upgraded(io: Box<dyn Io>) -> Self {
+        Self { blank_line: BLANK_LINE.len(), ..Self::new(io) }
     }
 }
 

@@ -15,16 +15,16 @@ use connect_spec::{
     },
     encoding::Encoding,
     ids::{AgentId, CredentialId, WorkspaceId},
-    limits::{DEAD_AFTER, LOGIN_TIMEOUT, MAX_CONTROL_BYTES},
+    limits::{CONTROL_DEAD_AFTER, LOGIN_TIMEOUT, MAX_CONTROL_BYTES},
     log::Head,
 };
 use futures_util::{SinkExt, StreamExt};
 use tokio::{
     sync::{mpsc, oneshot},
     task::AbortHandle,
-    time::timeout,
+    time::{Instant, sleep_until, timeout},
 };
-use tokio_tungstenite::tungstenite::{Message, protocol::WebSocketConfig};
+use tokio_tungstenite::tungstenite::{Bytes, Message, protocol::WebSocketConfig};
 
 use super::dial::{HubSocket, HubUrl};
 use crate::{
@@ -37,6 +37,9 @@ use crate::{
 /// A request that the hub does not answer within this time has failed. It is longer than the time
 /// that the hub gives an exposer to answer.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(15);
+/// A hub that says nothing for so long after a request is asked for a sign of life. Its database may be
+/// slow, but it answers a ping at once.
+const PROBE_AFTER: Duration = Duration::from_secs(5);
 /// A hub that asks its agents to stay away for longer is not heeded.
 const MAX_RESTART_PAUSE: Duration = Duration::from_secs(30);
 /// Messages waiting for a slow control socket.
@@ -47,6 +50,7 @@ pub(crate) struct Greeted {
     socket: HubSocket,
     authority: String,
     nonce: Nonce,
+    moved: bool,
 }
 
 /// What the holder of an invite gets. Nothing in it is verified yet.
@@ -62,6 +66,7 @@ pub(crate) struct Session {
     outgoing: mpsc::Sender<Outgoing>,
     next_id: AtomicU64,
     encodings: Vec<Encoding>,
+    displaced: bool,
     task: AbortHandle,
 }
 
@@ -104,7 +109,8 @@ impl Greeted {
         config.max_message_size = Some(MAX_CONTROL_BYTES);
         config.max_frame_size = Some(MAX_CONTROL_BYTES);
         let socket = hub.open(control::AGENT_PATH, &[], config).await?;
-        let mut greeted = Self { socket, authority: hub.authority(), nonce: Nonce([0; 32]) };
+        let mut greeted =
+            Self { socket, authority: hub.authority(), nonce: Nonce([0; 32]), moved: false };
         let FromHub::Challenge { version, nonce } = greeted.read().await? else {
             return Err(no_hub());
         };
@@ -119,6 +125,11 @@ impl Greeted {
         }
         greeted.nonce = nonce;
         Ok(greeted)
+    }
+
+    /// What the login says of this agent's sockets of before: that they lead nowhere any more.
+    pub(crate) fn after_move(self, moved: bool) -> Self {
+        Self { moved, ..self }
     }
 
     /// Asks for what belongs to an invite, proving that it is held; the code itself stays here.
@@ -169,12 +180,7 @@ impl Greeted {
         let FromHub::Welcome { encodings, displaced, .. } = answer else {
             return Err(no_hub());
         };
-        if displaced {
-            tracing::warn!(
-                "another process was connected as this agent; it was displaced by this one"
-            );
-        }
-        Ok(Session::start(self.socket, encodings))
+        Ok(Session::start(self.socket, encodings, displaced))
     }
 
     /// Shows and proves who the agent is.
@@ -202,6 +208,7 @@ impl Greeted {
             wrap_key: Blob(identity.wrap.public().encode()),
             signature: identity.signing.sign_text(LOGIN_KIND, &text),
             create,
+            moved: self.moved,
         })))
         .await
     }
@@ -265,7 +272,11 @@ fn lost(cause: impl std::fmt::Display) -> Error {
 }
 
 impl Session {
-    fn start(socket: HubSocket, encodings: Vec<Encoding>) -> (Self, mpsc::Receiver<Incoming>) {
+    fn start(
+        socket: HubSocket,
+        encodings: Vec<Encoding>,
+        displaced: bool,
+    ) -> (Self, mpsc::Receiver<Incoming>) {
         let (outgoing, requests) = mpsc::channel(QUEUE);
         let (events, incoming) = mpsc::channel(QUEUE);
         let task = tokio::spawn(async move {
@@ -273,14 +284,19 @@ impl Session {
             // Nobody listens any more when the session was dropped; then there is nobody to tell.
             let _ = events.send(Incoming::Closed(ended)).await;
         });
-        let session =
-            Self { outgoing, next_id: AtomicU64::new(1), encodings, task: task.abort_handle() };
+        let next_id = AtomicU64::new(1);
+        let session = Self { outgoing, next_id, encodings, displaced, task: task.abort_handle() };
         (session, incoming)
     }
 
     /// What data sockets of this hub may carry.
     pub(crate) fn encodings(&self) -> &[Encoding] {
         &self.encodings
+    }
+
+    /// Whether the hub had another session of this agent, which is over now.
+    pub(crate) fn has_displaced(&self) -> bool {
+        self.displaced
     }
 
     /// Asks the hub and waits for its answer.
@@ -320,6 +336,34 @@ impl Drop for Session {
     }
 }
 
+/// When the hub was heard of, and what it owes us.
+struct Silence {
+    heard: Instant,
+    /// The first request since then.
+    asked: Option<Instant>,
+    /// Whether a ping went out since then.
+    probed: bool,
+}
+
+impl Silence {
+    fn begin() -> Self {
+        Self { heard: Instant::now(), asked: None, probed: false }
+    }
+
+    /// Until when the hub may be silent: then a ping is due, or the session is dead.
+    fn until(&self) -> Instant {
+        let after = if self.probed { REPLY_TIMEOUT } else { PROBE_AFTER };
+        let dead_at = self.heard + CONTROL_DEAD_AFTER;
+        self.asked.map_or(dead_at, |asked| dead_at.min(asked + after))
+    }
+
+    /// Whether a ping is due, now that [`Silence::until`] is over.
+    fn probe(&mut self) -> bool {
+        let is_dead = Instant::now() >= self.heard + CONTROL_DEAD_AFTER;
+        !is_dead && self.asked.is_some() && !std::mem::replace(&mut self.probed, true)
+    }
+}
+
 /// Runs the socket until it ends; requests that are open then are dropped, which their callers see.
 async fn drive(
     socket: HubSocket,
@@ -329,6 +373,7 @@ async fn drive(
     let (mut sink, mut stream) = socket.split();
     let mut open: BTreeMap<u64, oneshot::Sender<Reply>> = BTreeMap::new();
     let mut restarting = None;
+    let mut silence = Silence::begin();
     let ended = |restarting: Option<Duration>, cause: String| match restarting {
         Some(wait) => Ended::Restarting(wait),
         None => Ended::Lost(cause),
@@ -340,6 +385,7 @@ async fn drive(
                     Some(Outgoing::Request { id, request, reply }) => {
                         open.retain(|_, waiting| !waiting.is_closed());
                         open.insert(id, reply);
+                        silence.asked.get_or_insert_with(Instant::now);
                         FromAgent::Request { id, request }
                     }
                     Some(Outgoing::Message(message)) => message,
@@ -349,20 +395,28 @@ async fn drive(
                     return ended(restarting, error.to_string());
                 }
             }
-            received = timeout(DEAD_AFTER, stream.next()) => {
+            () = sleep_until(silence.until()) => {
+                if !silence.probe() {
+                    return ended(restarting, "the hub is silent".into());
+                }
+                if let Err(error) = sink.send(Message::Ping(Bytes::new())).await {
+                    return ended(restarting, error.to_string());
+                }
+            }
+            received = stream.next() => {
+                silence = Silence::begin();
                 let text = match received {
-                    Ok(Some(Ok(Message::Text(text)))) => text,
+                    Some(Ok(Message::Text(text))) => text,
                     // A ping is answered by the library when the socket is next used.
-                    Ok(Some(Ok(Message::Ping(_)))) => {
+                    Some(Ok(Message::Ping(_))) => {
                         if let Err(error) = sink.flush().await {
                             return ended(restarting, error.to_string());
                         }
                         continue;
                     }
-                    Ok(Some(Ok(Message::Pong(_)))) => continue,
-                    Ok(Some(Ok(_)) | None) => return ended(restarting, "closed by the hub".into()),
-                    Ok(Some(Err(error))) => return ended(restarting, error.to_string()),
-                    Err(_) => return ended(restarting, "the hub is silent".into()),
+                    Some(Ok(Message::Pong(_))) => continue,
+                    Some(Ok(_)) | None => return ended(restarting, "closed by the hub".into()),
+                    Some(Err(error)) => return ended(restarting, error.to_string()),
                 };
                 match control::decode(text.as_str()) {
                     Ok(FromHub::Reply { id, reply }) => {
@@ -396,5 +450,60 @@ async fn drive(
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::dial::Upgrading;
+    use tokio_tungstenite::{WebSocketStream, tungstenite::protocol::Role};
+
+    /// A session, and the hub's end of its socket.
+    async fn session()
+    -> (Session, mpsc::Receiver<Incoming>, WebSocketStream<tokio::io::DuplexStream>) {
+        let (near, far) = tokio::io::duplex(64 * 1024);
+        let near = Upgrading::upgraded(Box::new(near));
+        let near = WebSocketStream::from_raw_socket(near, Role::Client, None).await;
+        let far = WebSocketStream::from_raw_socket(far, Role::Server, None).await;
+        let (session, incoming) = Session::start(near, Vec::new(), false);
+        (session, incoming, far)
+    }
+
+    /// How long a session lives; the hub's end is read when `reads`, so that pings are answered.
+    async fn lives(asks: bool, reads: bool) -> Duration {
+        let (session, mut incoming, mut hub) = session().await;
+        let reading = tokio::spawn(async move {
+            while reads && matches!(hub.next().await, Some(Ok(_))) && hub.flush().await.is_ok() {}
+            std::future::pending::<()>().await;
+        });
+        let start = Instant::now();
+        let asking = async {
+            if asks {
+                let asked = session.request(Request::OwnWrap { epoch: 0 }).await;
+                assert_eq!(
+                    asked.map_err(|error| error.kind).err(),
+                    Some(ErrorKind::HubUnreachable)
+                );
+            }
+        };
+        let (ended, ()) = tokio::join!(incoming.recv(), asking);
+        assert!(
+            matches!(ended, Some(Incoming::Closed(Ended::Lost(why))) if why.contains("silent"))
+        );
+        reading.abort();
+        start.elapsed()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn hub_that_only_rests_is_given_time_and_a_dead_one_is_given_up() {
+        assert_eq!(lives(false, true).await, CONTROL_DEAD_AFTER);
+        assert_eq!(lives(true, false).await, REPLY_TIMEOUT);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn hub_whose_database_is_slow_is_no_dead_hub() {
+        // The pong comes 5 s after the request.
+        assert_eq!(lives(true, true).await, PROBE_AFTER + CONTROL_DEAD_AFTER);
     }
 }

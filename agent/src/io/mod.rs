@@ -3,5 +3,6 @@
 pub(crate) mod dial;
 pub(crate) mod hub;
 pub(crate) mod packets;
+pub(crate) mod sockets;
 pub(crate) mod splice;
 pub(crate) mod tunnel;

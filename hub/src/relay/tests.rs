@@ -214,19 +214,30 @@ async fn nothing_is_lost_in_the_narrowest_pipe() {
     }
 }
 
-#[tokio::test]
-async fn a_slow_reader_holds_the_sender_back() {
-    let mut tunnel = tunnel(Encoding::Binary, 64 * 1024);
-    let frame = masked(FIN | BINARY, &bytes(MAX_DATA_FRAME_BYTES));
-    let mut sent = 0;
-    // The pipes and one relay buffer fill up; then the relay takes no more.
+/// What the hub takes from a sender whose receiver stopped, the bytes in both pipes aside.
+async fn held_for(from: &mut DuplexStream, frame: &[u8], pipe_bytes: usize) -> usize {
+    let mut taken = 0;
+    // The clock stands still while anything moves, so the wait is over only when nothing does.
     while let Ok(written) =
-        timeout(std::time::Duration::from_millis(50), tunnel.reacher.write_all(&frame)).await
+        timeout(TUNNEL_IDLE_CHECK / 20, from.write(&frame[taken % frame.len()..])).await
     {
-        written.unwrap();
-        sent += 1;
-        assert!(sent < 10, "the relay takes without end");
+        taken += written.unwrap();
+        assert!(taken < 100 * RELAY_BUFFER_BYTES, "the relay takes without end");
     }
+    taken.saturating_sub(2 * pipe_bytes)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_receiver_that_stops_costs_the_hub_one_buffer_in_its_direction() {
+    const PIPE: usize = 1024;
+    let mut tunnel = tunnel(Encoding::Binary, PIPE);
+    let payload = bytes(10_000);
+    let up = held_for(&mut tunnel.reacher, &masked(FIN | BINARY, &payload), PIPE).await;
+    let down = held_for(&mut tunnel.exposer, &masked(FIN | BINARY, &payload), PIPE).await;
+    for held in [up, down] {
+        assert!((1..=RELAY_BUFFER_BYTES + PIPE).contains(&held), "{held} bytes are held");
+    }
+    drop(tunnel.stop);
 }
 
 #[tokio::test]

@@ -369,6 +369,29 @@ fn an_agent_that_is_ended_loses_its_sessions_and_tunnels_and_no_other_does() {
 }
 
 #[test]
+fn tunnels_of_an_agent_that_moved_end_at_once_and_no_others() {
+    for moved in [EXPOSER, REACHER] {
+        let mut world = World::new();
+        let exposer = world.open(1);
+        let reacher = world.accept(1);
+        world.claim(&exposer).unwrap();
+        let joined = world.try_claim(&reacher).unwrap();
+        world.open(2);
+        let mut out = Vec::new();
+        world.router.handle_moved((WORKSPACE, AgentId([0x77; 16])), &mut out);
+        world.router.handle_moved((OTHER_WORKSPACE, moved), &mut out);
+        assert_eq!(out, []);
+        world.router.handle_moved((WORKSPACE, moved), &mut out);
+        assert_eq!(out[0], Output::Cut(joined.serial, close::PEER_GONE));
+        assert_eq!(replied(&world, &out[1..]), ErrorCode::Offline);
+        world.invariant_loads_match_tunnels();
+        // The end that was cut reports it, and nothing is left to do.
+        world.router.handle_closed(&joined);
+        world.open(3);
+    }
+}
+
+#[test]
 fn the_newest_agent_session_displaces_and_commands_do_not() {
     let mut world = World::new();
     world.log_in(member(WORKSPACE, EXPOSER), SessionKind::Command);

@@ -320,6 +320,7 @@ impl Agent {
             wrap_key: wrap_key(6).encode().into(),
             signature: sign(&self.key, LOGIN_KIND, &text),
             create: None,
+            moved: false,
         }
     }
 }

@@ -290,6 +290,26 @@ async fn tunnels_outlive_the_control_sockets_and_end_with_their_peers() {
 }
 
 #[tokio::test]
+async fn other_ends_are_told_when_an_agent_has_moved() {
+    let (_dir, data_dir) = place().await;
+    let mut world = World::start(&data_dir).await;
+    let (mut reacher, mut lost) = world.tunnel(Encoding::Binary).await;
+    for moved in [false, true] {
+        let mut control = Control::connect(world.hub.agents).await;
+        let answer = control.try_log_in(&world.exposer, |login| login.moved = moved).await;
+        assert!(matches!(answer, FromHub::Welcome { displaced: true, .. }), "{answer:?}");
+        world.exposing = control;
+        if !moved {
+            // A login that says nothing of it leaves tunnels alone.
+            reacher.send(Message::binary(vec![1])).await.unwrap();
+            assert_eq!(lost.next().await.unwrap().unwrap(), Message::binary(vec![1]));
+        }
+    }
+    expect_close(&mut reacher, close::PEER_GONE).await;
+    world.hub.stop().await;
+}
+
+#[tokio::test]
 async fn a_reacher_that_goes_before_it_came_is_not_waited_for() {
     let (_dir, data_dir) = place().await;
     let mut world = World::start(&data_dir).await;

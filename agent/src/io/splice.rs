@@ -64,7 +64,7 @@ async fn to_stream(tcp: ReadHalf<'_>, stream: &Stream) -> io::Result<()> {
         match tcp.try_read_buf(&mut buffer) {
             Ok(0) => return stream.finish(),
             Ok(_) => {
-                stream.write_now(&buffer.into_inner())?;
+                stream.write_all(&buffer.into_inner()).await?;
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),

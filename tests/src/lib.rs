@@ -2,7 +2,8 @@
 //! PostgreSQL, real sockets. Nothing of ours is replaced by something that behaves like it.
 //!
 //! Start reading at [`hub::Hub`] and [`home::Home`]. [`hostile_relay`] is the network that lies,
-//! [`client`] the agent that does not keep to the rules, [`search`] the eyes that look for plain text.
+//! [`client`] the agent that does not keep to the rules, [`search`] the eyes that look for plain text,
+//! [`load`] the traffic of measurements.
 //! Whatever a test starts ends with it, or at the latest with the test binary ([`process`]).
 
 pub mod client;
@@ -10,6 +11,7 @@ pub mod home;
 pub mod hostile_relay;
 pub mod hub;
 pub mod lies;
+pub mod load;
 pub mod postgres;
 pub mod process;
 pub mod search;

@@ -88,6 +88,8 @@ pub enum Direction {
 /// What both ends of some streams share.
 #[derive(Debug, Default)]
 struct Tally {
+    /// Bytes that may be sent and not yet received.
+    most_underway: u64,
     enough: AtomicBool,
     sent: AtomicU64,
     received: AtomicU64,
@@ -99,6 +101,12 @@ impl Tally {
     fn send(&self, mut tcp: &TcpStream, from: u32) -> io::Result<()> {
         let mut at = u64::from(from);
         while !self.enough.load(Ordering::Relaxed) {
+            let received = self.received.load(Ordering::Relaxed);
+            if self.sent.load(Ordering::Relaxed).saturating_sub(received) >= self.most_underway {
+                // Receivers do not stop to tell: they would be slower where there is no limit.
+                thread::sleep(Duration::from_millis(1));
+                continue;
+            }
             let written = tcp.write(pattern(at))?;
             at += written as u64;
             self.sent.fetch_add(written as u64, Ordering::Relaxed);
@@ -203,7 +211,8 @@ impl Target {
         Ok(Echo { tcp, back: vec![0; length(size)], at: 0 })
     }
 
-    /// Begins to move bytes over so many connections.
+    /// Begins to move bytes over so many connections, with at most `most_underway` bytes
+    /// between their ends, and one write of each.
     ///
     /// # Errors
     /// When one of them does not come to the target.
@@ -212,8 +221,9 @@ impl Target {
         via: SocketAddr,
         direction: Direction,
         streams: u32,
+        most_underway: u64,
     ) -> io::Result<Bulk<'_>> {
-        let tally = Arc::new(Tally::default());
+        let tally = Arc::new(Tally { most_underway, ..Tally::default() });
         lock(&self.shared.tally).clone_from(&tally);
         // All are open before the first one moves anything, and each is elsewhere in the pattern, so
         // that bytes of one are none of another.
@@ -330,6 +340,25 @@ impl Bulk<'_> {
     #[must_use]
     pub fn received(&self) -> u64 {
         self.tally.received.load(Ordering::Relaxed)
+    }
+
+    /// Waits for the end of the window, and until anything was received. Returns how much that was,
+    /// and how long it took.
+    ///
+    /// # Errors
+    /// When nothing is received.
+    pub fn measure(&self, window: Duration) -> io::Result<(u64, Duration)> {
+        let (before, start) = (self.received(), Instant::now());
+        loop {
+            thread::sleep(window);
+            let (bytes, elapsed) = (self.received() - before, start.elapsed());
+            if bytes > 0 {
+                return Ok((bytes, elapsed));
+            }
+            if elapsed > PATIENCE {
+                return Err(failure("nothing moves"));
+            }
+        }
     }
 
     /// Ends all connections cleanly. Returns how many reads brought other bytes than were sent.

@@ -4,6 +4,7 @@
 #   make test          all set-up and all tests
 #   make check         formatting and lints, as CI demands them
 #   make acceptance    the real programs through a tunnel: pgbench, redis, curl, ssh, rsync, …
+#   make bench         how fast it is: the hot functions, then two agents and a hub beside direct loopback
 #   make fuzz          each fuzz target for TIME=60 seconds; needs nightly and cargo-fuzz
 #   make build         the release binaries
 #   make clean
@@ -13,7 +14,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 
 TIME ?= 60
 
-.PHONY: build demo test check acceptance fuzz clean
+.PHONY: build demo test check acceptance bench fuzz clean
 
 build:
 	@scripts/toolchain
@@ -32,6 +33,9 @@ check:
 
 acceptance:
 	@scripts/acceptance
+
+bench:
+	@scripts/bench
 
 fuzz:
 	@scripts/fuzz $(TIME)

@@ -5,6 +5,7 @@
 #   make check         formatting and lints, as CI demands them
 #   make acceptance    the real programs through a tunnel: pgbench, redis, curl, ssh, rsync, …
 #   make soak          pgbench and a long transfer while the hub is killed again and again (TIME, KILLS, MIB, …)
+#   make bench         how fast it is: the hot functions, then two agents and a hub beside direct loopback
 #   make fuzz          each fuzz target for TIME=60 seconds; needs nightly and cargo-fuzz
 #   make build         the release binaries
 #   make clean
@@ -14,7 +15,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 
 TIME ?= 60
 
-.PHONY: build demo test check acceptance soak fuzz clean
+.PHONY: build demo test check acceptance soak bench fuzz clean
 
 build:
 	@scripts/toolchain
@@ -36,6 +37,9 @@ acceptance:
 
 soak:
 	@scripts/soak
+
+bench:
+	@scripts/bench
 
 fuzz:
 	@scripts/fuzz $(TIME)

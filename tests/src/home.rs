@@ -100,9 +100,15 @@ impl Home {
     /// As [`Home::up`], with options.
     #[track_caller]
     pub fn up_with(&self, options: &[&str]) -> Process {
+        self.up_logging("debug", options)
+    }
+
+    /// As [`Home::up`], with options and another log than tests want: `info` or more.
+    #[track_caller]
+    pub fn up_logging(&self, log: &str, options: &[&str]) -> Process {
         let process = Process::spawn(
             "connect up",
-            self.command(&[&["up"], options].concat()).env("CONNECT_LOG", "debug"),
+            self.command(&[&["up"], options].concat()).env("CONNECT_LOG", log),
         );
         process.stderr_line(" connected hub=");
         process
@@ -201,10 +207,16 @@ impl Pair {
     /// As [`Pair::start`], with options for `connect up`.
     #[must_use]
     pub fn start_with(hub: &Hub, options: &[&str]) -> Self {
+        Self::start_logging(hub, "debug", options)
+    }
+
+    /// As [`Pair::start_with`], with another log than tests want: `info` or more.
+    #[must_use]
+    pub fn start_logging(hub: &Hub, log: &str, options: &[&str]) -> Self {
         let workspace = Workspace::found(hub);
         let reacher = workspace.join("reacher");
-        let exposer_agent = workspace.founder.up_with(options);
-        let reacher_agent = reacher.up_with(options);
+        let exposer_agent = workspace.founder.up_logging(log, options);
+        let reacher_agent = reacher.up_logging(log, options);
         Self { workspace, reacher, exposer_agent, reacher_agent }
     }
 

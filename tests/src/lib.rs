@@ -1,8 +1,9 @@
 //! The harness of the end-to-end tests: real `connect` and `connect-hub` processes, a real
 //! PostgreSQL, real sockets. Nothing of ours is replaced by something that behaves like it.
 //!
-//! Start reading at [`hub::Hub`] and [`home::Home`]. [`network`] is the network that fails, [`hostile_relay`] the one that lies,
-//! [`client`] the agent that does not keep to the rules, [`search`] the eyes that look for plain text.
+//! Start reading at [`hub::Hub`] and [`home::Home`]. [`network`] is the network that fails,
+//! [`hostile_relay`] the one that lies, [`client`] the agent that does not keep to the rules, [`search`]
+//! the eyes that look for plain text, [`load`] the traffic of measurements.
 //! Whatever a test starts ends with it, or at the latest with the test binary ([`process`]).
 
 pub mod client;
@@ -10,6 +11,7 @@ pub mod home;
 pub mod hostile_relay;
 pub mod hub;
 pub mod lies;
+pub mod load;
 pub mod network;
 pub mod postgres;
 pub mod process;

@@ -4,7 +4,7 @@ use std::{
     fs,
     io::{Read, Write},
     os::unix::{fs::PermissionsExt, process::CommandExt},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Child, ChildStdin, Command, ExitStatus, Stdio},
     sync::{
         Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError,
@@ -109,7 +109,9 @@ pub fn program(name: &str) -> PathBuf {
     let dir = std::env::var_os("CONNECT_BIN_DIR").map_or_else(
         || {
             let exe = std::env::current_exe().expect("we run");
-            exe.parent().and_then(Path::parent).expect("target/debug/deps").to_owned()
+            let dir = exe.parent().expect("a program is in a directory");
+            // Tests and benchmarks are one below the programs: target/debug/deps.
+            if dir.ends_with("deps") { dir.parent().expect("it has one") } else { dir }.to_owned()
         },
         PathBuf::from,
     );

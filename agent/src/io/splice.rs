@@ -75,7 +75,7 @@ async fn to_stream(mut tcp: ReadHalf<'_>, stream: &Stream) -> io::Result<()> {
         if bytes.is_empty() {
             return stream.finish();
         }
-        stream.write(bytes)?;
+        stream.write_all(bytes).await?;
     }
 }
 

@@ -637,15 +637,19 @@ impl Stream {
         }
     }
 
-    /// Writes bytes for which [`Stream::writable`] found room.
+    /// Writes all of `bytes`, as room for them comes. What [`Stream::writable`] found may be gone:
+    /// the streams of a channel share it, and others write meanwhile.
     ///
     /// # Errors
     /// When the stream was reset.
-    pub(crate) fn write(&self, bytes: Bytes) -> io::Result<()> {
-        let length = bytes.len();
-        let taken = self.channel.with(|channel| channel.write(self.id, bytes)).map_err(to_io)?;
-        debug_assert_eq!(taken, length, "there was room, and nobody else writes");
-        Ok(())
+    pub(crate) async fn write_all(&self, mut bytes: Bytes) -> io::Result<()> {
+        loop {
+            self.channel.with(|channel| channel.write(self.id, &mut bytes)).map_err(to_io)?;
+            if bytes.is_empty() {
+                return Ok(());
+            }
+            self.writable().await?;
+        }
     }
 
     /// Ends this direction cleanly.
@@ -747,4 +751,32 @@ fn to_io(error: StreamError) -> io::Error {
         | StreamError::Closed => io::ErrorKind::ConnectionReset,
     };
     io::Error::new(kind, error)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn bytes_whose_room_went_to_other_streams_wait_and_are_not_lost() {
+        let channel = ChannelHandle::reacher();
+        let stream = channel.open_stream().unwrap();
+        let bytes = Bytes::from(vec![7; stream.writable().await.unwrap()]);
+        // No tunnel is up, so what the others write stays, and the room of the channel ends.
+        let mut others = Vec::new();
+        loop {
+            let other = channel.open_stream().unwrap();
+            let Some(room) = other.writable().now_or_never() else { break };
+            other.write_all(vec![9; room.unwrap()].into()).await.unwrap();
+            others.push(other);
+        }
+        let mut writing = pin!(stream.write_all(bytes));
+        assert!(writing.as_mut().now_or_never().is_none(), "there is no room");
+        channel.close(CloseCode::Normal);
+        assert!(writing.await.is_err(), "and none comes any more");
+    }
 }

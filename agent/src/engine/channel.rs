@@ -27,6 +27,10 @@ use super::stream::{RecvHalf, SendHalf};
 /// An ACK that nothing else makes urgent waits this long for more bytes to acknowledge.
 const ACK_DELAY: Duration = Duration::from_millis(20);
 
+/// Pings in a row at the beginning of a tunnel: the shortest round trip bounds how far windows grow, and
+/// the first one often waits for what else begins then.
+const FIRST_PINGS: u32 = 4;
+
 /// Bytes that one channel keeps for its peer, all streams together: what a peer that reads nothing can
 /// make this agent hold.
 const MAX_KEPT: usize = 16 * 1024 * 1024;
@@ -189,7 +193,10 @@ struct Liveness {
     ping_at: Option<Instant>,
     ping: u64,
     ping_sent: Option<Instant>,
+    /// The shortest on this tunnel.
     round_trip: Option<Duration>,
+    /// Pings that were answered on this tunnel.
+    answered: u32,
     jitter: Duration,
 }
 
@@ -261,6 +268,7 @@ impl Channel {
                 ping: 0,
                 ping_sent: None,
                 round_trip: None,
+                answered: 0,
                 jitter,
             },
             events: VecDeque::new(),
@@ -279,7 +287,7 @@ impl Channel {
         self.phase = Phase::Greeting { ready: false, early };
         self.liveness.heard = now;
         // Another way, another round trip.
-        self.liveness.round_trip = None;
+        (self.liveness.round_trip, self.liveness.answered) = (None, 0);
         if self.side == Side::Exposer {
             return;
         }
@@ -910,6 +918,10 @@ impl Channel {
             let least = self.liveness.round_trip.map_or(round_trip, |least| least.min(round_trip));
             self.liveness.round_trip = Some(least);
             self.events.push_back(Event::Ponged(round_trip));
+            self.liveness.answered += 1;
+            if self.liveness.answered < FIRST_PINGS {
+                self.ping(now);
+            }
         }
     }
 

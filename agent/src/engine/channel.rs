@@ -28,8 +28,8 @@ use super::stream::{RecvHalf, SendHalf};
 const ACK_DELAY: Duration = Duration::from_millis(20);
 
 /// Pings in a row at the beginning of a tunnel: the shortest round trip bounds how far windows grow, and
-/// the first one often waits for what else begins then.
-const FIRST_PINGS: u32 = 4;
+/// the first ones wait for what else begins then.
+const FIRST_PINGS: u32 = 16;
 
 /// Bytes that one channel keeps for its peer, all streams together: what a peer that reads nothing can
 /// make this agent hold.

@@ -346,15 +346,15 @@ impl RecvHalf {
         self.total.is_none() && self.consumed + self.window - self.max_data >= self.window / 4
     }
 
-    /// A new grant. The window doubles while it is read faster than once in two of the tunnel's shortest
-    /// round trips: then the window, not the reader, is what the sender waits for. A window that
+    /// A new grant. The window doubles while it is read faster than once in one and a half of the tunnel's
+    /// shortest round trips: then the window, not the reader, is what the sender waits for. A window that
     /// followed the round trips under load would feed itself, and so would one that grew by a single
     /// window that had piled up.
     pub(super) fn take_window(&mut self, now: Instant, round_trip: Option<Duration>) -> u64 {
         let (since, from) = *self.paced.get_or_insert((now, self.consumed));
         if self.consumed - from >= u64::from(PACED_WINDOWS) * self.window {
             let pace = now.duration_since(since) / PACED_WINDOWS;
-            if round_trip.is_some_and(|round_trip| pace < 2 * round_trip) {
+            if round_trip.is_some_and(|round_trip| 2 * pace < 3 * round_trip) {
                 self.window = (2 * self.window).min(MAX_STREAM_WINDOW);
             }
             self.paced = Some((now, self.consumed));

@@ -1,7 +1,7 @@
 //! Reaching a service: keeps a channel to its exposer over one tunnel after the other, and hands out
 //! streams, whatever happens underneath.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use connect_crypto::{handshake, transport::Transport};
 use connect_spec::{
@@ -30,7 +30,7 @@ use crate::{
     identity::Identity,
     io::{
         hub::Session,
-        tunnel::{ChannelHandle, End, Status, Stream, TunnelEnd},
+        tunnel::{CLOSE_TIMEOUT, ChannelHandle, End, Status, Stream, TunnelEnd},
     },
     keeper, random,
 };
@@ -313,17 +313,20 @@ async fn connect(
     };
     // The confirmation is waited for only as long as the tunnel lives.
     let run = async {
-        let mut running = std::pin::pin!(channel.run(end, None));
+        let mut running = pin!(channel.run(end, None));
         tokio::select! {
             end = &mut running => end,
             () = confirming => running.await,
         }
     };
+    let mut run = pin!(run);
     let end = tokio::select! {
-        end = run => end,
+        end = &mut run => end,
         error = distrusted(core, name, shown) => {
             tracing::warn!(event = "peer_ended", service = %name, %error, "the channel was closed");
             channel.close(CloseCode::Forbidden);
+            // The last record is on its way; a peer that does not read it cannot hold us.
+            let _ = timeout(CLOSE_TIMEOUT, run).await;
             return Err(error);
         }
     };

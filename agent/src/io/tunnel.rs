@@ -52,7 +52,7 @@ use crate::{
 /// Keepalives are spread over this much time.
 const JITTER_MILLIS: u32 = 3000;
 /// How long the last records of a closing tunnel may take.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+pub(crate) const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// One end of a tunnel: a data socket and the keys for it.
 pub(crate) struct TunnelEnd {
@@ -425,18 +425,15 @@ impl ChannelHandle {
             self.after(inner);
             number
         };
+        let _attached = Attached { channel: self, number };
         let ended = tokio::select! {
             ended = self.drive(number, &mut end) => ended,
             _ = newest.wait_for(|newest| *newest != number) => End::Replaced,
         };
-        let mut inner = self.lock();
+        let inner = self.lock();
         if *self.0.tunnel.borrow() != number {
             return ended;
         }
-        let status = if inner.ended.is_some() { Status::Closed } else { Status::Detached };
-        inner.channel.detach();
-        inner.driver = None;
-        self.0.status.send_replace(status);
         match (ended, inner.ended, inner.over) {
             // The record that says why came just before the socket ended.
             (End::Socket(_), Some(reason), _) => End::Channel(reason),
@@ -571,6 +568,27 @@ impl ChannelHandle {
             inner.driver = Some(cx.waker().clone());
         }
         Poll::Pending
+    }
+}
+
+/// The channel is on the tunnel with this number; takes it off when dropped, as a task that is given up
+/// must not leave it there.
+struct Attached<'c> {
+    channel: &'c ChannelHandle,
+    number: u64,
+}
+
+impl Drop for Attached<'_> {
+    fn drop(&mut self) {
+        let shared = &self.channel.0;
+        let mut inner = self.channel.lock();
+        if *shared.tunnel.borrow() != self.number {
+            return;
+        }
+        let status = if inner.ended.is_some() { Status::Closed } else { Status::Detached };
+        inner.channel.detach();
+        inner.driver = None;
+        shared.status.send_replace(status);
     }
 }
 

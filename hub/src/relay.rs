@@ -260,8 +260,8 @@ impl Translator {
                         }
                         // Only the latest needs an answer (RFC 6455 section 5.5.3).
                         Opcode::Ping => *answer = Some(payload),
-                        // Unasked-for pongs are allowed and mean nothing.
-                        _ => {}
+                        // Unasked-for pongs are allowed and mean nothing; data has a state of its own.
+                        Opcode::Pong | Opcode::Continuation | Opcode::Text | Opcode::Binary => {}
                     }
                 }
             }

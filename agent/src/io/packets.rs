@@ -62,7 +62,8 @@ pub(crate) struct PacketSocket {
     written: usize,
     /// A record before it becomes text.
     record: Vec<u8>,
-    masks: std::vec::IntoIter<[u8; 4]>,
+    /// Masks that were drawn and not used.
+    masks: Vec<[u8; 4]>,
 }
 
 impl PacketSocket {
@@ -76,7 +77,7 @@ impl PacketSocket {
             outbox: Vec::new(),
             written: 0,
             record: Vec::new(),
-            masks: Vec::new().into_iter(),
+            masks: Vec::new(),
         }
     }
 
@@ -143,12 +144,11 @@ impl PacketSocket {
     }
 
     fn next_mask(&mut self) -> [u8; 4] {
-        self.masks.next().unwrap_or_else(|| {
+        if self.masks.is_empty() {
             let drawn = random::bytes::<{ 4 * MASKS }>();
-            let (masks, _) = drawn.as_chunks::<4>();
-            self.masks = masks.to_vec().into_iter();
-            self.masks.next().expect("just drawn")
-        })
+            self.masks.extend_from_slice(drawn.as_chunks().0);
+        }
+        self.masks.pop().expect("just drawn")
     }
 
     /// Writes what is queued.

@@ -34,10 +34,11 @@ fn masked(first: u8, payload: &[u8]) -> Vec<u8> {
 
 /// A frame as the hub sends it.
 fn unmasked(first: u8, payload: &[u8]) -> Vec<u8> {
-    let length = match payload.len() as u64 {
-        short @ 0..=125 => vec![short as u8],
-        medium @ 126..=0xffff => [&[126], &medium.to_be_bytes()[6..]].concat(),
-        long => [&[127], &long.to_be_bytes()[..]].concat(),
+    let spelled = (payload.len() as u64).to_be_bytes();
+    let length = match payload.len() {
+        0..=125 => spelled[7..].to_vec(),
+        126..=0xffff => [&[126], &spelled[6..]].concat(),
+        _ => [&[127], &spelled[..]].concat(),
     };
     [&[first], length.as_slice(), payload].concat()
 }

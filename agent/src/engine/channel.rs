@@ -27,6 +27,10 @@ use super::stream::{RecvHalf, SendHalf};
 /// An ACK that nothing else makes urgent waits this long for more bytes to acknowledge.
 const ACK_DELAY: Duration = Duration::from_millis(20);
 
+/// Records waiting to be said at which nothing more is heard: more than honest peers ever cause, whose
+/// streams are at most [`MAX_STREAMS`]. A peer that asks and does not read fills no memory.
+const MAX_OUTBOX: usize = 4 * MAX_STREAMS;
+
 /// Pings in a row at the beginning of a tunnel: the shortest round trip bounds how far windows grow, and
 /// the first ones wait for what else begins then.
 const FIRST_PINGS: u32 = 16;
@@ -515,6 +519,11 @@ impl Channel {
     pub(crate) fn wants_transmit(&self) -> bool {
         self.phase != Phase::Detached
             && !(self.outbox.is_empty() && self.sending.is_empty() && self.feedback.is_empty())
+    }
+
+    /// Whether the peer must take some of what is to be said before more of it is heard.
+    pub(crate) fn is_backed_up(&self) -> bool {
+        self.outbox.len() >= MAX_OUTBOX
     }
 
     /// When [`Channel::handle_timeout`] wants to be called, if nothing happens before.

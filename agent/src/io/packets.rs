@@ -57,6 +57,11 @@ pub(crate) struct PacketSocket {
     inbox: BytesMut,
     /// What came so far of a message in several frames.
     fragments: Option<BytesMut>,
+    /// What the hub's latest ping asks to be said; older ones need no answer (RFC 6455 section 5.5.3), so
+    /// a hub that pings and does not read fills no memory.
+    pong: Option<BytesMut>,
+    /// Something was read since [`PacketSocket::rest`] was last asked.
+    active: bool,
     outbox: Vec<u8>,
     /// How much of `outbox` is written.
     written: usize,
@@ -74,6 +79,8 @@ impl PacketSocket {
             encoding,
             inbox: BytesMut::from(early),
             fragments: None,
+            pong: None,
+            active: false,
             outbox: Vec::new(),
             written: 0,
             record: Vec::new(),
@@ -153,6 +160,11 @@ impl PacketSocket {
 
     /// Writes what is queued.
     pub(crate) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.has_room()
+            && let Some(pong) = self.pong.take()
+        {
+            self.queue_control(Opcode::Pong, &pong);
+        }
         if self.outbox.is_empty() {
             return Poll::Ready(Ok(()));
         }
@@ -184,6 +196,7 @@ impl PacketSocket {
         if ready!(read.poll(cx))? == 0 {
             return Poll::Ready(Err(PacketError::Socket("closed".into())));
         }
+        self.active = true;
         Poll::Ready(Ok(()))
     }
 
@@ -224,7 +237,7 @@ impl PacketSocket {
             match (head.opcode, self.fragments.take()) {
                 (Opcode::Ping, fragments) => {
                     self.fragments = fragments;
-                    self.queue_control(Opcode::Pong, &payload);
+                    self.pong = Some(payload);
                 }
                 (Opcode::Pong, fragments) => self.fragments = fragments,
                 (Opcode::Close, _) => return Err(closed_by_hub(&payload)),
@@ -249,8 +262,12 @@ impl PacketSocket {
         }
     }
 
-    /// Gives back the memory that records passed through: a socket on which nothing moves needs none.
+    /// Gives back the memory that records passed through, if nothing was read since this was last asked:
+    /// a socket on which nothing moves needs none.
     pub(crate) fn rest(&mut self) {
+        if std::mem::take(&mut self.active) {
+            return;
+        }
         if self.inbox.is_empty() {
             self.inbox = BytesMut::new();
         }
@@ -311,4 +328,27 @@ fn closed_by_hub(payload: &[u8]) -> PacketError {
         Some(code) => format!("closed by the hub with code {}", u16::from_be_bytes(*code)),
         None => "closed by the hub".to_owned(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncReadExt;
+
+    use super::*;
+
+    /// A hub that pings without end and reads nothing gets one answer, when it reads.
+    #[tokio::test]
+    async fn only_the_latest_ping_is_answered() {
+        let (near, mut far) = tokio::io::duplex(1024);
+        let pings: Vec<u8> = (0..=u8::MAX).flat_map(|number| [0x89, 1, number]).collect();
+        let mut socket = PacketSocket::new(Box::new(near), pings.into(), Encoding::Base64);
+        assert!(socket.next_packet().expect("pings only").is_none());
+        assert!(socket.outbox.is_empty());
+        socket.flush().await.expect("memory");
+        drop(socket);
+        let mut answer = Vec::new();
+        far.read_to_end(&mut answer).await.expect("memory");
+        let [0x8a, 0x81, mask, _, _, _, masked] = answer[..] else { panic!("{answer:02x?}") };
+        assert_eq!(mask ^ masked, u8::MAX);
+    }
 }

@@ -496,7 +496,12 @@ impl ChannelHandle {
 
     /// One read, and what follows from it; one write. Streams get their turn after each.
     fn poll_turn(&self, cx: &mut Context<'_>, number: u64, end: &mut TunnelEnd) -> Poll<End> {
-        let read = match end.socket.poll_fill(cx) {
+        let filled = if self.lock().channel.is_backed_up() {
+            Poll::Pending
+        } else {
+            end.socket.poll_fill(cx)
+        };
+        let read = match filled {
             Poll::Ready(Ok(())) => true,
             Poll::Ready(Err(error)) => return Poll::Ready(error.into()),
             Poll::Pending => false,

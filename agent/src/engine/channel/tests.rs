@@ -918,3 +918,19 @@ proptest! {
         }
     }
 }
+
+/// A peer that asks and never reads is not listened to without end; one that reads is again.
+#[test]
+fn answers_that_nobody_takes_stop_the_questions() {
+    let mut pair = Pair::greeted();
+    let (now, mut record) = (pair.now, Vec::new());
+    Record::Ping(7).encode(&mut record);
+    for _ in 1..MAX_OUTBOX {
+        pair.exposer.handle(now, &record);
+    }
+    assert!(!pair.exposer.is_backed_up());
+    pair.exposer.handle(now, &record);
+    assert!(pair.exposer.is_backed_up());
+    assert!(pair.exposer.poll_transmit(now, &mut record));
+    assert!(!pair.exposer.is_backed_up());
+}

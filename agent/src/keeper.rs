@@ -124,7 +124,7 @@ async fn exchange_beats(core: &Core, session: &Session) -> Result<()> {
         });
         Blob(beat.encode())
     });
-    let Reply::Beats { beats } = session.request(Request::Beats { mine }).await? else {
+    let Reply::Beats { beats, .. } = session.request(Request::Beats { mine }).await? else {
         return Err(unexpected_reply());
     };
     let now = Instant::now();

@@ -11,6 +11,7 @@ use std::{
 };
 
 use connect_spec::{
+    audit::{Event, Recorded},
     bytes::Blob,
     control::{
         CreateWorkspace, ErrorCode, ErrorReport, FromHub, LOGIN_KIND, Login, Nonce, REDEEM_KIND,
@@ -25,6 +26,7 @@ use connect_spec::{
 };
 
 use crate::{
+    audit,
     config::Registration,
     router::Member,
     store::{AgentLogin, KnownAgent, NewCredential, Store, StoreError, Upserted, WorkspaceTx},
@@ -133,6 +135,8 @@ pub struct Context<'a> {
     pub store: &'a Store,
     /// What their logs say.
     pub trust: &'a TrustCache,
+    /// For what is refused.
+    pub audit: &'a audit::Queue,
     /// Our names.
     pub authorities: &'a Authorities,
     /// Who may create a workspace.
@@ -222,21 +226,43 @@ pub async fn login(context: Context<'_>, login: &Login) -> Result<Admission, Den
         if let Some(certificate) = newer_certificate(&trust, known.as_ref(), &presented)? {
             return Ok(Admission::Renewed(certificate));
         }
-        let verified = trust
-            .verify_peer(agent_id, presented.clone(), unix_now())
-            .map_err(|error| not_a_member(error, known.is_some()))?;
-        check_wrap_key(login, &verified)?;
-        if let Some(create) = &login.create {
-            create_workspace(context.registration, &mut tx, create).await?;
-        }
-        if store_agent(context, &mut tx, login, &trust, &verified, known).await? == Upserted::Raced
-        {
+        let is_known = known.is_some();
+        let admit = async {
+            let verified = trust
+                .verify_peer(agent_id, presented.clone(), unix_now())
+                .map_err(|error| not_a_member(error, is_known))?;
+            check_wrap_key(login, &verified)?;
+            let mut events = Vec::new();
+            if let Some(create) = &login.create {
+                let created = create_workspace(context.registration, &mut tx, create).await?;
+                events.extend(created.then(|| {
+                    let by_token = context.registration == Registration::Token;
+                    let address = mask_address(context.peer);
+                    audit::now(Event::WorkspaceCreated { agent_id, by_token, address })
+                }));
+            }
+            let stored =
+                store_agent(context, &mut tx, login, &trust, &verified, known, &mut events).await?;
+            Ok((verified, stored, events))
+        };
+        let (verified, stored, events) = admit.await.inspect_err(|denied| {
+            // Whoever is not known here writes nothing into the audit log of others.
+            if let Denied::Report(report) = denied
+                && is_known
+            {
+                let (code, address) = (report.code, mask_address(context.peer));
+                let refused = Event::LoginRefused { agent_id, code, count: 1, address };
+                context.audit.add(login.workspace_id, refused);
+            }
+        })?;
+        if stored == Upserted::Raced {
             continue;
         }
         let services = match login.session {
             SessionKind::Agent => tx.services_of(agent_id).await?,
             SessionKind::Command => HashSet::new(),
         };
+        tx.record(&events).await?;
         tx.commit().await?;
         let share = verified.credential_id().zip(verified.services().map(<[ServiceId]>::to_vec));
         let certificate = verified.certificate();
@@ -355,17 +381,18 @@ fn newer_certificate(
     Ok(None)
 }
 
+/// Creates the workspace, if it is not there; whether it was not.
 async fn create_workspace(
     registration: Registration,
     tx: &mut WorkspaceTx,
     create: &CreateWorkspace,
-) -> Result<(), Denied> {
+) -> Result<bool, Denied> {
     if !tx.insert_workspace(&create.genesis.0).await? {
-        return Ok(());
+        return Ok(false);
     }
     match (registration, &create.registration_token) {
-        (Registration::Open, _) => Ok(()),
-        (Registration::Token, Some(token)) if tx.spend_registration_token(token).await? => Ok(()),
+        (Registration::Open, _) => Ok(true),
+        (Registration::Token, Some(token)) if tx.spend_registration_token(token).await? => Ok(true),
         (Registration::Token, Some(_)) => Err(Denied::new(
             ErrorCode::RegistrationClosed,
             "the registration token is unknown, used or expired",
@@ -385,6 +412,7 @@ async fn store_agent(
     trust: &TrustState,
     verified: &VerifiedPeer,
     known: Option<KnownAgent>,
+    events: &mut Vec<Recorded>,
 ) -> Result<Upserted, Denied> {
     let noise_key_counter = i64::try_from(verified.noise_key_counter()).map_err(|_| {
         Denied::new(ErrorCode::BadRequest, "the NoiseKey's counter is out of range")
@@ -431,12 +459,25 @@ async fn store_agent(
             }
         }
     }
+    let agent_id = row.agent_id;
     match known {
-        Some(_) => {
+        Some(known) => {
+            if row.static_key != known.static_key {
+                let counter = verified.noise_key_counter();
+                events.push(audit::now(Event::KeyRotated { agent_id, counter }));
+            }
             tx.update_agent(&row).await?;
             Ok(Upserted::Done)
         }
-        None => Ok(tx.insert_agent(&row).await?),
+        None => {
+            events.push(audit::now(Event::AgentEnrolled {
+                agent_id,
+                role: verified.certificate().role,
+                credential_id: row.credential_id,
+                address: address.clone(),
+            }));
+            Ok(tx.insert_agent(&row).await?)
+        }
     }
 }
 

@@ -39,7 +39,7 @@ use crate::{
         SEND_LIMIT,
     },
     log, requests,
-    router::{Member, OpenError, SessionId},
+    router::{Member, OpenError, Parties, SessionId},
     server::Visitor,
 };
 
@@ -306,6 +306,7 @@ struct Session<'h> {
     hub: &'h Hub,
     id: SessionId,
     workspace: WorkspaceId,
+    agent: AgentId,
 }
 
 impl Drop for Session<'_> {
@@ -322,7 +323,7 @@ where
     let LoggedIn { member, services, head } = logged_in;
     let (workspace, agent) = member.key;
     let (id, mut mailbox, displaced) = hub.log_in(member.clone(), kind, services);
-    let session = Session { hub, id, workspace };
+    let session = Session { hub, id, workspace, agent };
     tracing::debug!(%agent, ?kind, displaced, "logged in");
     // What was appended between the check of the login and this session's place in the router ended
     // nobody that was not there: judge once more. A farewell waits in the mailbox then.
@@ -454,12 +455,20 @@ fn open(
         return refuse(ErrorReport::new(ErrorCode::Internal, "the hub has no randomness"));
     };
     let (service, responder) = (request.service_id, request.responder);
-    let opened = session.hub.route(|router, out| {
-        router.handle_open(session.id, id, request, random, Instant::now(), out)
-    });
+    let opened = match session.hub.check_load(session.workspace) {
+        Ok(()) => session.hub.route(|router, out| {
+            router.handle_open(session.id, id, request, random, Instant::now(), out)
+        }),
+        Err(report) => Err(OpenError::Refused(report)),
+    };
     match opened {
         Ok(()) => None,
-        Err(OpenError::Refused(report)) => refuse(report),
+        Err(OpenError::Refused(report)) => {
+            let parties =
+                Parties { reacher: session.agent, exposer: responder, service, share: None };
+            session.hub.audit().add(session.workspace, parties.refused(report.code));
+            refuse(report)
+        }
         Err(OpenError::NotOnline) => {
             enqueue(jobs, id, Job::WhyNotOnline { id, service, responder })
         }

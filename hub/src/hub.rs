@@ -3,26 +3,30 @@
 use std::{
     collections::{HashMap, HashSet},
     net::IpAddr,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Instant,
 };
 
 use connect_spec::{
     bytes::Blob,
-    control::{ErrorReport, FromHub, Nonce, SessionKind},
-    ids::{AgentId, ServiceId, WorkspaceId},
+    control::{ErrorCode, ErrorReport, FromHub, Nonce, SessionKind},
+    ids::{AgentId, ServiceId, TunnelId, WorkspaceId},
     objects::UnixTime,
 };
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::{
+    audit,
     auth::{Authorities, Context},
     beats::Beats,
     config::Registration,
     effects::Queue,
-    limits::MAX_OUTGOING,
-    relay::Leg,
-    router::{AgentKey, Claim, Member, Output, Router, SessionId, TunnelSerial},
+    limits::{MAX_OUTGOING, MAX_WORKSPACE_HELD_BYTES},
+    relay::{Leg, Meter, Side},
+    router::{AgentKey, Claim, JoinedTunnel, Member, Output, Router, SessionId, TunnelSerial},
     server::Conn,
     store::Store,
     trust::TrustCache,
@@ -44,6 +48,8 @@ struct State {
     mailboxes: HashMap<SessionId, mpsc::Sender<Mail>>,
     /// Tunnels of which an end is there.
     tunnels: HashMap<TunnelSerial, Place>,
+    /// Bytes that wait at the hub for slow ends, by workspace, of those that have tunnels.
+    held: HashMap<WorkspaceId, Arc<AtomicUsize>>,
     beats: Beats,
 }
 
@@ -53,6 +59,18 @@ struct Place {
     /// Until the other end comes.
     other: Option<oneshot::Sender<Leg<Conn>>>,
     cut: oneshot::Sender<u16>,
+    meter: Arc<Meter>,
+}
+
+/// A tunnel, for whoever looks after the workspace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LiveTunnel {
+    /// Who talks about what, since when.
+    pub joined: JoinedTunnel,
+    /// Payload bytes that the reacher sent so far.
+    pub from_reacher: u64,
+    /// Payload bytes that the exposer sent so far.
+    pub from_exposer: u64,
 }
 
 /// What came of [`Hub::join`].
@@ -75,6 +93,8 @@ pub struct First {
     pub other: oneshot::Receiver<Leg<Conn>>,
     /// Says with which code to close both ends, if the tunnel must end before its ends want it to.
     pub cut: oneshot::Receiver<u16>,
+    /// Counts what goes through.
+    pub meter: Arc<Meter>,
 }
 
 /// One hub.
@@ -86,6 +106,7 @@ pub struct Hub {
     trust: TrustCache,
     changed: Queue,
     to_judge: Queue,
+    audit: audit::Queue,
     state: Mutex<State>,
     /// Told when the router may have an earlier deadline.
     deadline_changed: Notify,
@@ -103,6 +124,7 @@ impl Hub {
             trust: TrustCache::default(),
             changed: Queue::default(),
             to_judge: Queue::default(),
+            audit: audit::Queue::default(),
             state: Mutex::default(),
             deadline_changed: Notify::new(),
             stopping: watch::Sender::new(false),
@@ -133,6 +155,12 @@ impl Hub {
         &self.to_judge
     }
 
+    /// Events on their way into the audit logs.
+    #[must_use]
+    pub fn audit(&self) -> &audit::Queue {
+        &self.audit
+    }
+
     /// What the checks of a connection depend on.
     #[must_use]
     pub fn context<'a>(&'a self, nonce: &'a Nonce, peer: IpAddr) -> Context<'a> {
@@ -141,6 +169,7 @@ impl Hub {
             authorities: &self.authorities,
             registration: self.registration,
             trust: &self.trust,
+            audit: &self.audit,
             nonce,
             peer,
         }
@@ -178,6 +207,10 @@ impl Hub {
                         // An end that is gone by itself needs no telling.
                         let _ = place.cut.send(code);
                     }
+                    continue;
+                }
+                Output::Record(workspace, event) => {
+                    self.audit.add(workspace, event);
                     continue;
                 }
             };
@@ -245,9 +278,48 @@ impl Hub {
         }
         let (other_sender, other) = oneshot::channel();
         let (cut_sender, cut) = oneshot::channel();
-        let place = Place { other: Some(other_sender), cut: cut_sender };
+        let held = state.held.entry(claim.tunnel.0).or_default();
+        let meter = Arc::new(Meter::new(Arc::clone(held)));
+        let place = Place { other: Some(other_sender), cut: cut_sender, meter: Arc::clone(&meter) };
         state.tunnels.insert(claim.serial, place);
-        Joined::First(First { leg, other, cut })
+        Joined::First(First { leg, other, cut, meter })
+    }
+
+    /// Why a workspace gets no new tunnel now, whoever in it asks for one.
+    ///
+    /// # Errors
+    /// What the reacher is told.
+    pub fn check_load(&self, workspace: WorkspaceId) -> Result<(), ErrorReport> {
+        let held = self.lock().held.get(&workspace).map(|held| held.load(Ordering::Relaxed));
+        let why = if held.is_some_and(|held| held >= MAX_WORKSPACE_HELD_BYTES) {
+            "too much of this workspace waits at the hub for agents that do not take it"
+        } else if self.audit.is_full(workspace) {
+            "the hub cannot record what happens in this workspace, so nothing new may"
+        } else {
+            return Ok(());
+        };
+        let mut report = ErrorReport::new(ErrorCode::Busy, why);
+        report.retry_in_ms = Some(1000);
+        Err(report)
+    }
+
+    /// Up to `limit` tunnels of a workspace whose id follows `after`, in ascending order.
+    pub fn live_tunnels(
+        &self,
+        workspace: WorkspaceId,
+        after: Option<TunnelId>,
+        limit: usize,
+    ) -> Vec<LiveTunnel> {
+        let state = self.lock();
+        let joined = state.router.joined_tunnels(workspace, after, limit);
+        let live = joined.into_iter().map(|joined| {
+            let sent = |side| {
+                state.tunnels.get(&joined.serial).map_or(0, |place| place.meter.sent_by(side))
+            };
+            let (from_reacher, from_exposer) = (sent(Side::Reacher), sent(Side::Exposer));
+            LiveTunnel { joined, from_reacher, from_exposer }
+        });
+        live.collect()
     }
 
     /// A tunnel is over, or came to nothing.
@@ -255,6 +327,8 @@ impl Hub {
         let mut state = self.lock();
         state.router.handle_closed(claim);
         state.tunnels.remove(&claim.serial);
+        // Each tunnel of the workspace has a share in it, as long as it lives.
+        state.held.retain(|_, held| Arc::strong_count(held) > 1);
     }
 
     /// Tells everybody to go.

@@ -9,6 +9,8 @@
 //! [`server`] and [`routes`] are the HTTP below them. Deliberately absent: anything that decodes a
 //! data frame, any state of a tunnel in the database, and any way to see two workspaces at once.
 
+pub mod api_keys;
+pub mod audit;
 pub mod auth;
 pub mod beats;
 pub mod cluster;
@@ -188,6 +190,9 @@ async fn run(
     let pin = tls.as_ref().and_then(|tls| tls.pin);
     let hub = Arc::new(Hub::new(store.clone(), config.authorities(agents), config.registration));
 
+    let recording = Arc::clone(&hub);
+    let writer =
+        tokio::spawn(async move { audit::write(recording.audit(), recording.store()).await });
     let mut servers = JoinSet::new();
     let routes = routes::agents(Arc::clone(&hub));
     let server = Server { listener: listeners.agents, tls: tls.map(|tls| tls.acceptor), routes };
@@ -205,6 +210,11 @@ async fn run(
     tracing::info!("stopping");
     hub.stop();
     while servers.join_next().await.is_some() {}
+    // The ends of the tunnels are recorded too.
+    hub.audit().finish();
+    if let Err(error) = writer.await {
+        tracing::error!(%error, "the writer of the audit logs");
+    }
     store.close().await;
     Ok(())
 }

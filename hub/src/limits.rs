@@ -68,6 +68,25 @@ pub const MAX_TRUST_CACHE_STATES: usize = 4096;
 /// Bytes of the logs that these states were made from: one log of the greatest length fits twice.
 pub const MAX_TRUST_CACHE_BYTES: usize = 128 * 1024 * 1024;
 
+/// Events wait so long for others, to be written with them.
+pub const AUDIT_DELAY: Duration = Duration::from_millis(100);
+/// Events of one transaction: others of the workspace wait for it.
+pub const AUDIT_BATCH: usize = 512;
+/// Events of one workspace that wait while the database is away: two minutes of the fastest agent's.
+/// From half of them on, no new tunnel is opened that would have to be recorded.
+pub const MAX_AUDIT_QUEUE: usize = 16_384;
+/// Among so many of the latest events a refusal looks for one that it can be counted with.
+pub const AUDIT_LOOK_BACK: usize = 16;
+/// API keys of a workspace that are in force.
+pub const MAX_API_KEYS: i64 = 100;
+/// An API key is valid for no longer.
+pub const MAX_API_KEY_AGE: Duration = Duration::from_secs(366 * 24 * 3600);
+/// API keys that have expired are listed for so long.
+pub const EXPIRED_API_KEYS_LISTED: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Bytes of one workspace that wait at the hub for slow ends, before it gets no new tunnel: a thousand
+/// directions that stand still.
+pub const MAX_WORKSPACE_HELD_BYTES: usize = 1024 * RELAY_BUFFER_BYTES;
+
 /// Agents are asked to stay away for this long when the hub goes down, plus a random part as long.
 pub const RESTART_PAUSE: Duration = Duration::from_millis(500);
 /// Everybody must be gone within this time once the hub goes down.

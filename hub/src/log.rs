@@ -4,6 +4,7 @@
 //! agent that reads an entry here checks it again.
 
 use connect_spec::{
+    audit::Event,
     bytes::Blob,
     control::{ErrorCode, ErrorReport, Reply},
     ids::{AgentId, WorkspaceId},
@@ -13,6 +14,7 @@ use connect_spec::{
 };
 
 use crate::{
+    audit,
     effects::{self, Announce},
     hub::Hub,
     limits::LOG_REPLY_BYTES,
@@ -73,6 +75,7 @@ pub(crate) async fn append(
 
     let mut ends = new.iter().any(ends_something);
     let mut replaced = known.replaced;
+    let mut events = Vec::new();
     let state = if first.follows() == known.state.head() {
         let mut state = TrustState::clone(&known.state);
         for entry in new {
@@ -87,13 +90,16 @@ pub(crate) async fn append(
         tracing::warn!(%workspace, base = base.seq, "the end of a trust log was replaced");
         replaced += 1;
         ends = true;
+        events.push(audit::now(Event::LogReplaced { base: base.seq }));
         state
     };
+    events.extend(new.iter().flat_map(events_of).map(audit::now));
     let revoked: Vec<AgentId> = new.iter().flat_map(revoked_by).collect();
     if !revoked.is_empty() {
         tx.withdraw_services_of(&revoked).await?;
     }
 
+    tx.record(&events).await?;
     let announce = Announce { hub, change: effects::Change { workspace, ends } };
     tx.commit().await?;
     let bytes = known.bytes + wires.iter().map(|wire| wire.0.len()).sum::<usize>();
@@ -153,6 +159,36 @@ fn refuse<T>(error: LogError) -> Result<T, Failure> {
         | LogError::TooManyBranches => ErrorCode::Forbidden,
     };
     Err(Failure::Report(ErrorReport::new(code, error.to_string())))
+}
+
+/// What an entry is in the audit log.
+fn events_of(entry: &LogEntry) -> Vec<Event> {
+    let number = entry.head().seq;
+    let LogEntry::Entry(entry) = entry else {
+        return vec![Event::Recovered { entry: number }];
+    };
+    let events = entry.object().changes.iter().filter_map(|change| {
+        Some(match change {
+            Change::AddSigner { key, role } => {
+                Event::SignerAdded { key: *key, role: *role, entry: number }
+            }
+            Change::RemoveSigner { key, .. } => Event::SignerRemoved { key: *key, entry: number },
+            Change::RevokeAgent { agent_id, below_serial } => Event::AgentRevoked {
+                agent_id: *agent_id,
+                entry: number,
+                below_serial: *below_serial,
+            },
+            Change::CloseCredential { credential_id, keep } => Event::CredentialClosed {
+                credential_id: *credential_id,
+                entry: number,
+                kept: keep.len() as u64,
+            },
+            Change::EpochKey { epoch, .. } => Event::EpochBegan { epoch: *epoch, entry: number },
+            Change::Policy(policy) => Event::PolicySet { strict: policy.strict, entry: number },
+            Change::Unknown(_) => return None,
+        })
+    });
+    events.collect()
 }
 
 /// Whether somebody may be out by an entry.

@@ -14,6 +14,10 @@ use std::{
     future::{Future, poll_fn},
     io, mem,
     pin::{Pin, pin},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
     task::{Context, Poll, ready},
 };
 
@@ -81,15 +85,51 @@ pub enum Ended {
     Stopped(u16),
 }
 
-/// What is left to tell of a tunnel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Summary {
-    /// Payload bytes that the reacher sent.
-    pub from_reacher: u64,
-    /// Payload bytes that the exposer sent.
-    pub from_exposer: u64,
-    /// Why it ended.
-    pub ended: Ended,
+/// What a tunnel moves and holds, for others to look at while it lives.
+#[derive(Debug, Default)]
+pub struct Meter {
+    from_reacher: AtomicU64,
+    from_exposer: AtomicU64,
+    /// Shared by the tunnels of a workspace.
+    held: Arc<AtomicUsize>,
+}
+
+impl Meter {
+    /// Nothing has moved; bytes that wait for a slow end are added to `held` for as long as they do.
+    #[must_use]
+    pub fn new(held: Arc<AtomicUsize>) -> Self {
+        Self { held, ..Self::default() }
+    }
+
+    /// Payload bytes that the end sent so far.
+    #[must_use]
+    pub fn sent_by(&self, side: Side) -> u64 {
+        self.counter(side).load(Ordering::Relaxed)
+    }
+
+    fn counter(&self, side: Side) -> &AtomicU64 {
+        match side {
+            Side::Reacher => &self.from_reacher,
+            Side::Exposer => &self.from_exposer,
+        }
+    }
+}
+
+/// A buffer that waits, counted.
+#[derive(Debug)]
+struct Waiting(Arc<AtomicUsize>);
+
+impl Waiting {
+    fn new(held: &Arc<AtomicUsize>) -> Self {
+        held.fetch_add(RELAY_BUFFER_BYTES, Ordering::Relaxed);
+        Self(Arc::clone(held))
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.fetch_sub(RELAY_BUFFER_BYTES, Ordering::Relaxed);
+    }
 }
 
 /// A control frame's payload.
@@ -341,6 +381,7 @@ struct Held {
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
+    _waiting: Waiting,
 }
 
 /// How one direction ended.
@@ -355,6 +396,8 @@ enum FlowEnd {
 /// One direction of a tunnel.
 #[derive(Debug)]
 struct Flow {
+    meter: Arc<Meter>,
+    source: Side,
     translator: Translator,
     held: Option<Held>,
     /// Written, and perhaps still in a buffer of the TLS layer.
@@ -366,8 +409,10 @@ struct Flow {
 }
 
 impl Flow {
-    fn new(encoding: Encoding) -> Self {
+    fn new(encoding: Encoding, source: Side, meter: &Arc<Meter>) -> Self {
         Self {
+            meter: Arc::clone(meter),
+            source,
             translator: Translator::new(encoding),
             held: None,
             unflushed: false,
@@ -420,10 +465,13 @@ impl Flow {
                         Ok(Step::More) => None,
                     };
                 self.moved = true;
+                self.meter.counter(self.source).store(self.translator.total, Ordering::Relaxed);
                 let end = output.length;
                 let start = self.poll_write(cx, sink, &scratch.output[..end])?;
                 if start < end {
-                    self.held = Some(Held { buffer: scratch.take_output(), start, end });
+                    let buffer = scratch.take_output();
+                    let waiting = Waiting::new(&self.meter.held);
+                    self.held = Some(Held { buffer, start, end, _waiting: waiting });
                     return Poll::Pending;
                 }
             }
@@ -503,19 +551,21 @@ fn poll_fill<S: AsyncRead + Unpin>(
 
 /// Forwards frames between the two ends until one of them, or `stop`, ends the tunnel.
 ///
-/// `stop` gives the code with which both sockets are then closed. Both sockets are closed in any case;
+/// `meter` counts what went through. `stop` gives the code with which both sockets are then closed. Both sockets are closed in any case;
 /// dropped before that, the relay drops them without a word.
 pub async fn relay<R, E>(
     mut reacher: Leg<R>,
     mut exposer: Leg<E>,
     encoding: Encoding,
+    meter: &Arc<Meter>,
     stop: impl Future<Output = u16>,
-) -> Summary
+) -> Ended
 where
     R: AsyncRead + AsyncWrite + Unpin,
     E: AsyncRead + AsyncWrite + Unpin,
 {
-    let (mut up, mut down) = (Flow::new(encoding), Flow::new(encoding));
+    let mut up = Flow::new(encoding, Side::Reacher, meter);
+    let mut down = Flow::new(encoding, Side::Exposer, meter);
     let (mut to_reacher, mut to_exposer) = (None, None);
     let mut stop = pin!(stop);
     let mut idle_check = interval(TUNNEL_IDLE_CHECK);
@@ -579,7 +629,7 @@ where
             );
         }
     }
-    Summary { from_reacher: up.translator.total, from_exposer: down.translator.total, ended }
+    ended
 }
 
 impl Ended {
@@ -620,7 +670,8 @@ impl Side {
 /// Ends a data socket that never got to relay.
 pub async fn refuse<T: AsyncRead + AsyncWrite + Unpin>(mut io: T, code: u16) {
     // Nothing was sent on it, so the encoding does not matter.
-    farewell(&mut io, &mut Flow::new(Encoding::Base64), Some(code)).await;
+    let mut flow = Flow::new(Encoding::Base64, Side::Reacher, &Arc::default());
+    farewell(&mut io, &mut flow, Some(code)).await;
 }
 
 /// Ends one socket so that nothing sent before is lost: says what is left and the close frame, shuts the

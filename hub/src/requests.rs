@@ -1,8 +1,9 @@
 //! What a logged-in agent asks of the store, and the answers.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, time::Duration};
 
 use connect_spec::{
+    audit::Event,
     bytes::Blob,
     control::{EpochWrap, ErrorCode, ErrorReport, ListedBeat, Reply, Request, SealedRecord},
     ids::{AgentId, CredentialId, ServiceId},
@@ -16,11 +17,12 @@ use connect_spec::{
 use serde::Serialize;
 
 use crate::{
+    api_keys, audit,
     auth::unix_now,
     hub::Hub,
     limits::{MAX_SEALED_BYTES, MAX_WRAP_BYTES, PAGE_ROWS},
     log,
-    router::Member,
+    router::{Member, Parties},
     store::{Exposed, NewCredential, StoreError},
     wraps,
 };
@@ -102,13 +104,16 @@ pub async fn why_not_online(
         let mut tx = hub.store().workspace(member.key.0).await?;
         tx.exposer_of(service).await
     };
-    Reply::Error(match find.await {
+    let report = match find.await {
         Ok(Some(exposer)) if exposer == responder => {
             ErrorReport::new(ErrorCode::Offline, "the agent that exposes the service is offline")
         }
         Ok(_) => ErrorReport::new(ErrorCode::NotFound, "no such service"),
         Err(error) => store_trouble(&error),
-    })
+    };
+    let parties = Parties { reacher: member.key.1, exposer: responder, service, share: None };
+    hub.audit().add(member.key.0, parties.refused(report.code));
+    Reply::Error(report)
 }
 
 async fn try_answer(hub: &Hub, member: &Member, request: Request) -> Result<Reply, Failure> {
@@ -136,6 +141,7 @@ async fn try_answer(hub: &Hub, member: &Member, request: Request) -> Result<Repl
             }
             check_sealed(&record)?;
             let mut tx = hub.store().workspace(workspace).await?;
+            let mut events = Vec::new();
             let mut exposed = tx.expose(agent, service_id, tag, &record).await?;
             if let Exposed::TakenBy(holder) = exposed
                 && take_over
@@ -143,9 +149,14 @@ async fn try_answer(hub: &Hub, member: &Member, request: Request) -> Result<Repl
             {
                 tx.withdraw_name(holder, tag).await?;
                 exposed = tx.expose(agent, service_id, tag, &record).await?;
+                let taken = Event::NameTaken { agent_id: agent, peer_id: holder, service_id };
+                events.push(audit::now(taken));
             }
             match exposed {
-                Exposed::Done => {}
+                Exposed::New => {
+                    events.push(audit::now(Event::ServiceExposed { agent_id: agent, service_id }));
+                }
+                Exposed::Renewed => {}
                 Exposed::Stale => {
                     return no(ErrorCode::Stale, "the hub holds a newer record of this service");
                 }
@@ -158,6 +169,7 @@ async fn try_answer(hub: &Hub, member: &Member, request: Request) -> Result<Repl
                     return Err(Failure::Report(report));
                 }
             }
+            tx.record(&events).await?;
             tx.commit().await?;
             hub.route(|router, _| router.handle_expose(&member.key, service_id));
             Ok(Reply::Done)
@@ -165,6 +177,10 @@ async fn try_answer(hub: &Hub, member: &Member, request: Request) -> Result<Repl
         Request::Unexpose { service_id } => {
             let mut tx = hub.store().workspace(workspace).await?;
             let found = tx.unexpose(agent, service_id).await?;
+            if found {
+                let event = Event::ServiceUnexposed { agent_id: agent, service_id };
+                tx.record(&[audit::now(event)]).await?;
+            }
             tx.commit().await?;
             hub.route(|router, _| router.handle_unexpose(&member.key, service_id));
             if found {
@@ -245,7 +261,10 @@ async fn try_answer(hub: &Hub, member: &Member, request: Request) -> Result<Repl
             let beats = beats.into_iter().filter_map(|(witness, beat)| {
                 Some(ListedBeat { beat, presented: presented.remove(&witness)? })
             });
-            Ok(Reply::Beats { beats: beats.collect() })
+            let beats = beats.collect();
+            let is_guest = member.role == AgentRole::Guest;
+            let audit = if is_guest { None } else { Some(tx.audit_bounds().await?.head) };
+            Ok(Reply::Beats { beats, audit })
         }
         Request::MissingWraps { epoch } => wraps::missing(hub, member, epoch).await,
         Request::StoreWraps { wraps } => {
@@ -256,6 +275,15 @@ async fn try_answer(hub: &Hub, member: &Member, request: Request) -> Result<Repl
         Request::Credentials { after } => credentials(hub, member, after).await,
         Request::Certify { certificate } => {
             certify(hub, member, &certificate).await?;
+            Ok(Reply::Done)
+        }
+        Request::Audit { after, since } => audit::read(hub, member, after, since).await,
+        Request::CreateApiKey { scopes, valid_for } => {
+            api_keys::create(hub, member, &scopes, Duration::from_secs(valid_for)).await
+        }
+        Request::ApiKeys => api_keys::list(hub, member).await,
+        Request::RevokeApiKey { key_id } => {
+            api_keys::revoke(hub, member, key_id).await?;
             Ok(Reply::Done)
         }
         // A session opens tunnels itself: that needs no store and must not wait for it.
@@ -318,6 +346,20 @@ async fn create_credential(
     if !tx.insert_credential(&new).await? {
         return no(ErrorCode::AlreadyExists, "a credential of this key exists");
     }
+    let (agent_id, credential_id) = (member.key.1, object.id());
+    let event = match &object.services {
+        None => {
+            let (uses, join_until) = (object.uses, object.join_until);
+            Event::InviteCreated { agent_id, credential_id, uses, join_until }
+        }
+        Some(services) => Event::ShareCreated {
+            agent_id,
+            credential_id,
+            service_ids: services.clone(),
+            certs_end: object.certs_end,
+        },
+    };
+    tx.record(&[audit::now(event)]).await?;
     tx.commit().await?;
     Ok(())
 }
@@ -395,6 +437,7 @@ async fn certify(hub: &Hub, member: &Member, wire: &Blob) -> Result<(), Failure>
     }
     let noise_key =
         Signed::decode(&known.noise_key).map_err(|_| StoreError::Corrupt("noise_key"))?;
+    let serial = certificate.object().serial;
     let presented = Presented { certificate, credential: None, noise_key };
     if let Err(error) = trust.state.verify_peer(agent, presented, unix_now()) {
         let revoked = error == TrustError::Revoked;
@@ -402,6 +445,8 @@ async fn certify(hub: &Hub, member: &Member, wire: &Blob) -> Result<(), Failure>
         return no(code, &error.to_string());
     }
     tx.leave_renewal(agent, &wire.0).await?;
+    let issued = Event::CertificateIssued { agent_id: member.key.1, peer_id: agent, serial };
+    tx.record(&[audit::now(issued)]).await?;
     tx.commit().await?;
     // Whoever brings its own has it, and comes back with it when it likes.
     if agent != member.key.1 {

@@ -6,10 +6,12 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    ops::Bound,
     time::{Duration, Instant},
 };
 
 use connect_spec::{
+    audit::Event,
     bytes::Blob,
     control::{ErrorCode, ErrorReport, FromHub, Reply, SessionKind, Ticket, TunnelRequest, close},
     encoding::Encoding,
@@ -67,6 +69,8 @@ pub enum Output {
     Close(SessionId, ErrorReport, u16),
     /// Close the data sockets of a tunnel, those that are there, with the code.
     Cut(TunnelSerial, u16),
+    /// Write into the audit log of a workspace.
+    Record(WorkspaceId, Event),
 }
 
 /// Why a tunnel is not opened.
@@ -93,6 +97,48 @@ pub enum ClaimError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TunnelSerial(u64);
 
+/// Who is at the ends of a tunnel, and what it is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Parties {
+    /// The end that asked for it.
+    pub reacher: AgentId,
+    /// The end that was asked.
+    pub exposer: AgentId,
+    /// What the exposer offers.
+    pub service: ServiceId,
+    /// The share of a guest.
+    pub share: Option<CredentialId>,
+}
+
+impl Parties {
+    /// That a tunnel between them did not come to be.
+    #[must_use]
+    pub fn refused(&self, code: ErrorCode) -> Event {
+        Event::TunnelRefused {
+            agent_id: self.reacher,
+            peer_id: self.exposer,
+            service_id: self.service,
+            code,
+            count: 1,
+        }
+    }
+}
+
+/// A tunnel with both ends, as [`Router::joined_tunnels`] lists it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct JoinedTunnel {
+    /// The tunnel.
+    pub id: TunnelId,
+    /// Which of those that had this id.
+    pub serial: TunnelSerial,
+    /// Who talks about what.
+    pub parties: Parties,
+    /// How both ends send.
+    pub encoding: Encoding,
+    /// Since when.
+    pub since: Instant,
+}
+
 /// One end of one tunnel, admitted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Claim {
@@ -100,6 +146,8 @@ pub struct Claim {
     pub tunnel: TunnelKey,
     /// Which of those that had this id.
     pub serial: TunnelSerial,
+    /// Who talks about what.
+    pub parties: Parties,
     /// Which end.
     pub side: Side,
     /// How both ends send.
@@ -170,8 +218,8 @@ enum Stage {
     Asked,
     /// The exposer accepted; at least one end has no data socket yet.
     Accepted,
-    /// Both ends have their data sockets.
-    Joined,
+    /// Both ends have their data sockets, since then.
+    Joined(Instant),
 }
 
 #[derive(Debug)]
@@ -180,11 +228,10 @@ struct Tunnel {
     encoding: Encoding,
     stage: Stage,
     deadline: Instant,
-    reacher: AgentId,
+    parties: Parties,
     reacher_session: SessionId,
     request_id: u64,
     reacher_end: End,
-    exposer: AgentId,
     exposer_session: SessionId,
     exposer_end: End,
 }
@@ -253,7 +300,8 @@ impl Router {
         let first = (workspace, TunnelId([0; 16]));
         let last = (workspace, TunnelId([u8::MAX; 16]));
         let tunnels = self.tunnels.range(first..=last);
-        let own = tunnels.filter(|(_, tunnel)| tunnel.reacher == id || tunnel.exposer == id);
+        let own = tunnels
+            .filter(|(_, Tunnel { parties, .. })| parties.reacher == id || parties.exposer == id);
         own.map(|(key, _)| *key).collect()
     }
 
@@ -288,7 +336,7 @@ impl Router {
                         tunnel.reacher_session == session
                             && !matches!(tunnel.reacher_end, End::Here)
                     }
-                    Stage::Joined => false,
+                    Stage::Joined(_) => false,
                 })
             })
             .collect();
@@ -305,7 +353,7 @@ impl Router {
         };
         if tunnel.stage == Stage::Asked && self.sessions.contains_key(&tunnel.reacher_session) {
             let report = ErrorReport::new(ErrorCode::Offline, "the exposer went offline");
-            out.push(tunnel.refusal(report));
+            tunnel.refuse(key.0, report, out);
         }
         if matches!(tunnel.reacher_end, End::Here) || matches!(tunnel.exposer_end, End::Here) {
             out.push(Output::Cut(tunnel.serial, code));
@@ -363,7 +411,10 @@ impl Router {
         out: &mut Vec<Output>,
     ) {
         for key in self.tunnels_of(agent) {
-            let joined = self.tunnels.get_mut(&key).filter(|tunnel| tunnel.stage == Stage::Joined);
+            let joined = self
+                .tunnels
+                .get_mut(&key)
+                .filter(|tunnel| matches!(tunnel.stage, Stage::Joined(_)));
             if let Some(tunnel) = joined {
                 // Told twice, as by name and by judgement, it ends at the first time.
                 if !self.deadlines.contains(&(tunnel.deadline, key)) {
@@ -467,9 +518,17 @@ impl Router {
                 "the role of this agent does not let it reach services",
             );
         }
-        let own_share = member.share.as_ref().map_or(CredentialId([0; 16]), |(share, _)| *share);
-        if request.share_id != own_share || !member.sees(request.service_id) {
+        let share = member.share.as_ref().map(|(share, _)| *share);
+        if request.share_id != share.unwrap_or(CredentialId([0; 16]))
+            || !member.sees(request.service_id)
+        {
             return refuse(ErrorCode::Forbidden, "the share does not name this service");
+        }
+        if let Err(wait) = self.load((workspace, reacher), now).opens.take(now) {
+            let mut report =
+                ErrorReport::new(ErrorCode::RateLimited, "this agent opens too many tunnels");
+            report.retry_in_ms = u32::try_from(wait.as_millis()).ok().map(|millis| millis + 1);
+            return Err(OpenError::Refused(report));
         }
         let exposer_key = (workspace, request.responder);
         let Some(exposer_session) = self
@@ -483,12 +542,6 @@ impl Router {
         let key = (workspace, request.tunnel_id);
         if self.tunnels.contains_key(&key) {
             return refuse(ErrorCode::AlreadyExists, "a tunnel of this id exists");
-        }
-        if let Err(wait) = self.load((workspace, reacher), now).opens.take(now) {
-            let mut report =
-                ErrorReport::new(ErrorCode::RateLimited, "this agent opens too many tunnels");
-            report.retry_in_ms = u32::try_from(wait.as_millis()).ok().map(|millis| millis + 1);
-            return Err(OpenError::Refused(report));
         }
         let reacher_tunnels = self.load((workspace, reacher), now).tunnels;
         let exposer_load = self.load(exposer_key, now);
@@ -518,11 +571,15 @@ impl Router {
                 encoding: request.encoding,
                 stage: Stage::Asked,
                 deadline,
-                reacher,
+                parties: Parties {
+                    reacher,
+                    exposer: request.responder,
+                    service: request.service_id,
+                    share,
+                },
                 reacher_session: from,
                 request_id: id,
                 reacher_end: End::NotInvited,
-                exposer: request.responder,
                 exposer_session,
                 exposer_end: End::Invited(ticket.clone()),
             },
@@ -552,7 +609,7 @@ impl Router {
         tunnel.stage = Stage::Accepted;
         tunnel.deadline = deadline;
         tunnel.reacher_end = End::Invited(ticket.clone());
-        let exposer = tunnel.exposer;
+        let exposer = tunnel.parties.exposer;
         let reply = Reply::TunnelAccepted { message, ticket: ticket.clone() };
         out.push(Output::Send(
             tunnel.reacher_session,
@@ -576,7 +633,8 @@ impl Router {
             return;
         };
         if let Some(tunnel) = self.remove_tunnel(key) {
-            out.push(tunnel.refusal(ErrorReport::new(code, "the exposer refused the tunnel")));
+            let report = ErrorReport::new(code, "the exposer refused the tunnel");
+            tunnel.refuse(key.0, report, out);
         }
     }
 
@@ -612,10 +670,11 @@ impl Router {
             Side::Exposer => tunnel.exposer_end = End::Here,
         }
         if let (End::Here, End::Here) = (&tunnel.reacher_end, &tunnel.exposer_end) {
-            tunnel.stage = Stage::Joined;
+            tunnel.stage = Stage::Joined(now);
             self.deadlines.remove(&(tunnel.deadline, key));
         }
-        Ok(Claim { tunnel: key, serial: tunnel.serial, side, encoding })
+        let (serial, parties) = (tunnel.serial, tunnel.parties);
+        Ok(Claim { tunnel: key, serial, parties, side, encoding })
     }
 
     /// A tunnel has ended, or an end that claimed its place is gone again.
@@ -623,6 +682,39 @@ impl Router {
         if self.is_open(claim) {
             self.remove_tunnel(claim.tunnel);
         }
+    }
+
+    /// Up to `limit` tunnels of a workspace whose id follows `after`, in ascending order.
+    #[must_use]
+    pub fn joined_tunnels(
+        &self,
+        workspace: WorkspaceId,
+        after: Option<TunnelId>,
+        limit: usize,
+    ) -> Vec<JoinedTunnel> {
+        let first = match after {
+            Some(after) => Bound::Excluded((workspace, after)),
+            None => Bound::Included((workspace, TunnelId([0; 16]))),
+        };
+        let last = Bound::Included((workspace, TunnelId([u8::MAX; 16])));
+        let joined = self.tunnels.range((first, last)).filter_map(|((_, id), tunnel)| {
+            let Stage::Joined(since) = tunnel.stage else {
+                return None;
+            };
+            let Tunnel { serial, parties, encoding, .. } = *tunnel;
+            Some(JoinedTunnel { id: *id, serial, parties, encoding, since })
+        });
+        joined.take(limit).collect()
+    }
+
+    /// Ends a tunnel that has both ends; false when there is none of this id.
+    pub fn handle_cut(&mut self, key: TunnelKey, out: &mut Vec<Output>) -> bool {
+        let is_joined = |tunnel: &Tunnel| matches!(tunnel.stage, Stage::Joined(_));
+        let found = self.tunnels.get(&key).is_some_and(is_joined);
+        if found {
+            self.end_tunnel(key, close::CUT, out);
+        }
+        found
     }
 
     /// When [`Router::handle_timeout`] has something to do.
@@ -642,12 +734,16 @@ impl Router {
                 continue;
             };
             match tunnel.stage {
-                Stage::Asked => out.push(tunnel.refusal(ErrorReport::new(
-                    ErrorCode::Timeout,
-                    "the exposer did not answer in time",
-                ))),
-                Stage::Accepted => {}
-                Stage::Joined => out.push(Output::Cut(tunnel.serial, close::REVOKED)),
+                Stage::Asked => {
+                    let report =
+                        ErrorReport::new(ErrorCode::Timeout, "the exposer did not answer in time");
+                    tunnel.refuse(key.0, report, out);
+                }
+                Stage::Accepted => {
+                    let refused = tunnel.parties.refused(ErrorCode::Timeout);
+                    out.push(Output::Record(key.0, refused));
+                }
+                Stage::Joined(_) => out.push(Output::Cut(tunnel.serial, close::REVOKED)),
             }
         }
         self.loads.retain(|_, load| load.tunnels > 0 || !load.opens.is_full(now));
@@ -669,10 +765,11 @@ impl Router {
                 self.tickets.remove(ticket);
             }
         }
-        if let Some(load) = self.loads.get_mut(&(key.0, tunnel.reacher)) {
+        let Parties { reacher, exposer, .. } = tunnel.parties;
+        if let Some(load) = self.loads.get_mut(&(key.0, reacher)) {
             load.tunnels -= 1;
         }
-        if let Some(load) = self.loads.get_mut(&(key.0, tunnel.exposer)) {
+        if let Some(load) = self.loads.get_mut(&(key.0, exposer)) {
             load.tunnels -= 1;
             load.unanswered -= usize::from(tunnel.stage == Stage::Asked);
         }
@@ -682,11 +779,12 @@ impl Router {
 
 impl Tunnel {
     /// Tells the reacher that its request came to nothing.
-    fn refusal(&self, report: ErrorReport) -> Output {
-        Output::Send(
+    fn refuse(&self, workspace: WorkspaceId, report: ErrorReport, out: &mut Vec<Output>) {
+        out.push(Output::Record(workspace, self.parties.refused(report.code)));
+        out.push(Output::Send(
             self.reacher_session,
             FromHub::Reply { id: self.request_id, reply: Reply::Error(report) },
-        )
+        ));
     }
 }
 

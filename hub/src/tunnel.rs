@@ -1,14 +1,15 @@
 //! One data socket from its upgrade to its end: waits for the other end, then relays.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
-use connect_spec::{control::close, limits::HANDSHAKE_TIMEOUT};
+use connect_spec::{audit::Event, control::close, limits::HANDSHAKE_TIMEOUT};
 use tokio::time::timeout;
 
 use crate::{
+    audit::tunnel_end,
     hub::{First, Hub, Joined},
-    relay::{self, Leg, Side, Summary},
-    router::Claim,
+    relay::{self, Leg, Side},
+    router::{Claim, Parties},
     server::Conn,
 };
 
@@ -39,7 +40,7 @@ impl Drop for Admitted {
 /// Serves one end. The end that comes second hands its socket to the first, which then serves both.
 pub async fn serve(mut admitted: Admitted, leg: Leg<Conn>) {
     let hub = Arc::clone(&admitted.hub);
-    let First { leg: mine, other, mut cut } = match hub.join(&admitted.claim, leg) {
+    let First { leg: mine, other, mut cut, meter } = match hub.join(&admitted.claim, leg) {
         Joined::First(first) => first,
         Joined::HandedOver => {
             admitted.handed_over = true;
@@ -68,8 +69,23 @@ pub async fn serve(mut admitted: Admitted, leg: Leg<Conn>) {
             () = hub.stopped() => close::RESTARTING,
         }
     };
-    let Summary { from_reacher, from_exposer, ended } =
-        relay::relay(reacher, exposer, admitted.claim.encoding, stop).await;
-    let (_, tunnel) = admitted.claim.tunnel;
-    tracing::debug!(%tunnel, from_reacher, from_exposer, ?ended, "tunnel ended");
+    let (workspace, tunnel_id) = admitted.claim.tunnel;
+    let Parties { reacher: agent_id, exposer: peer_id, service: service_id, share: share_id } =
+        admitted.claim.parties;
+    let opened = Event::TunnelOpened { agent_id, peer_id, service_id, tunnel_id, share_id };
+    hub.audit().add(workspace, opened);
+    let since = Instant::now();
+    let ended = relay::relay(reacher, exposer, admitted.claim.encoding, &meter, stop).await;
+    let closed = Event::TunnelClosed {
+        agent_id,
+        peer_id,
+        service_id,
+        tunnel_id,
+        duration_ms: u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX),
+        bytes_from_agent: meter.sent_by(Side::Reacher),
+        bytes_from_peer: meter.sent_by(Side::Exposer),
+        reason: tunnel_end(ended),
+    };
+    tracing::debug!(tunnel = %tunnel_id, ?ended, "tunnel ended");
+    hub.audit().add(workspace, closed);
 }

@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    audit::{ApiKeyId, AuditHead, AuditRow, Scope},
     bytes::{Blob, hex_newtype},
     encoding::Encoding,
     ids::{AgentId, ChannelId, CredentialId, LookupTag, ServiceId, TunnelId, WorkspaceId},
@@ -338,6 +339,63 @@ pub enum Request {
         /// `Signed<Certificate>` of a higher serial.
         certificate: Blob,
     },
+    /// Reads the audit log, in order. Members only.
+    Audit {
+        /// The last row of the page before; 0 for the first page.
+        after: u64,
+        /// Leaves out what is older, in milliseconds since 1970. The rows are no chain then.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        since: Option<u64>,
+    },
+    /// Makes a key with which programs read this workspace over HTTP. Members only.
+    CreateApiKey {
+        /// What it may do.
+        scopes: Vec<Scope>,
+        /// How long it is valid, in seconds.
+        valid_for: u64,
+    },
+    /// Lists the API keys. Members only.
+    ApiKeys,
+    /// Ends an API key. Members only.
+    RevokeApiKey {
+        /// Which.
+        key_id: ApiKeyId,
+    },
+}
+
+/// What a program shows, as `Authorization: Bearer`, to read a workspace over HTTP. A secret.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct ApiKey(String);
+
+impl ApiKey {
+    /// How each key begins, so that people and scanners know one when they see it.
+    pub const PREFIX: &str = "pck_";
+
+    /// Spells 256 random bits.
+    #[must_use]
+    pub fn new(random: [u8; 32]) -> Self {
+        Self(format!("{}{}", Self::PREFIX, hex::encode(random)))
+    }
+
+    /// Reads a key as a header carries it: the prefix and 64 lower-case hex digits.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        Ticket::parse(text.strip_prefix(Self::PREFIX)?)?;
+        Some(Self(text.to_owned()))
+    }
+
+    /// The text for the `Authorization` header, after `Bearer` and a space.
+    #[must_use]
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for ApiKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ApiKey(..)")
+    }
 }
 
 /// Whom a wrap is for.
@@ -469,6 +527,10 @@ pub enum Reply {
     Beats {
         /// At most [`crate::limits::MAX_BEATS`].
         beats: Vec<ListedBeat>,
+        /// Where the audit log ends: for members to remember, so that what they could have read cannot
+        /// be changed behind them.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        audit: Option<AuditHead>,
     },
     /// Who has no wrap of an epoch.
     MissingWraps {
@@ -490,8 +552,51 @@ pub enum Reply {
         /// Whether more follow after the last.
         more: bool,
     },
+    /// A part of the audit log.
+    Audit {
+        /// The last row that was removed for its age.
+        base: AuditHead,
+        /// The last row.
+        head: AuditHead,
+        /// At most as many as fit a message.
+        rows: Vec<AuditRow>,
+        /// Whether more follow after the last.
+        more: bool,
+    },
+    /// A new API key, shown this once.
+    ApiKeyCreated {
+        /// The key.
+        key: ApiKey,
+        /// Its id.
+        key_id: ApiKeyId,
+        /// Until when it is valid.
+        expires_at: UnixTime,
+    },
+    /// The API keys.
+    ApiKeys {
+        /// All of them, the oldest first.
+        keys: Vec<ListedApiKey>,
+    },
     /// Not done.
     Error(ErrorReport),
+}
+
+/// An API key as the hub knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListedApiKey {
+    /// Its id.
+    pub key_id: ApiKeyId,
+    /// Who made it; it ends with that agent.
+    pub agent_id: AgentId,
+    /// What it may do.
+    pub scopes: Vec<Scope>,
+    /// When it was made.
+    pub created_at: UnixTime,
+    /// Until when it is valid.
+    pub expires_at: UnixTime,
+    /// When it was last used, to the minute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_used_at: Option<UnixTime>,
 }
 
 /// An agent without a wrap, with what must be verified before one is made for it.
@@ -675,6 +780,8 @@ pub mod close {
     pub const DISPLACED: u16 = 4409;
     /// The other end of the tunnel is gone.
     pub const PEER_GONE: u16 = 4410;
+    /// Somebody of the workspace cut the tunnel, by an API key.
+    pub const CUT: u16 = 4411;
     /// A limit is reached.
     pub const BUSY: u16 = 4429;
     /// The hub is restarting.

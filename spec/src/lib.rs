@@ -7,6 +7,7 @@
 
 #![warn(missing_docs)]
 
+pub mod audit;
 pub mod bytes;
 pub mod cbor;
 pub mod control;

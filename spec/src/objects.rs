@@ -46,7 +46,8 @@ pub enum SignerRole {
 }
 
 /// What an agent may do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum AgentRole {
     /// Reach and expose.
     Member,

@@ -136,7 +136,8 @@ struct Tunnel {
     reacher: DuplexStream,
     exposer: DuplexStream,
     stop: oneshot::Sender<u16>,
-    relay: JoinHandle<Summary>,
+    relay: JoinHandle<Ended>,
+    meter: Arc<Meter>,
 }
 
 fn tunnel(encoding: Encoding, pipe_bytes: usize) -> Tunnel {
@@ -151,8 +152,10 @@ fn tunnel(encoding: Encoding, pipe_bytes: usize) -> Tunnel {
     };
     let near = Leg { io: near, early: Bytes::new() };
     let far = Leg { io: far, early: Bytes::new() };
-    let relay = tokio::spawn(relay(near, far, encoding, stopped));
-    Tunnel { reacher, exposer, stop, relay }
+    let meter = Arc::new(Meter::default());
+    let counted = Arc::clone(&meter);
+    let relay = tokio::spawn(async move { relay(near, far, encoding, &counted, stopped).await });
+    Tunnel { reacher, exposer, stop, relay, meter }
 }
 
 async fn expect(socket: &mut DuplexStream, frame: &[u8]) {
@@ -189,17 +192,15 @@ async fn a_tunnel_carries_both_ways_and_closes_cleanly() {
     expect(&mut tunnel.reacher, &unmasked(FIN | TEXT, b"last words")).await;
     expect(&mut tunnel.reacher, &close_frame(close::NORMAL)).await;
     tokio::join!(expect_end(tunnel.reacher), expect_end(tunnel.exposer));
-    let summary = tunnel.relay.await.unwrap();
-    assert_eq!(
-        summary,
-        Summary { from_reacher: 100_000, from_exposer: 14, ended: Ended::Closed(Side::Reacher) }
-    );
+    assert_eq!(tunnel.relay.await.unwrap(), Ended::Closed(Side::Reacher));
+    assert_eq!(tunnel.meter.sent_by(Side::Reacher), 100_000);
+    assert_eq!(tunnel.meter.sent_by(Side::Exposer), 14);
 }
 
 #[tokio::test]
 async fn nothing_is_lost_in_the_narrowest_pipe() {
     for pipe_bytes in [1, 7, 1000] {
-        let Tunnel { mut reacher, mut exposer, stop: _stop, relay: _relay } =
+        let Tunnel { mut reacher, mut exposer, stop: _stop, relay: _relay, meter: _ } =
             tunnel(Encoding::Binary, pipe_bytes);
         let writer = async {
             for length in [0, 1, 126, 3000] {
@@ -270,8 +271,8 @@ async fn garbage_closes_both_ends_with_their_codes() {
     expect(&mut tunnel.exposer, &close_frame(close::PROTOCOL)).await;
     expect(&mut tunnel.reacher, &close_frame(close::PEER_GONE)).await;
     tokio::join!(expect_end(tunnel.reacher), expect_end(tunnel.exposer));
-    let summary = tunnel.relay.await.unwrap();
-    assert_eq!(summary.ended, Ended::Violated(Side::Exposer, close::PROTOCOL));
+    let ended = tunnel.relay.await.unwrap();
+    assert_eq!(ended, Ended::Violated(Side::Exposer, close::PROTOCOL));
 }
 
 #[tokio::test]
@@ -282,7 +283,28 @@ async fn an_end_that_vanishes_is_reported_to_the_other() {
     expect(&mut tunnel.exposer, &unmasked(FIN | BINARY, b"last words")).await;
     expect(&mut tunnel.exposer, &close_frame(close::PEER_GONE)).await;
     expect_end(tunnel.exposer).await;
-    assert_eq!(tunnel.relay.await.unwrap().ended, Ended::Vanished(Side::Reacher));
+    assert_eq!(tunnel.relay.await.unwrap(), Ended::Vanished(Side::Reacher));
+}
+
+#[tokio::test]
+async fn what_waits_for_a_slow_end_is_counted() {
+    let mut tunnel = tunnel(Encoding::Binary, 1024);
+    let payload = bytes(20_000);
+    let frame = masked(FIN | BINARY, &payload);
+    let (mut reading, mut writing) = tokio::io::split(tunnel.reacher);
+    let written = tokio::spawn(async move { writing.write_all(&frame).await });
+    // The first bytes are through, and the exposer takes no more.
+    let mut first = [0];
+    tunnel.exposer.read_exact(&mut first).await.unwrap();
+    while tunnel.meter.held.load(Ordering::Relaxed) == 0 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(tunnel.meter.held.load(Ordering::Relaxed), RELAY_BUFFER_BYTES);
+    expect(&mut tunnel.exposer, &unmasked(FIN | BINARY, &payload)[1..]).await;
+    written.await.unwrap().unwrap();
+    assert_eq!(tunnel.meter.held.load(Ordering::Relaxed), 0);
+    tunnel.relay.abort();
+    let _ = reading.read(&mut first).await;
 }
 
 #[tokio::test]
@@ -302,7 +324,7 @@ async fn the_hub_can_end_a_tunnel() {
     expect(&mut tunnel.reacher, &close_frame(close::RESTARTING)).await;
     expect(&mut tunnel.exposer, &close_frame(close::RESTARTING)).await;
     tokio::join!(expect_end(tunnel.reacher), expect_end(tunnel.exposer));
-    assert_eq!(tunnel.relay.await.unwrap().ended, Ended::Stopped(close::RESTARTING));
+    assert_eq!(tunnel.relay.await.unwrap(), Ended::Stopped(close::RESTARTING));
 }
 
 #[tokio::test(start_paused = true)]
@@ -318,7 +340,7 @@ async fn a_silent_tunnel_ends_and_a_pinging_one_does_not() {
     assert!(silent_since.elapsed() >= 3 * TUNNEL_IDLE_CHECK);
     assert!(silent_since.elapsed() <= 4 * TUNNEL_IDLE_CHECK);
     drop((tunnel.reacher, tunnel.exposer));
-    assert_eq!(tunnel.relay.await.unwrap().ended, Ended::Idle);
+    assert_eq!(tunnel.relay.await.unwrap(), Ended::Idle);
 }
 
 #[tokio::test]
@@ -326,12 +348,10 @@ async fn bytes_that_came_with_the_upgrade_go_first() {
     let (_reacher, near) = duplex(1024);
     let (mut exposer, far) = duplex(1024);
     let early = masked(FIN | BINARY, b"early").into();
-    let relay = tokio::spawn(relay(
-        Leg { io: near, early },
-        Leg { io: far, early: Bytes::new() },
-        Encoding::Binary,
-        pending(),
-    ));
+    let relay = tokio::spawn(async move {
+        let (near, far) = (Leg { io: near, early }, Leg { io: far, early: Bytes::new() });
+        relay(near, far, Encoding::Binary, &Arc::default(), pending()).await
+    });
     expect(&mut exposer, &unmasked(FIN | BINARY, b"early")).await;
     relay.abort();
 }

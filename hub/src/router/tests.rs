@@ -142,12 +142,12 @@ impl World {
     fn invariant_loads_match_tunnels(&self) {
         let mut tunnels: HashMap<AgentKey, (usize, usize)> = HashMap::new();
         for (key, tunnel) in &self.router.tunnels {
-            tunnels.entry((key.0, tunnel.reacher)).or_default().0 += 1;
-            let exposer = tunnels.entry((key.0, tunnel.exposer)).or_default();
+            tunnels.entry((key.0, tunnel.parties.reacher)).or_default().0 += 1;
+            let exposer = tunnels.entry((key.0, tunnel.parties.exposer)).or_default();
             exposer.0 += 1;
             exposer.1 += usize::from(tunnel.stage == Stage::Asked);
             let has_deadline = self.router.deadlines.contains(&(tunnel.deadline, *key));
-            assert_eq!(has_deadline, tunnel.stage != Stage::Joined);
+            assert_eq!(has_deadline, !matches!(tunnel.stage, Stage::Joined(_)));
         }
         for (agent, load) in &self.router.loads {
             let counted = tunnels.remove(agent).unwrap_or_default();
@@ -167,14 +167,13 @@ fn refusal(outcome: Result<Vec<Output>, OpenError>) -> ErrorCode {
     }
 }
 
-/// The code of the only output: an error reply to the reacher.
+/// The code of the only output: an error reply to the reacher, which is recorded.
 fn replied(world: &World, out: &[Output]) -> ErrorCode {
     match out {
-        [Output::Send(to, FromHub::Reply { reply: Reply::Error(report), .. })]
-            if *to == world.reacher =>
-        {
-            report.code
-        }
+        [
+            Output::Record(_, Event::TunnelRefused { agent_id: REACHER, code, count: 1, .. }),
+            Output::Send(to, FromHub::Reply { reply: Reply::Error(report), .. }),
+        ] if *to == world.reacher && *code == report.code => report.code,
         other => panic!("{other:?}"),
     }
 }
@@ -243,7 +242,15 @@ fn an_accepted_tunnel_that_nobody_joins_is_forgotten() {
     // The time runs anew from the acceptance.
     assert_eq!(world.pass(HANDSHAKE_TIMEOUT / 2), []);
     assert_eq!(world.router.tunnels.len(), 1);
-    assert_eq!(world.pass(HANDSHAKE_TIMEOUT / 2), []);
+    let out = world.pass(HANDSHAKE_TIMEOUT / 2);
+    let refused = Event::TunnelRefused {
+        agent_id: REACHER,
+        peer_id: EXPOSER,
+        service_id: SERVICE,
+        code: ErrorCode::Timeout,
+        count: 1,
+    };
+    assert_eq!(out, [Output::Record(WORKSPACE, refused)]);
     assert_eq!(world.router.tunnels.len(), 0);
     assert_eq!(world.claim(&reacher), Err(ClaimError::Unknown));
 }
@@ -356,7 +363,11 @@ fn an_agent_that_is_ended_loses_its_sessions_and_tunnels_and_no_other_does() {
     // The exposer's end tells whoever waits for its answer.
     let mut out = Vec::new();
     world.router.handle_end((WORKSPACE, EXPOSER), &report, world.now, &mut out);
-    let [Output::Send(to, FromHub::Reply { id: 7, reply: Reply::Error(told) }), closing] = &out[..]
+    let [
+        Output::Record(WORKSPACE, Event::TunnelRefused { .. }),
+        Output::Send(to, FromHub::Reply { id: 7, reply: Reply::Error(told) }),
+        closing,
+    ] = &out[..]
     else {
         panic!("{out:?}");
     };
@@ -406,8 +417,8 @@ fn the_newest_agent_session_displaces_and_commands_do_not() {
     );
     assert!(displaced);
     let older = world.exposer;
-    assert_eq!(replied(&world, &out[..1]), ErrorCode::Offline);
-    assert!(matches!(&out[1..], [Output::Close(session, report, close::DISPLACED)]
+    assert_eq!(replied(&world, &out[..2]), ErrorCode::Offline);
+    assert!(matches!(&out[2..], [Output::Close(session, report, close::DISPLACED)]
             if *session == older && report.code == ErrorCode::Displaced));
     // The older one leaving does not take the newer one down.
     world.router.handle_logout(older, &mut Vec::new());

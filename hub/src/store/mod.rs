@@ -6,6 +6,8 @@
 //! each of the two locks holds alone. SQL names the schema, so no search path matters.
 
 mod agents;
+mod api_keys;
+mod audit;
 mod credentials;
 mod log;
 mod registration;
@@ -16,6 +18,8 @@ mod wraps;
 use std::time::Duration;
 
 pub use agents::{AgentLogin, KnownAgent, Upserted};
+pub use api_keys::{Authorized, key_id};
+pub use audit::{AuditBounds, AuditFilter};
 use connect_spec::ids::WorkspaceId;
 pub use credentials::{CredentialRow, NewCredential};
 pub use registration::create_token;
@@ -71,6 +75,22 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// Whether the same may succeed later: the database is away, or has too much to do.
+    #[must_use]
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Database(error) => error.as_database_error().is_none_or(|error| {
+                // Classes of SQLSTATE: connection, conflict, resources, operator.
+                let code = error.code().unwrap_or_default();
+                ["08", "40", "53", "57"].iter().any(|class| code.starts_with(class))
+            }),
+            Self::Migrate(_)
+            | Self::Corrupt(_)
+            | Self::Privileged { .. }
+            | Self::Version { .. } => false,
+        }
+    }
+
     /// What a person can do about it.
     #[must_use]
     pub fn hint(&self) -> Option<&'static str> {

@@ -12,8 +12,10 @@ use super::{StoreError, WorkspaceTx, fixed, unsigned};
 /// What came of [`WorkspaceTx::expose`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exposed {
-    /// Stored.
-    Done,
+    /// Stored; it was not there before.
+    New,
+    /// Stored over an older record.
+    Renewed,
     /// This agent has the name (or the id) already.
     TakenBy(AgentId),
     /// The hub holds a newer record of this service.
@@ -78,7 +80,7 @@ impl WorkspaceTx {
         .execute(self.connection())
         .await?;
         if inserted.rows_affected() == 1 {
-            return Ok(Exposed::Done);
+            return Ok(Exposed::New);
         }
         let holder: Option<(Vec<u8>,)> = sqlx::query_as(
             "SELECT agent_id FROM connect.services
@@ -107,7 +109,7 @@ impl WorkspaceTx {
         .bind(record.sealed.0.as_slice())
         .execute(self.connection())
         .await?;
-        Ok(if updated.rows_affected() == 1 { Exposed::Done } else { Exposed::Stale })
+        Ok(if updated.rows_affected() == 1 { Exposed::Renewed } else { Exposed::Stale })
     }
 
     /// Removes a service of `agent`; false when it has none of this id.

@@ -90,7 +90,7 @@ async fn populate(store: &Store, workspace: WorkspaceId) {
     };
     assert!(tx.insert_credential(&credential).await.unwrap());
     insert_agent(&mut tx, AGENT, Some(CREDENTIAL)).await;
-    assert_eq!(tx.expose(AGENT, SERVICE, TAG, &record(1)).await.unwrap(), Exposed::Done);
+    assert_eq!(tx.expose(AGENT, SERVICE, TAG, &record(1)).await.unwrap(), Exposed::New);
     tx.append_to_log(&[entry(workspace)]).await.unwrap();
     tx.commit().await.unwrap();
 }
@@ -372,7 +372,7 @@ async fn a_name_belongs_to_one_agent_and_counters_do_not_fall() {
         let expose = async |agent, service, tag, counter| {
             let mut tx = store.workspace(A).await.unwrap();
             let exposed = tx.expose(agent, service, tag, &record(counter)).await.unwrap();
-            if exposed == Exposed::Done {
+            if matches!(exposed, Exposed::New | Exposed::Renewed) {
                 tx.commit().await.unwrap();
             }
             exposed
@@ -383,18 +383,18 @@ async fn a_name_belongs_to_one_agent_and_counters_do_not_fall() {
             expose(OTHER_AGENT, SERVICE, LookupTag([50; 16]), 9).await,
             Exposed::TakenBy(AGENT)
         );
-        assert_eq!(expose(AGENT, SERVICE, TAG, 5).await, Exposed::Done);
-        assert_eq!(expose(AGENT, SERVICE, TAG, 5).await, Exposed::Done);
+        assert_eq!(expose(AGENT, SERVICE, TAG, 5).await, Exposed::New);
+        assert_eq!(expose(AGENT, SERVICE, TAG, 5).await, Exposed::Renewed);
         assert_eq!(expose(AGENT, SERVICE, TAG, 4).await, Exposed::Stale);
         // The same name with a new id, as after a lost home directory's twin; the old row gives way.
-        assert_eq!(expose(AGENT, new, TAG, 1).await, Exposed::Done);
+        assert_eq!(expose(AGENT, new, TAG, 1).await, Exposed::New);
         let mut tx = store.workspace(A).await.unwrap();
         assert_eq!(tx.exposer_of(SERVICE).await.unwrap(), None);
         assert_eq!(tx.find_by_tag(TAG).await.unwrap().unwrap().service_id, new);
         assert!(!tx.unexpose(OTHER_AGENT, new).await.unwrap());
         assert!(tx.unexpose(AGENT, new).await.unwrap());
         tx.commit().await.unwrap();
-        assert_eq!(expose(OTHER_AGENT, new, TAG, 1).await, Exposed::Done);
+        assert_eq!(expose(OTHER_AGENT, new, TAG, 1).await, Exposed::New);
 
         let mut tx = store.workspace(A).await.unwrap();
         assert!(tx.publish_agent(AGENT, &record(2)).await.unwrap());

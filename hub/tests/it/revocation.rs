@@ -308,7 +308,7 @@ async fn beats_are_of_others_and_signed_by_them() {
     let head = workspace.head();
     async fn exchange(control: &mut Control, mine: Option<Blob>) -> Vec<Blob> {
         match control.request(Request::Beats { mine }).await {
-            Reply::Beats { beats } => beats.into_iter().map(|listed| listed.beat).collect(),
+            Reply::Beats { beats, .. } => beats.into_iter().map(|listed| listed.beat).collect(),
             other => panic!("{other:?}"),
         }
     }

@@ -3,7 +3,10 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use connect_spec::ids::{CredentialId, Label, ServiceName};
+use connect_spec::{
+    audit::ApiKeyId,
+    ids::{CredentialId, Label, ServiceName},
+};
 
 /// Reach private services by name, end to end encrypted through a hub that cannot read them.
 #[derive(Debug, Parser)]
@@ -89,6 +92,60 @@ pub(crate) enum Command {
     Rotate,
     /// Show how the running agent is doing; exits 0 only when it is connected.
     Status,
+    /// Show what happened in the workspace, as the hub recorded it.
+    Audit(Audit),
+    /// Manage the keys with which programs read the workspace at the hub over HTTP.
+    #[command(subcommand)]
+    ApiKey(ApiKey),
+}
+
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(crate) struct Audit {
+    /// Leave out what is older: `30m`, `1h`, `7d`.
+    #[arg(long, value_parser = duration)]
+    pub(crate) since: Option<Duration>,
+    /// Go on with what happens from now on, until Ctrl-C.
+    #[arg(long, short)]
+    pub(crate) follow: bool,
+    #[command(subcommand)]
+    pub(crate) command: Option<AuditCommand>,
+}
+
+#[derive(Debug, Clone, Copy, Subcommand)]
+pub(crate) enum AuditCommand {
+    /// Read the whole log and check that no row was changed, removed or put elsewhere; exits 7 otherwise.
+    Verify,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ApiKey {
+    /// Make a key and print it; it is shown this once.
+    Create {
+        /// What it may do; repeatable.
+        #[arg(long = "scope", value_enum, default_value = "read")]
+        scopes: Vec<Scope>,
+        /// How long it is valid: `12h`, `30d`, up to `366d`.
+        #[arg(long, default_value = "90d", value_parser = long_duration)]
+        expires: Duration,
+    },
+    /// List the keys.
+    List,
+    /// End a key.
+    Revoke {
+        /// Its id, as `list` shows it.
+        id: ApiKeyId,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Scope {
+    /// List services, agents, tunnels and shares, as opaque ids with their sealed records.
+    Read,
+    /// Read the audit log.
+    Audit,
+    /// Cut tunnels.
+    Write,
 }
 
 #[derive(Debug, Args)]
@@ -266,7 +323,18 @@ pub(crate) struct Reach {
     pub(crate) run: Run,
 }
 
+/// The longest that an API key is valid.
+const MAX_API_KEY_AGE: Duration = Duration::from_secs(366 * 24 * 3600);
+
 fn duration(text: &str) -> Result<Duration, String> {
+    bounded(text, connect_spec::limits::MAX_CERTS)
+}
+
+fn long_duration(text: &str) -> Result<Duration, String> {
+    bounded(text, MAX_API_KEY_AGE)
+}
+
+fn bounded(text: &str, longest: Duration) -> Result<Duration, String> {
     let wrong = || format!("`{text}` is not a time such as `30m`, `1h` or `7d`");
     let unit = text.chars().next_back().ok_or_else(wrong)?;
     let seconds = match unit {
@@ -278,8 +346,11 @@ fn duration(text: &str) -> Result<Duration, String> {
     };
     let number: u64 = text[..text.len() - 1].parse().map_err(|_| wrong())?;
     match number.checked_mul(seconds).map(Duration::from_secs) {
-        Some(time) if !time.is_zero() && time <= connect_spec::limits::MAX_CERTS => Ok(time),
-        _ => Err("the time must be between 1 second and 90 days".to_owned()),
+        Some(time) if !time.is_zero() && time <= longest => Ok(time),
+        _ => {
+            let days = longest.as_secs() / (24 * 3600);
+            Err(format!("the time must be between 1 second and {days} days"))
+        }
     }
 }
 

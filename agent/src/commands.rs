@@ -7,16 +7,18 @@ use std::{
     path::Path,
     process::{Child, Stdio},
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use clap::CommandFactory;
 use connect_agent::{
-    Directory, Error, ErrorKind, Governor, Home, HomeLock, Host, Keep, Options, RekeyAfter, Result,
+    AuditReader, Directory, Error, ErrorKind, Governor, Home, HomeLock, Host, Keep, Options,
+    RekeyAfter, Result,
     local::{self, Answer, Command as Ask},
 };
 use connect_crypto::words::workspace_words;
 use connect_spec::{
+    audit::Scope,
     ids::{CredentialId, Label, ServiceName},
     log::Policy,
     objects::{AgentRole, SignerRole},
@@ -26,7 +28,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use zeroize::Zeroizing;
 
 use crate::{
-    cli::{self, Cli, Command, Encoding, Trust},
+    cli::{self, AuditCommand, Cli, Command, Encoding, Trust},
     output::{self, Output},
     passphrase::Source,
 };
@@ -39,6 +41,9 @@ const DETACH_TIMEOUT: Duration = Duration::from_secs(15);
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// A foreground command that finds no hub tries again after this time.
 const RETRY: Duration = Duration::from_secs(1);
+
+/// `audit --follow` looks for new rows this often.
+const FOLLOW_PAUSE: Duration = Duration::from_secs(1);
 
 /// More than 24 words of any list.
 const MAX_WORDS_BYTES: usize = 1024;
@@ -73,7 +78,55 @@ pub(crate) async fn run(cli: Cli, output: Output) -> Result<()> {
         Command::Verify { agent } => run_verify(&home, agent.as_deref(), output).await,
         Command::Rotate => run_rotate(&home, output).await,
         Command::Status => run_status(&home, output).await,
+        Command::Audit(audit) => run_audit(&home, audit, output).await,
+        Command::ApiKey(command) => run_api_key(&home, command, output).await,
     }
+}
+
+async fn run_audit(home: &Home, audit: cli::Audit, output: Output) -> Result<()> {
+    output::log_to_stderr("warn");
+    let directory = Directory::open(home).await?;
+    if let Some(AuditCommand::Verify) = audit.command {
+        output.audit_verdict(&AuditReader::new(directory, None).await?.verify().await?);
+        return Ok(());
+    }
+    let since = audit.since.map(|ago| {
+        let time = SystemTime::now().checked_sub(ago).unwrap_or(UNIX_EPOCH);
+        let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    });
+    let mut reader = AuditReader::new(directory, since).await?;
+    loop {
+        while let Some(row) = reader.next().await? {
+            output.audit_row(&row);
+        }
+        output::flush();
+        if !audit.follow {
+            return Ok(());
+        }
+        tokio::time::sleep(FOLLOW_PAUSE).await;
+    }
+}
+
+async fn run_api_key(home: &Home, command: cli::ApiKey, output: Output) -> Result<()> {
+    output::log_to_stderr("warn");
+    let directory = Directory::open(home).await?;
+    match command {
+        cli::ApiKey::Create { scopes, expires } => {
+            let scopes = scopes.into_iter().map(|scope| match scope {
+                cli::Scope::Read => Scope::Read,
+                cli::Scope::Audit => Scope::Audit,
+                cli::Scope::Write => Scope::Write,
+            });
+            output.api_key_created(&directory.create_api_key(scopes.collect(), expires).await?);
+        }
+        cli::ApiKey::List => output.api_keys(&directory.api_keys().await?),
+        cli::ApiKey::Revoke { id } => {
+            directory.revoke_api_key(id).await?;
+            output.note("The key is revoked.");
+        }
+    }
+    Ok(())
 }
 
 async fn run_init(home: &Home, init: cli::Init, output: Output) -> Result<()> {

@@ -1,10 +1,13 @@
 //! What the hub lists, read with eyes of our own: every record is opened and verified, and one that
 //! does not hold is an error or left out, never shown.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use connect_spec::{
-    control::{ListedAgent, ListedService, Reply, Request, SealedRecord, SessionKind},
+    audit::{ApiKeyId, Scope},
+    control::{
+        ApiKey, ListedAgent, ListedApiKey, ListedService, Reply, Request, SealedRecord, SessionKind,
+    },
     ids::{AgentId, Label, ServiceId, ServiceName},
     objects::{AgentRecord, AgentRole, Attributes, Credential, ServiceRecord, UnixTime},
     signed::Signed,
@@ -75,6 +78,27 @@ pub struct AgentInfo {
     pub online: bool,
     /// Whether it was revoked.
     pub revoked: bool,
+}
+
+/// An API key that was just made. Debug output does not show it.
+#[derive(Debug, Clone, Serialize)]
+pub struct NewApiKey {
+    /// The key: a secret.
+    pub key: ApiKey,
+    /// Its id.
+    pub key_id: ApiKeyId,
+    /// Until when it is valid.
+    pub expires_at: UnixTime,
+}
+
+/// An API key, for people.
+#[derive(Debug, Clone, Serialize)]
+pub struct ApiKeyInfo {
+    /// What the hub knows of it.
+    #[serde(flatten)]
+    pub key: ListedApiKey,
+    /// What people call the agent that made it.
+    pub label: Option<String>,
 }
 
 /// What two people compare: see [`Directory::verify`].
@@ -413,6 +437,46 @@ impl Directory {
                 return Ok(all);
             }
         }
+    }
+
+    /// Makes a key with which programs read this workspace at the hub over HTTP.
+    ///
+    /// # Errors
+    /// What the hub has against it.
+    pub async fn create_api_key(
+        &self,
+        scopes: Vec<Scope>,
+        valid_for: Duration,
+    ) -> Result<NewApiKey> {
+        let request = Request::CreateApiKey { scopes, valid_for: valid_for.as_secs() };
+        let Reply::ApiKeyCreated { key, key_id, expires_at } =
+            self.session().request(request).await?
+        else {
+            return Err(unexpected_reply());
+        };
+        Ok(NewApiKey { key, key_id, expires_at })
+    }
+
+    /// The API keys of the workspace.
+    ///
+    /// # Errors
+    /// What the hub has against it.
+    pub async fn api_keys(&self) -> Result<Vec<ApiKeyInfo>> {
+        let Reply::ApiKeys { keys } = self.session().request(Request::ApiKeys).await? else {
+            return Err(unexpected_reply());
+        };
+        let agents = self.agents().await?;
+        let label = |id| agents.iter().find(|agent| agent.agent_id == id).map(|a| a.label.clone());
+        let with_label = keys.into_iter().map(|key| ApiKeyInfo { label: label(key.agent_id), key });
+        Ok(with_label.collect())
+    }
+
+    /// Ends an API key.
+    ///
+    /// # Errors
+    /// What the hub has against it, such as that there is none of this id.
+    pub async fn revoke_api_key(&self, key_id: ApiKeyId) -> Result<()> {
+        self.session().request(Request::RevokeApiKey { key_id }).await.map(|_| ())
     }
 
     fn open_agent(&self, listed: &ListedAgent) -> Result<ListedMember> {

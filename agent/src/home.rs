@@ -20,6 +20,7 @@ use connect_crypto::{
     keys::{SigningKey, StaticKeypair, WrapKeypair},
 };
 use connect_spec::{
+    audit::AuditHead,
     bytes::Blob,
     control::PresentedBlobs,
     hash::hash16,
@@ -40,6 +41,7 @@ use crate::{
 
 /// Longest path of a Unix socket that every system takes.
 const MAX_SOCKET_PATH: usize = 100;
+const SEEN_AUDIT: &str = "trust/audit.json";
 
 /// The directory of one agent.
 #[derive(Debug, Clone)]
@@ -570,6 +572,15 @@ impl Home {
 
     pub(crate) fn save_peers(&self, peers: &Peers) -> Result<()> {
         self.write_json("trust/peers.json", peers)
+    }
+
+    /// Where the audit log was seen to end, at different times.
+    pub(crate) fn load_seen_audit(&self) -> Result<Vec<AuditHead>> {
+        self.read_json_or_default(SEEN_AUDIT)
+    }
+
+    pub(crate) fn save_seen_audit(&self, seen: &[AuditHead]) -> Result<()> {
+        self.write_json(SEEN_AUDIT, &seen)
     }
 
     pub(crate) fn read(&self, name: &str) -> Result<Vec<u8>> {

@@ -19,6 +19,7 @@ use tokio::{sync::Notify, time::timeout};
 
 use crate::{
     agent::Core,
+    audit::remember_audit,
     clock,
     directory::{Directory, unexpected_reply},
     error::{Error, ErrorKind, Result},
@@ -124,9 +125,12 @@ async fn exchange_beats(core: &Core, session: &Session) -> Result<()> {
         });
         Blob(beat.encode())
     });
-    let Reply::Beats { beats, .. } = session.request(Request::Beats { mine }).await? else {
+    let Reply::Beats { beats, audit } = session.request(Request::Beats { mine }).await? else {
         return Err(unexpected_reply());
     };
+    if let Some(head) = audit {
+        remember_audit(core.workspace.home(), head)?;
+    }
     let now = Instant::now();
     for shown in beats {
         let Ok(beat) = Signed::<Beat>::decode(&shown.beat.0) else {

@@ -21,6 +21,7 @@
 //! Deliberately absent: a way to speak without encryption, and any key that the hub could have chosen.
 
 mod agent;
+mod audit;
 mod catch_up;
 mod clock;
 mod directory;
@@ -45,7 +46,10 @@ mod workspace;
 pub use connect_crypto::custody::Passphrase;
 
 pub use agent::{Agent, Options, Rotated, rotate};
-pub use directory::{AgentInfo, Directory, ListedMember, ServiceInfo, Verification};
+pub use audit::{AuditReader, AuditVerdict, RecordedRow};
+pub use directory::{
+    AgentInfo, ApiKeyInfo, Directory, ListedMember, NewApiKey, ServiceInfo, Verification,
+};
 pub use engine::rekey::RekeyAfter;
 pub use enrol::{FIRST_INVITE, Founded, init, invite, join};
 pub use error::{Error, ErrorKind, Result};

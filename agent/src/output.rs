@@ -3,8 +3,8 @@
 use std::io::{IsTerminal, Write};
 
 use connect_agent::{
-    AgentInfo, EntryInfo, Error, Founded, InviteInfo, Recovered, Revoked, Rotated, ServiceInfo,
-    Verification,
+    AgentInfo, ApiKeyInfo, AuditVerdict, EntryInfo, Error, Founded, InviteInfo, NewApiKey,
+    RecordedRow, Recovered, Revoked, Rotated, ServiceInfo, Verification,
     local::{AgentStatus, ExposedStatus, ReachedStatus, TrustStatus},
 };
 use connect_spec::objects::UnixTime;
@@ -285,9 +285,107 @@ impl Output {
         print_words(&recovered.recovery_words);
     }
 
+    pub(crate) fn audit_row(self, row: &RecordedRow) {
+        if self.json {
+            print_json(row);
+            return;
+        }
+        let serde_json::Value::Object(mut fields) =
+            serde_json::to_value(&row.recorded).expect("plain data becomes JSON")
+        else {
+            return;
+        };
+        let mut take = |name: &str| fields.remove(name).map(|value| shown(&value));
+        let (_, kind) = (take("at"), take("kind").unwrap_or_default());
+        let mut line = format!("{:>6}  {}  {kind:<18}", row.seq, date(row.recorded.at / 1000));
+        for (name, known, id) in [
+            ("agent", row.agent.clone(), take("agent_id")),
+            ("peer", row.peer.clone(), take("peer_id")),
+            ("service", row.service.as_ref().map(ToString::to_string), take("service_id")),
+        ] {
+            if let Some(id) = id {
+                let short = || id.get(..8).unwrap_or(&id).to_owned();
+                line.push_str(&format!(" {name}={}", known.unwrap_or_else(short)));
+            }
+        }
+        for (name, value) in &fields {
+            line.push_str(&format!(" {name}={}", shown(value)));
+        }
+        println!("{line}");
+    }
+
+    pub(crate) fn audit_verdict(self, verdict: &AuditVerdict) {
+        if self.json {
+            print_json(verdict);
+            return;
+        }
+        let head = verdict.head.hash.to_string();
+        println!(
+            "{} rows hold, up to row {} ({})",
+            verdict.rows,
+            verdict.head.seq,
+            head.get(..16).unwrap_or(&head)
+        );
+        if verdict.expired > 0 {
+            self.note(format_args!(
+                "Rows up to {} were removed for their age, which a later row says.",
+                verdict.expired
+            ));
+        }
+        match verdict.seen {
+            0 => self.note(
+                "This agent never saw the log before, so what was changed until now it cannot know.",
+            ),
+            seen => self.note(format_args!("It goes on from where this agent saw it end, {seen} times.")),
+        }
+    }
+
+    pub(crate) fn api_key_created(self, created: &NewApiKey) {
+        if self.json {
+            print_json(created);
+            return;
+        }
+        println!("{}", created.key.reveal());
+        self.note(format_args!(
+            "Key {} is valid until {}. It is shown this once.",
+            created.key_id,
+            date(created.expires_at)
+        ));
+    }
+
+    pub(crate) fn api_keys(self, keys: &[ApiKeyInfo]) {
+        if self.json {
+            print_json(keys);
+            return;
+        }
+        if keys.is_empty() {
+            self.note("There is no API key.");
+        }
+        table(keys.iter().map(|info| {
+            let key = &info.key;
+            let scopes: Vec<String> = key
+                .scopes
+                .iter()
+                .map(|scope| shown(&serde_json::to_value(scope).unwrap_or_default()))
+                .collect();
+            [
+                key.key_id.to_string(),
+                info.label.clone().unwrap_or_else(|| key.agent_id.short()),
+                scopes.join(","),
+                format!("until {}", date(key.expires_at)),
+                key.last_used_at.map_or("never used".to_owned(), |at| format!("used {}", date(at))),
+            ]
+        }));
+    }
+
     pub(crate) fn stopped(self) {
         self.note("The agent is stopped.");
     }
+}
+
+/// A field of an event: text without quotes.
+fn shown(value: &serde_json::Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
 /// Recovery words, six a line.

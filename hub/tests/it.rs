@@ -14,6 +14,8 @@ mod process;
 #[path = "it/template.rs"]
 mod template;
 
+#[path = "it/audit.rs"]
+mod audit;
 #[path = "it/isolation.rs"]
 mod isolation;
 #[path = "it/operation.rs"]

@@ -362,6 +362,31 @@ pub enum Event {
     Unknown,
 }
 
+/// The ids in an event that have names.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct EventIds {
+    /// Who acted.
+    pub agent: Option<AgentId>,
+    /// With whom.
+    pub peer: Option<AgentId>,
+    /// About which service.
+    pub service: Option<ServiceId>,
+}
+
+impl Event {
+    /// The ids in it that have names.
+    #[must_use]
+    pub fn ids(&self) -> EventIds {
+        let fields = serde_json::to_value(self).unwrap_or_default();
+        let field = |name: &str| fields.get(name).and_then(serde_json::Value::as_str);
+        EventIds {
+            agent: field("agent_id").and_then(|id| id.parse().ok()),
+            peer: field("peer_id").and_then(|id| id.parse().ok()),
+            service: field("service_id").and_then(|id| id.parse().ok()),
+        }
+    }
+}
+
 /// The hash of a row:
 /// `SHA-256("connect/v1 audit" || 0x00 || workspace_id 32 || seq u64 || previous hash 32 || event)`.
 #[must_use]
@@ -405,20 +430,20 @@ pub struct Chain {
     workspace: WorkspaceId,
     base: AuditHead,
     head: AuditHead,
-    seen: Option<AuditHead>,
+    seen: Vec<AuditHead>,
     expired: u64,
 }
 
 impl Chain {
-    /// Begins after `base`: [`AuditHead::EMPTY`], or the last row that was removed for its age. `seen` is
-    /// the head that was remembered when the log was read before.
+    /// Begins after `base`: [`AuditHead::EMPTY`], or the last row that was removed for its age. `seen` are
+    /// heads that were remembered, in any order.
     ///
     /// # Errors
-    /// [`AuditFault::Rewritten`] when `base` is the row that was seen, and another one.
+    /// [`AuditFault::Rewritten`] when `base` is a row that was seen, and another one.
     pub fn new(
         workspace: WorkspaceId,
         base: AuditHead,
-        seen: Option<AuditHead>,
+        seen: Vec<AuditHead>,
     ) -> Result<Self, AuditFault> {
         let chain = Self { workspace, base, head: base, seen, expired: 0 };
         if base.seq == 0 && base.hash != AuditHead::EMPTY.hash {
@@ -429,12 +454,11 @@ impl Chain {
     }
 
     fn check_seen(&self) -> Result<(), AuditFault> {
-        match self.seen {
-            Some(seen) if seen.seq == self.head.seq && seen.hash != self.head.hash => {
-                Err(AuditFault::Rewritten(seen.seq))
-            }
-            Some(_) | None => Ok(()),
+        let differs = |seen: &AuditHead| seen.seq == self.head.seq && seen.hash != self.head.hash;
+        if self.seen.iter().any(differs) {
+            return Err(AuditFault::Rewritten(self.head.seq));
         }
+        Ok(())
     }
 
     /// The last row so far.
@@ -471,11 +495,11 @@ impl Chain {
         Ok(recorded)
     }
 
-    /// All rows were taken: `head` is where the log says that it ends.
+    /// All rows were taken: `head` is where the log says that it ends. More may be taken later.
     ///
     /// # Errors
     /// [`AuditFault`].
-    pub fn end(self, head: AuditHead) -> Result<AuditHead, AuditFault> {
+    pub fn check_end(&self, head: AuditHead) -> Result<(), AuditFault> {
         if head.seq > self.head.seq {
             return Err(AuditFault::Missing(self.head.seq + 1));
         }
@@ -485,14 +509,14 @@ impl Chain {
         if head.hash != self.head.hash {
             return Err(AuditFault::Changed(head.seq));
         }
-        if let Some(seen) = self.seen.filter(|seen| seen.seq > head.seq) {
-            return Err(AuditFault::Shortened(seen.seq));
+        if let Some(seen) = self.seen.iter().map(|seen| seen.seq).find(|seq| *seq > head.seq) {
+            return Err(AuditFault::Shortened(seen));
         }
         // What was removed before it was ever seen must at least be said to be gone.
         if self.base.seq > self.expired {
             return Err(AuditFault::Removed(self.base.seq));
         }
-        Ok(head)
+        Ok(())
     }
 }
 
@@ -534,11 +558,12 @@ mod tests {
         end: AuditHead,
         seen: Option<AuditHead>,
     ) -> Result<AuditHead, AuditFault> {
-        let mut chain = Chain::new(WORKSPACE, base, seen)?;
+        let mut chain = Chain::new(WORKSPACE, base, seen.into_iter().collect())?;
         for row in rows {
             chain.next(row)?;
         }
-        chain.end(end)
+        chain.check_end(end)?;
+        Ok(chain.head())
     }
 
     #[test]
@@ -604,7 +629,7 @@ mod tests {
     #[test]
     fn rows_of_another_workspace_are_not_taken() {
         let rows = log(2);
-        let mut chain = Chain::new(WorkspaceId([8; 32]), AuditHead::EMPTY, None).unwrap();
+        let mut chain = Chain::new(WorkspaceId([8; 32]), AuditHead::EMPTY, Vec::new()).unwrap();
         assert_eq!(chain.next(&rows[0]), Err(AuditFault::Changed(1)));
     }
 

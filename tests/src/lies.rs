@@ -716,6 +716,9 @@ impl Liar {
             | Reply::Services { .. }
             | Reply::TunnelAccepted { .. }
             | Reply::Beats { .. }
+            | Reply::Audit { .. }
+            | Reply::ApiKeyCreated { .. }
+            | Reply::ApiKeys { .. }
             | Reply::MissingWraps { .. }
             | Reply::Wrap { .. }
             | Reply::Credentials { .. }

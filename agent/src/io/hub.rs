@@ -229,7 +229,10 @@ impl Greeted {
             | Reply::Beats { .. }
             | Reply::MissingWraps { .. }
             | Reply::Wrap { .. }
-            | Reply::Credentials { .. } => Err(no_hub()),
+            | Reply::Credentials { .. }
+            | Reply::Audit { .. }
+            | Reply::ApiKeyCreated { .. }
+            | Reply::ApiKeys { .. } => Err(no_hub()),
         }
     }
 

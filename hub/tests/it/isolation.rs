@@ -3,6 +3,7 @@
 use std::{future::Future, panic::AssertUnwindSafe, time::Duration};
 
 use connect_hub::{
+    audit::now,
     cluster::{Cluster, DataDir},
     store::{
         APP_ROLE, AgentLogin, Exposed, NewCredential, Store, StoreError, Upserted, WorkspaceTx,
@@ -10,7 +11,8 @@ use connect_hub::{
     },
 };
 use connect_spec::{
-    control::{EpochWrap, PresentedBlobs, RegistrationToken, SealedRecord},
+    audit::{Event, Scope},
+    control::{ApiKey, EpochWrap, PresentedBlobs, RegistrationToken, SealedRecord},
     ids::{AgentId, CredentialId, LookupTag, ServiceId, WorkspaceId},
     keys::{IdentityKey, Signature, StaticPublicKey},
     log::{Change, Entry, EntryHash, LogEntry, Policy},
@@ -25,8 +27,8 @@ use sqlx::{
 
 use crate::template::place;
 
-const A: WorkspaceId = WorkspaceId([0xaa; 32]);
-const B: WorkspaceId = WorkspaceId([0xbb; 32]);
+pub(crate) const A: WorkspaceId = WorkspaceId([0xaa; 32]);
+pub(crate) const B: WorkspaceId = WorkspaceId([0xbb; 32]);
 const AGENT: AgentId = AgentId([1; 16]);
 const OTHER_AGENT: AgentId = AgentId([2; 16]);
 const CREDENTIAL: CredentialId = CredentialId([3; 16]);
@@ -34,7 +36,7 @@ const SERVICE: ServiceId = ServiceId([4; 16]);
 const TAG: LookupTag = LookupTag([5; 16]);
 
 /// Runs a test on a cluster of its own, which is gone afterwards whatever happened.
-async fn with_cluster<T: Future<Output = ()>>(
+pub(crate) async fn with_cluster<T: Future<Output = ()>>(
     test: impl FnOnce(PgConnectOptions, PgConnectOptions) -> T,
 ) {
     let (_dir, data_dir) = place().await;
@@ -92,6 +94,9 @@ async fn populate(store: &Store, workspace: WorkspaceId) {
     insert_agent(&mut tx, AGENT, Some(CREDENTIAL)).await;
     assert_eq!(tx.expose(AGENT, SERVICE, TAG, &record(1)).await.unwrap(), Exposed::New);
     tx.append_to_log(&[entry(workspace)]).await.unwrap();
+    let key = ApiKey::new(workspace.0);
+    tx.insert_api_key(AGENT, &key, &[Scope::Read], Duration::from_secs(60)).await.unwrap();
+    tx.record(&[now(Event::LogReplaced { base: 1 })]).await.unwrap();
     tx.commit().await.unwrap();
 }
 
@@ -124,7 +129,7 @@ async fn tables(connection: &mut PgConnection) -> Vec<String> {
 }
 
 /// What [`Store::workspace`] does, for statements of our own.
-async fn enter(
+pub(crate) async fn enter(
     session: &mut PgConnection,
     workspace: WorkspaceId,
 ) -> sqlx::Transaction<'_, sqlx::Postgres> {
@@ -266,7 +271,14 @@ async fn the_catalog_has_no_hole() {
         .fetch_all(&mut owner)
         .await
         .unwrap();
-        assert_eq!(definers, [("spend_registration_token".to_owned(), "connect_lookup".to_owned(), true)]);
+        let expected = [
+            ("append_audit", "connect_audit"),
+            ("expire_audit", "connect_audit"),
+            ("spend_registration_token", "connect_lookup"),
+            ("workspace_of_api_key", "connect_lookup"),
+        ];
+        let expected = expected.map(|(name, owner)| (name.to_owned(), owner.to_owned(), true));
+        assert_eq!(definers, expected);
         let (login, members): (bool, i64) = sqlx::query_as(
             "SELECT r.rolcanlogin, (SELECT count(*) FROM pg_auth_members m WHERE m.roleid = r.oid)
              FROM pg_roles r WHERE r.rolname = 'connect_lookup'",
@@ -319,13 +331,13 @@ async fn a_role_that_could_see_more_is_refused() {
             .unwrap();
         Store::connect(app.clone()).await.unwrap();
 
-        sqlx::query("DELETE FROM connect.schema_history WHERE version = 4")
+        sqlx::query("DELETE FROM connect.schema_history WHERE version = 7")
             .execute(&mut owner)
             .await
             .unwrap();
         assert!(matches!(
             Store::connect(app).await,
-            Err(StoreError::Version { found: 3, wanted: 4 })
+            Err(StoreError::Version { found: 6, wanted: 7 })
         ));
     })
     .await;
@@ -383,7 +395,7 @@ async fn a_name_belongs_to_one_agent_and_counters_do_not_fall() {
             expose(OTHER_AGENT, SERVICE, LookupTag([50; 16]), 9).await,
             Exposed::TakenBy(AGENT)
         );
-        assert_eq!(expose(AGENT, SERVICE, TAG, 5).await, Exposed::New);
+        assert_eq!(expose(AGENT, SERVICE, TAG, 5).await, Exposed::Renewed);
         assert_eq!(expose(AGENT, SERVICE, TAG, 5).await, Exposed::Renewed);
         assert_eq!(expose(AGENT, SERVICE, TAG, 4).await, Exposed::Stale);
         // The same name with a new id, as after a lost home directory's twin; the old row gives way.

@@ -50,6 +50,7 @@ pub(crate) struct World {
     pub(crate) dialer: Dialer,
     pub(crate) workspace: Workspace,
     pub(crate) exposer: Agent,
+    pub(crate) reacher: Agent,
     pub(crate) exposing: Control,
     pub(crate) reaching: Control,
     next_tunnel: u8,
@@ -92,7 +93,7 @@ impl World {
         let welcome = reaching.try_log_in(&reacher, |_| ()).await;
         assert!(matches!(welcome, FromHub::Welcome { .. }), "{welcome:?}");
         exposing.done(expose(SERVICE, TAG, 1)).await;
-        Self { hub, dialer, workspace, exposer, exposing, reaching, next_tunnel: 0 }
+        Self { hub, dialer, workspace, exposer, reacher, exposing, reaching, next_tunnel: 0 }
     }
 
     /// Opens and accepts a tunnel: the reacher's and the exposer's tickets.

@@ -26,6 +26,7 @@ use crate::{
     effects::Queue,
     limits::{MAX_OUTGOING, MAX_WORKSPACE_HELD_BYTES},
     relay::{Leg, Meter, Side},
+    rest::Rates,
     router::{AgentKey, Claim, JoinedTunnel, Member, Output, Router, SessionId, TunnelSerial},
     server::Conn,
     store::Store,
@@ -107,6 +108,7 @@ pub struct Hub {
     changed: Queue,
     to_judge: Queue,
     audit: audit::Queue,
+    rates: Rates,
     state: Mutex<State>,
     /// Told when the router may have an earlier deadline.
     deadline_changed: Notify,
@@ -125,6 +127,7 @@ impl Hub {
             changed: Queue::default(),
             to_judge: Queue::default(),
             audit: audit::Queue::default(),
+            rates: Rates::default(),
             state: Mutex::default(),
             deadline_changed: Notify::new(),
             stopping: watch::Sender::new(false),
@@ -159,6 +162,12 @@ impl Hub {
     #[must_use]
     pub fn audit(&self) -> &audit::Queue {
         &self.audit
+    }
+
+    /// What API keys may still ask for.
+    #[must_use]
+    pub fn rates(&self) -> &Rates {
+        &self.rates
     }
 
     /// What the checks of a connection depend on.

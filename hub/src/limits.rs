@@ -83,6 +83,17 @@ pub const MAX_API_KEYS: i64 = 100;
 pub const MAX_API_KEY_AGE: Duration = Duration::from_secs(366 * 24 * 3600);
 /// API keys that have expired are listed for so long.
 pub const EXPIRED_API_KEYS_LISTED: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Requests that an API key may make in a second, on average: scripts and dashboards poll slower, and each
+/// costs two transactions.
+pub const API_KEY_RATE: u32 = 20;
+/// Requests that an API key may make at once: the pages of a list.
+pub const API_KEY_BURST: u32 = 100;
+/// API keys whose rates are remembered; those that rest are forgotten then.
+pub const MAX_REST_KEYS: usize = 10_000;
+/// Items of a page that is asked for without a limit.
+pub const DEFAULT_REST_PAGE: usize = 100;
+/// Items of a page: at a few KiB each, about a megabyte.
+pub const MAX_REST_PAGE: usize = 500;
 /// Bytes of one workspace that wait at the hub for slow ends, before it gets no new tunnel: a thousand
 /// directions that stand still.
 pub const MAX_WORKSPACE_HELD_BYTES: usize = 1024 * RELAY_BUFFER_BYTES;

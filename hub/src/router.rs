@@ -7,7 +7,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     ops::Bound,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use connect_spec::{
@@ -23,6 +23,7 @@ use connect_spec::{
 };
 
 use crate::{
+    bucket::Bucket,
     limits::{MAX_TUNNELS_PER_AGENT, OPENS_PER_SEC, REVOKED_GRACE},
     relay::Side,
 };
@@ -174,41 +175,6 @@ struct Load {
     /// Asked of this agent and not answered.
     unanswered: usize,
     opens: Bucket,
-}
-
-/// A token bucket of [`OPENS_PER_SEC`] tokens that fills in a second.
-#[derive(Debug)]
-struct Bucket {
-    level: u32,
-    filled_at: Instant,
-}
-
-impl Bucket {
-    fn new(now: Instant) -> Self {
-        Self { level: OPENS_PER_SEC, filled_at: now }
-    }
-
-    /// Takes a token, or says how long until there is one.
-    fn take(&mut self, now: Instant) -> Result<(), Duration> {
-        let interval = Duration::from_secs(1) / OPENS_PER_SEC;
-        let elapsed = now.saturating_duration_since(self.filled_at);
-        let earned = u32::try_from(elapsed.as_nanos() / interval.as_nanos()).unwrap_or(u32::MAX);
-        if earned >= OPENS_PER_SEC - self.level {
-            *self = Self::new(now);
-        } else {
-            self.level += earned;
-            self.filled_at += interval * earned;
-        }
-        if self.level == 0 {
-            return Err(interval - now.saturating_duration_since(self.filled_at));
-        }
-        self.level -= 1;
-        Ok(())
-    }
-
-    fn is_full(&self, now: Instant) -> bool {
-        now.saturating_duration_since(self.filled_at) >= Duration::from_secs(1)
-    }
 }
 
 /// Where a tunnel is on its way.
@@ -753,7 +719,7 @@ impl Router {
         self.loads.entry(agent).or_insert_with(|| Load {
             tunnels: 0,
             unanswered: 0,
-            opens: Bucket::new(now),
+            opens: Bucket::new(OPENS_PER_SEC, OPENS_PER_SEC, now),
         })
     }
 

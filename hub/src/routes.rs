@@ -1,4 +1,5 @@
-//! The HTTP surface: two WebSocket upgrades for agents, two health checks for operators.
+//! The HTTP surface: two WebSocket upgrades for agents and what [`rest`](crate::rest) gives to programs,
+//! two health checks for operators.
 
 use std::sync::Arc;
 
@@ -19,6 +20,7 @@ use warp::{
 use crate::{
     hub::Hub,
     limits::READY_LIMIT,
+    rest,
     router::ClaimError,
     server::{Next, Visitor},
     tunnel::Admitted,
@@ -27,7 +29,7 @@ use crate::{
 /// Length of a `Sec-WebSocket-Key`: 16 bytes in base64 (RFC 6455 section 4.1).
 const KEY_CHARS: usize = 24;
 
-/// What agents are served: `GET /v1/agent` and `GET /v1/tunnel`.
+/// What agents and programs are served: `GET /v1/agent`, `GET /v1/tunnel`, and the rest.
 #[must_use]
 pub fn agents(hub: Arc<Hub>) -> BoxedFilter<(Response,)> {
     let upgrade = || {
@@ -36,11 +38,12 @@ pub fn agents(hub: Arc<Hub>) -> BoxedFilter<(Response,)> {
             .and(warp::ext::optional::<OnUpgrade>())
     };
     let agent = warp::path!("v1" / "agent").and(warp::get()).and(upgrade()).map(agent);
+    let rest = rest::routes(Arc::clone(&hub));
     let tunnel = warp::path!("v1" / "tunnel")
         .and(warp::get())
         .and(upgrade())
         .map(move |headers, visitor, on_upgrade| tunnel(&hub, &headers, &visitor, on_upgrade));
-    agent.or(tunnel).unify().boxed()
+    agent.or(tunnel).unify().or(rest).unify().boxed()
 }
 
 /// What operators are served: `GET /healthz` while the process lives, `GET /readyz` while it is of use.

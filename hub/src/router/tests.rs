@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use super::*;
 
 const WORKSPACE: WorkspaceId = WorkspaceId([0xaa; 32]);

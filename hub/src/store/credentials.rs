@@ -41,6 +41,14 @@ pub struct CredentialRow {
     pub join_until: u64,
 }
 
+/// A kind as its column holds it.
+fn column(kind: CredentialKind) -> i16 {
+    match kind {
+        CredentialKind::Invite => 1,
+        CredentialKind::Share => 2,
+    }
+}
+
 impl WorkspaceTx {
     /// Stores a credential, with its wrap if it is to be used; false when the id exists already.
     ///
@@ -48,10 +56,6 @@ impl WorkspaceTx {
     /// [`StoreError::Database`].
     pub async fn insert_credential(&mut self, new: &NewCredential<'_>) -> Result<bool, StoreError> {
         let workspace = self.id();
-        let kind: i16 = match new.kind {
-            CredentialKind::Invite => 1,
-            CredentialKind::Share => 2,
-        };
         let inserted = sqlx::query(
             "INSERT INTO connect.credentials
                  (workspace_id, credential_id, credential, kind, uses, used, join_until, certs_end, wrap_key)
@@ -61,7 +65,7 @@ impl WorkspaceTx {
         .bind(&workspace)
         .bind(new.id.0.as_slice())
         .bind(new.credential)
-        .bind(kind)
+        .bind(column(new.kind))
         .bind(i64::from(new.uses))
         .bind(if new.open.is_some() { 0 } else { i64::from(new.uses) })
         .bind(new.join_until)
@@ -141,15 +145,38 @@ impl WorkspaceTx {
         after: Option<CredentialId>,
         limit: i64,
     ) -> Result<Vec<(CredentialId, ListedCredential)>, StoreError> {
+        self.list_credentials(None, after, limit).await
+    }
+
+    /// The shares among them.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`], [`StoreError::Corrupt`].
+    pub async fn shares(
+        &mut self,
+        after: Option<CredentialId>,
+        limit: i64,
+    ) -> Result<Vec<(CredentialId, ListedCredential)>, StoreError> {
+        self.list_credentials(Some(CredentialKind::Share), after, limit).await
+    }
+
+    async fn list_credentials(
+        &mut self,
+        kind: Option<CredentialKind>,
+        after: Option<CredentialId>,
+        limit: i64,
+    ) -> Result<Vec<(CredentialId, ListedCredential)>, StoreError> {
         let workspace = self.id();
         let rows: Vec<(Vec<u8>, Vec<u8>, i64)> = sqlx::query_as(
             "SELECT credential_id, credential, used FROM connect.credentials
              WHERE workspace_id = $1 AND ($2::bytea IS NULL OR credential_id > $2)
+               AND ($4::smallint IS NULL OR kind = $4)
              ORDER BY credential_id LIMIT $3",
         )
         .bind(workspace)
         .bind(after.map(|id| id.0.to_vec()))
         .bind(limit)
+        .bind(kind.map(column))
         .fetch_all(self.connection())
         .await?;
         rows.into_iter()

@@ -1,0 +1,483 @@
+//! What programs read of a workspace over HTTP, with an API key.
+//!
+//! The hub shows what it has: opaque ids and sealed records. What they are called, `connect … --json`
+//! knows. `rest/openapi.json` describes each route and answer; a test holds the answers against it.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Instant,
+};
+
+use connect_spec::{
+    audit::{ApiKeyId, AuditHash, Event, Scope},
+    control::{ApiKey, ListedAgent, ListedService, PresentedBlobs, SealedRecord},
+    encoding::Encoding,
+    ids::{AgentId, CredentialId, ServiceId, TunnelId, WorkspaceId},
+    objects::{AgentRole, Certificate, Credential, UnixTime},
+    signed::Signed,
+};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use serde::Serialize;
+use warp::{
+    Filter,
+    filters::BoxedFilter,
+    path::FullPath,
+    reply::{Reply as _, Response},
+};
+
+use crate::{
+    api_keys,
+    auth::unix_now,
+    bucket::Bucket,
+    hub::{Hub, LiveTunnel},
+    limits::{API_KEY_BURST, API_KEY_RATE, DEFAULT_REST_PAGE, MAX_REST_KEYS, MAX_REST_PAGE},
+    requests::store_trouble,
+    store::{AuditFilter, Authorized, StoreError},
+};
+
+/// The document that describes all this.
+const OPENAPI: &str = include_str!("rest/openapi.json");
+
+/// What API keys may still ask for.
+#[derive(Debug, Default)]
+pub struct Rates {
+    buckets: Mutex<HashMap<ApiKeyId, Bucket>>,
+}
+
+impl Rates {
+    fn check(&self, key: ApiKeyId, now: Instant) -> Result<(), Problem> {
+        let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        if buckets.len() >= MAX_REST_KEYS {
+            buckets.retain(|_, bucket| !bucket.is_full(now));
+        }
+        let bucket =
+            buckets.entry(key).or_insert_with(|| Bucket::new(API_KEY_RATE, API_KEY_BURST, now));
+        bucket.take(now).map_err(|wait| Problem {
+            retry_after: Some(wait.as_secs() + 1),
+            ..Problem::new(StatusCode::TOO_MANY_REQUESTS, "this API key asks for too much")
+        })
+    }
+}
+
+/// Why a request is not answered (RFC 9457).
+#[derive(Debug)]
+struct Problem {
+    status: StatusCode,
+    detail: String,
+    /// Seconds.
+    retry_after: Option<u64>,
+    allow: Option<&'static str>,
+}
+
+impl Problem {
+    fn new(status: StatusCode, detail: impl Into<String>) -> Self {
+        Self { status, detail: detail.into(), retry_after: None, allow: None }
+    }
+
+    fn bad_request(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, detail)
+    }
+
+    fn not_found() -> Self {
+        Self::new(StatusCode::NOT_FOUND, "there is nothing here")
+    }
+
+    fn into_response(self) -> Response {
+        #[derive(Serialize)]
+        struct Body<'p> {
+            r#type: &'static str,
+            title: &'static str,
+            status: u16,
+            detail: &'p str,
+        }
+        let Self { status, detail, retry_after, allow } = self;
+        let body = Body {
+            r#type: "about:blank",
+            title: status.canonical_reason().unwrap_or_default(),
+            status: status.as_u16(),
+            detail: &detail,
+        };
+        let mut response = json(status, "application/problem+json", &body);
+        let headers = response.headers_mut();
+        if let Some(seconds) = retry_after {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if let Some(methods) = allow {
+            headers.insert(header::ALLOW, HeaderValue::from_static(methods));
+        }
+        if status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+}
+
+impl From<StoreError> for Problem {
+    fn from(error: StoreError) -> Self {
+        let report = store_trouble(&error);
+        let status = if error.is_retryable() {
+            StatusCode::SERVICE_UNAVAILABLE
+        } else {
+            StatusCode::INTERNAL_SERVER_ERROR
+        };
+        Self { retry_after: Some(1), ..Self::new(status, report.message) }
+    }
+}
+
+fn json<T: Serialize>(status: StatusCode, media_type: &'static str, body: &T) -> Response {
+    let text = serde_json::to_string(body).expect("plain data becomes JSON");
+    document(status, media_type, text)
+}
+
+fn document(status: StatusCode, media_type: &'static str, text: String) -> Response {
+    let mut response = warp::reply::with_status(text, status).into_response();
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(media_type));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}
+
+/// Everything under `/v1/` that is no WebSocket, and whatever else is not there.
+#[must_use]
+pub fn routes(hub: Arc<Hub>) -> BoxedFilter<(Response,)> {
+    warp::method()
+        .and(warp::path::full())
+        .and(warp::query::raw().or(warp::any().map(String::new)).unify())
+        .and(warp::header::headers_cloned())
+        .then(move |method, path: FullPath, query: String, headers| {
+            let hub = Arc::clone(&hub);
+            async move {
+                let answer = Box::pin(answer(&hub, &method, path.as_str(), &query, &headers)).await;
+                answer.unwrap_or_else(Problem::into_response)
+            }
+        })
+        .boxed()
+}
+
+/// What can be asked for.
+#[derive(Debug, Clone, Copy)]
+enum Route {
+    OpenApi,
+    Services,
+    Agents,
+    Tunnels,
+    Tunnel(TunnelId),
+    Shares,
+    Audit,
+}
+
+impl Route {
+    fn of(path: &str) -> Option<Self> {
+        Some(match path.strip_prefix("/v1/")? {
+            "openapi.json" => Self::OpenApi,
+            "services" => Self::Services,
+            "agents" => Self::Agents,
+            "tunnels" => Self::Tunnels,
+            "shares" => Self::Shares,
+            "audit" => Self::Audit,
+            other => Self::Tunnel(other.strip_prefix("tunnels/")?.parse().ok()?),
+        })
+    }
+
+    /// The methods, and what a key needs for it.
+    fn needs(self) -> (&'static str, Scope) {
+        match self {
+            Self::OpenApi | Self::Services | Self::Agents | Self::Tunnels | Self::Shares => {
+                ("GET, HEAD", Scope::Read)
+            }
+            Self::Audit => ("GET, HEAD", Scope::Audit),
+            Self::Tunnel(_) => ("DELETE", Scope::Write),
+        }
+    }
+}
+
+async fn answer(
+    hub: &Hub,
+    method: &Method,
+    path: &str,
+    query: &str,
+    headers: &HeaderMap,
+) -> Result<Response, Problem> {
+    let route = Route::of(path).ok_or_else(Problem::not_found)?;
+    let (methods, scope) = route.needs();
+    if !methods.split(", ").any(|allowed| allowed == method.as_str()) {
+        let detail = format!("this resource has {methods}");
+        let problem = Problem::new(StatusCode::METHOD_NOT_ALLOWED, detail);
+        return Err(Problem { allow: Some(methods), ..problem });
+    }
+    if let Route::OpenApi = route {
+        return Ok(document(StatusCode::OK, "application/json", OPENAPI.to_owned()));
+    }
+    let (workspace, key) = authorize(hub, headers).await?;
+    hub.rates().check(key.key_id, Instant::now())?;
+    if !key.scopes.contains(&scope) {
+        return Err(Problem::new(StatusCode::FORBIDDEN, "this API key has not the scope for it"));
+    }
+    let query = Query::parse(query)?;
+    match route {
+        Route::Services => services(hub, workspace, query).await,
+        Route::Agents => agents(hub, workspace, query).await,
+        Route::Tunnels => tunnels(hub, workspace, query),
+        Route::Tunnel(tunnel) => cut(hub, workspace, key.key_id, tunnel, query),
+        Route::Shares => shares(hub, workspace, query).await,
+        Route::Audit => audit_rows(hub, workspace, query).await,
+        Route::OpenApi => Err(Problem::not_found()),
+    }
+}
+
+async fn authorize(hub: &Hub, headers: &HeaderMap) -> Result<(WorkspaceId, Authorized), Problem> {
+    let refuse = || Problem::new(StatusCode::UNAUTHORIZED, "show a valid API key");
+    let shown = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let (scheme, key) = shown.and_then(|text| text.split_once(' ')).ok_or_else(refuse)?;
+    let key = ApiKey::parse(key.trim()).filter(|_| scheme.eq_ignore_ascii_case("Bearer"));
+    let authorized = api_keys::authorize(hub, &key.ok_or_else(refuse)?).await?;
+    authorized.ok_or_else(refuse)
+}
+
+/// The parameters of a request. Each may come once; what nobody asks for is refused, since a filter with
+/// a misspelt name would let everything through.
+struct Query(HashMap<String, String>);
+
+impl Query {
+    fn parse(text: &str) -> Result<Self, Problem> {
+        let pairs: Vec<(String, String)> = serde_urlencoded::from_str(text)
+            .map_err(|_| Problem::bad_request("the query is malformed"))?;
+        let mut parameters = HashMap::new();
+        for (name, value) in pairs {
+            if parameters.insert(name, value).is_some() {
+                return Err(Problem::bad_request("a parameter comes twice"));
+            }
+        }
+        Ok(Self(parameters))
+    }
+
+    fn take<T: std::str::FromStr>(&mut self, name: &'static str) -> Result<Option<T>, Problem> {
+        let value = self.0.remove(name).map(|value| value.parse());
+        let wrong = |_| Problem::bad_request(format!("the parameter `{name}` is malformed"));
+        value.transpose().map_err(wrong)
+    }
+
+    fn limit(&mut self) -> Result<usize, Problem> {
+        let limit = self.take("limit")?.unwrap_or(DEFAULT_REST_PAGE);
+        if !(1..=MAX_REST_PAGE).contains(&limit) {
+            let detail = format!("the parameter `limit` is from 1 to {MAX_REST_PAGE}");
+            return Err(Problem::bad_request(detail));
+        }
+        Ok(limit)
+    }
+
+    fn end(&self) -> Result<(), Problem> {
+        if self.0.is_empty() {
+            return Ok(());
+        }
+        Err(Problem::bad_request("the query has a parameter that this resource does not know"))
+    }
+}
+
+/// A page of a list.
+#[derive(Serialize)]
+struct Page<T> {
+    items: Vec<T>,
+    /// The parameter `cursor` of the next page; absent when there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    next: Option<String>,
+}
+
+impl<T: Serialize> Page<T> {
+    /// A page that was asked for with `limit`; `id` is where the next one begins.
+    fn new<R>(
+        rows: Vec<R>,
+        limit: usize,
+        id: impl Fn(&R) -> String,
+        show: impl FnMut(R) -> T,
+    ) -> Self {
+        let next = rows.last().filter(|_| rows.len() >= limit).map(id);
+        Self { items: rows.into_iter().map(show).collect(), next }
+    }
+
+    fn into_response(self) -> Response {
+        json(StatusCode::OK, "application/json", &self)
+    }
+}
+
+fn rows(limit: usize) -> i64 {
+    i64::try_from(limit).unwrap_or(i64::MAX)
+}
+
+async fn services(
+    hub: &Hub,
+    workspace: WorkspaceId,
+    mut query: Query,
+) -> Result<Response, Problem> {
+    let (after, limit) = (query.take::<ServiceId>("cursor")?, query.limit()?);
+    query.end()?;
+    let mut tx = hub.store().snapshot(workspace).await?;
+    let mut found = tx.services(after, rows(limit)).await?;
+    hub.route(|router, _| {
+        for row in &mut found {
+            row.online = router.is_online(&(workspace, row.agent_id));
+        }
+    });
+    let id = |row: &ListedService| row.service_id.to_string();
+    Ok(Page::new(found, limit, id, |row| row).into_response())
+}
+
+#[derive(Serialize)]
+struct Agent {
+    agent_id: AgentId,
+    role: AgentRole,
+    online: bool,
+    joined_at: UnixTime,
+    #[serde(flatten)]
+    presented: PresentedBlobs,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    record: Option<SealedRecord>,
+}
+
+async fn agents(hub: &Hub, workspace: WorkspaceId, mut query: Query) -> Result<Response, Problem> {
+    let (after, limit) = (query.take::<AgentId>("cursor")?, query.limit()?);
+    query.end()?;
+    let mut tx = hub.store().snapshot(workspace).await?;
+    let mut found = tx.agents(after, rows(limit)).await?;
+    hub.route(|router, _| {
+        for row in &mut found {
+            row.online = router.is_online(&(workspace, row.agent_id));
+        }
+    });
+    let next = found.last().filter(|_| found.len() >= limit).map(|row| row.agent_id.to_string());
+    let shown = found.into_iter().map(|row| {
+        let ListedAgent { agent_id, presented, record, online, joined_at } = row;
+        let certificate: Signed<Certificate> = Signed::decode(&presented.certificate.0)
+            .map_err(|_| StoreError::Corrupt("certificate"))?;
+        let role = certificate.object().role;
+        Ok(Agent { agent_id, role, online, joined_at, presented, record })
+    });
+    let items = shown.collect::<Result<_, StoreError>>()?;
+    Ok(Page { items, next }.into_response())
+}
+
+#[derive(Serialize)]
+struct Tunnel {
+    tunnel_id: TunnelId,
+    service_id: ServiceId,
+    agent_id: AgentId,
+    peer_id: AgentId,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    share_id: Option<CredentialId>,
+    encoding: Encoding,
+    opened_at: UnixTime,
+    bytes_from_agent: u64,
+    bytes_from_peer: u64,
+}
+
+fn tunnels(hub: &Hub, workspace: WorkspaceId, mut query: Query) -> Result<Response, Problem> {
+    let (after, limit) = (query.take::<TunnelId>("cursor")?, query.limit()?);
+    query.end()?;
+    let now = unix_now();
+    let found = hub.live_tunnels(workspace, after, limit);
+    let page = Page::new(
+        found,
+        limit,
+        |row| row.joined.id.to_string(),
+        |row: LiveTunnel| Tunnel {
+            tunnel_id: row.joined.id,
+            service_id: row.joined.parties.service,
+            agent_id: row.joined.parties.reacher,
+            peer_id: row.joined.parties.exposer,
+            share_id: row.joined.parties.share,
+            encoding: row.joined.encoding,
+            opened_at: now.saturating_sub(row.joined.since.elapsed().as_secs()),
+            bytes_from_agent: row.from_reacher,
+            bytes_from_peer: row.from_exposer,
+        },
+    );
+    Ok(page.into_response())
+}
+
+/// Cuts a tunnel. Its agents may open another one: whoever is to stay out is revoked, or the service is
+/// exposed no longer.
+fn cut(
+    hub: &Hub,
+    workspace: WorkspaceId,
+    key_id: ApiKeyId,
+    tunnel_id: TunnelId,
+    query: Query,
+) -> Result<Response, Problem> {
+    query.end()?;
+    if !hub.route(|router, out| router.handle_cut((workspace, tunnel_id), out)) {
+        return Err(Problem::not_found());
+    }
+    hub.audit().add(workspace, Event::TunnelCut { key_id, tunnel_id });
+    Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+#[derive(Serialize)]
+struct Share {
+    share_id: CredentialId,
+    service_ids: Vec<ServiceId>,
+    uses: u32,
+    used: u32,
+    join_until: UnixTime,
+    certs_end: UnixTime,
+    closed: bool,
+    credential: connect_spec::bytes::Blob,
+}
+
+async fn shares(hub: &Hub, workspace: WorkspaceId, mut query: Query) -> Result<Response, Problem> {
+    let (after, limit) = (query.take::<CredentialId>("cursor")?, query.limit()?);
+    query.end()?;
+    let mut tx = hub.store().snapshot(workspace).await?;
+    let trust = hub.trust().current(&mut tx).await?.ok_or_else(Problem::not_found)?;
+    let found = tx.shares(after, rows(limit)).await?;
+    let next = found.last().filter(|_| found.len() >= limit).map(|(id, _)| id.to_string());
+    let shown = found.into_iter().map(|(share_id, row)| {
+        let credential: Signed<Credential> =
+            Signed::decode(&row.credential.0).map_err(|_| StoreError::Corrupt("credential"))?;
+        let object = credential.object();
+        Ok(Share {
+            share_id,
+            service_ids: object.services.clone().unwrap_or_default(),
+            uses: object.uses,
+            used: row.used,
+            join_until: object.join_until,
+            certs_end: object.certs_end,
+            closed: trust.state.is_closed(&share_id),
+            credential: row.credential,
+        })
+    });
+    let items = shown.collect::<Result<_, StoreError>>()?;
+    Ok(Page { items, next }.into_response())
+}
+
+#[derive(Serialize)]
+struct AuditRow {
+    seq: u64,
+    hash: AuditHash,
+    event: serde_json::Value,
+}
+
+async fn audit_rows(
+    hub: &Hub,
+    workspace: WorkspaceId,
+    mut query: Query,
+) -> Result<Response, Problem> {
+    let limit = query.limit()?;
+    let filter = AuditFilter {
+        after: query.take("cursor")?.unwrap_or(0),
+        since: query.take("since")?,
+        until: query.take("until")?,
+        kind: query.take("kind")?,
+        agent: query.take("agent_id")?,
+    };
+    query.end()?;
+    let mut tx = hub.store().snapshot(workspace).await?;
+    let found = tx.audit_rows(&filter, rows(limit)).await?;
+    let next = found.last().filter(|_| found.len() >= limit).map(|row| row.seq.to_string());
+    let shown = found.into_iter().map(|row| {
+        let event = serde_json::from_str(&row.event).map_err(|_| StoreError::Corrupt("event"))?;
+        Ok(AuditRow { seq: row.seq, hash: row.hash, event })
+    });
+    let items = shown.collect::<Result<_, StoreError>>()?;
+    Ok(Page { items, next }.into_response())
+}

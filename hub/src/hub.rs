@@ -77,6 +77,19 @@ pub struct First {
     pub cut: oneshot::Receiver<u16>,
 }
 
+/// How far the hub is on its way to the end; it only goes forward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    /// Not at all.
+    Serving,
+    /// `/readyz` fails, so that nobody new is sent here; all else goes on.
+    Draining,
+    /// Agents are told to come back later, and connections end.
+    Stopping,
+    /// No agent is connected; health checks end too.
+    Ended,
+}
+
 /// One hub.
 #[derive(Debug)]
 pub struct Hub {
@@ -89,7 +102,7 @@ pub struct Hub {
     state: Mutex<State>,
     /// Told when the router may have an earlier deadline.
     deadline_changed: Notify,
-    stopping: watch::Sender<bool>,
+    phase: watch::Sender<Phase>,
 }
 
 impl Hub {
@@ -105,7 +118,7 @@ impl Hub {
             to_judge: Queue::default(),
             state: Mutex::default(),
             deadline_changed: Notify::new(),
-            stopping: watch::Sender::new(false),
+            phase: watch::Sender::new(Phase::Serving),
         }
     }
 
@@ -257,21 +270,26 @@ impl Hub {
         state.tunnels.remove(&claim.serial);
     }
 
-    /// Tells everybody to go.
-    pub fn stop(&self) {
-        self.stopping.send_replace(true);
+    /// Goes on to the next phase.
+    pub fn enter(&self, phase: Phase) {
+        self.phase.send_replace(phase);
     }
 
-    /// Whether [`Hub::stop`] was called.
+    /// Whether the hub is on its way to its end.
     #[must_use]
-    pub fn is_stopping(&self) -> bool {
-        *self.stopping.borrow()
+    pub fn is_draining(&self) -> bool {
+        *self.phase.borrow() >= Phase::Draining
     }
 
-    /// Returns once [`Hub::stop`] is called.
-    pub async fn stopped(&self) {
+    /// Returns once the hub is in this phase or a later one.
+    pub async fn reached(&self, phase: Phase) {
         // The sender lives as long as this hub.
-        let _ = self.stopping.subscribe().wait_for(|stopping| *stopping).await;
+        let _ = self.phase.subscribe().wait_for(|current| *current >= phase).await;
+    }
+
+    /// Returns once everybody has to go.
+    pub async fn stopped(&self) {
+        self.reached(Phase::Stopping).await;
     }
 
     /// Runs the router's clock; never returns.

@@ -55,7 +55,7 @@ async fn ready(hub: Arc<Hub>) -> Response {
     let refuse = |why: &'static str| {
         warp::reply::with_status(why, StatusCode::SERVICE_UNAVAILABLE).into_response()
     };
-    if hub.is_stopping() {
+    if hub.is_draining() {
         return refuse("draining\n");
     }
     match timeout(READY_LIMIT, hub.store().ping()).await {

@@ -3,14 +3,16 @@
 //! warp routes; the loop owns everything below it, since the relay needs the upgraded stream itself.
 
 use std::{
+    convert::Infallible,
     io,
-    net::{IpAddr, SocketAddr},
+    net::IpAddr,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
 };
 
 use bytes::Bytes;
+use http::{HeaderValue, header};
 use hyper::{
     body::Incoming,
     server::conn::http1,
@@ -29,19 +31,23 @@ use tokio::{
     task::JoinSet,
     time::{Instant, sleep, timeout},
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_rustls::server::TlsStream;
 use warp::{filters::BoxedFilter, reply::Response};
 
 use crate::{
     control,
-    hub::Hub,
+    hub::{Hub, Phase},
     limits::{
         ACCEPT_PAUSE, DRAIN_LIMIT, FLOOD_LOG_INTERVAL, HEAD_TIMEOUT, MAX_HEAD_BYTES,
         MAX_UNAUTHENTICATED, TLS_TIMEOUT,
     },
     relay::Leg,
+    tls::Tls,
     tunnel::{self, Admitted},
 };
+
+/// Who came by TLS once need not be sent to plain text again (RFC 6797).
+const STRICT_TRANSPORT_SECURITY: HeaderValue = HeaderValue::from_static("max-age=31536000");
 
 /// An accepted connection, below HTTP.
 #[derive(Debug)]
@@ -137,23 +143,34 @@ impl Visitor {
 }
 
 /// A bound socket and what is served on it.
+#[derive(Debug)]
 pub struct Server {
     /// Where connections come in.
     pub listener: TcpListener,
-    /// TLS, unless plain text is fine there.
-    pub tls: Option<TlsAcceptor>,
-    /// What requests are answered with.
-    pub routes: BoxedFilter<(Response,)>,
+    /// What is served.
+    pub service: Service,
 }
 
-impl std::fmt::Debug for Server {
+/// What is served on a socket.
+#[derive(Clone)]
+pub struct Service {
+    /// TLS, unless plain text is fine there.
+    pub tls: Option<Arc<Tls>>,
+    /// What requests are answered with.
+    pub routes: BoxedFilter<(Response,)>,
+    /// When it ends.
+    pub until: Phase,
+}
+
+impl std::fmt::Debug for Service {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Server").field("listener", &self.listener).finish_non_exhaustive()
+        f.debug_struct("Service").field("until", &self.until).finish_non_exhaustive()
     }
 }
 
 impl Server {
-    /// Serves until the hub stops, then until the connections are gone, or a limit is over.
+    /// Serves until the hub is in phase [`Service::until`], then until the connections are gone, or a limit
+    /// is over.
     pub async fn run(self, hub: Arc<Hub>) {
         let places = Arc::new(Semaphore::new(MAX_UNAUTHENTICATED));
         let mut connections = JoinSet::new();
@@ -162,7 +179,7 @@ impl Server {
             let accepted = tokio::select! {
                 accepted = self.listener.accept() => accepted,
                 Some(_) = connections.join_next() => continue,
-                () = hub.stopped() => break,
+                () = hub.reached(self.service.until) => break,
             };
             match accepted {
                 Ok((stream, peer)) => {
@@ -179,15 +196,9 @@ impl Server {
                         }
                         continue;
                     };
-                    let routes = self.routes.clone();
-                    connections.spawn(connection(
-                        Arc::clone(&hub),
-                        stream,
-                        peer,
-                        place,
-                        self.tls.clone(),
-                        routes,
-                    ));
+                    let visitor = Visitor::new(peer.ip(), place);
+                    let service = self.service.clone();
+                    connections.spawn(connection(Arc::clone(&hub), stream, visitor, service));
                 }
                 Err(error) => match error.raw_os_error().map(Errno::from_raw) {
                     Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM) => {
@@ -209,30 +220,22 @@ impl Server {
 }
 
 /// One connection from its first byte to its last.
-async fn connection(
-    hub: Arc<Hub>,
-    stream: TcpStream,
-    peer: SocketAddr,
-    place: OwnedSemaphorePermit,
-    tls: Option<TlsAcceptor>,
-    routes: BoxedFilter<(Response,)>,
-) {
+async fn connection(hub: Arc<Hub>, stream: TcpStream, visitor: Visitor, service: Service) {
     // Small frames must not wait for an acknowledgement.
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "set TCP_NODELAY");
         return;
     }
-    let visitor = Visitor::new(peer.ip(), place);
-    let conn = match tls {
+    let conn = match service.tls.as_ref().map(|tls| tls.acceptor()) {
         None => Conn::Plain(stream),
-        Some(tls) => match Box::pin(timeout(TLS_TIMEOUT, tls.accept(stream))).await {
+        Some(acceptor) => match Box::pin(timeout(TLS_TIMEOUT, acceptor.accept(stream))).await {
             Ok(Ok(stream)) => Conn::Tls(Box::new(stream)),
             Ok(Err(error)) => return tracing::debug!(%error, "TLS"),
             Err(_) => return tracing::debug!("TLS handshake took too long"),
         },
     };
     // Boxed: HTTP is over when the sockets' long life begins, and its state should not stay for it.
-    Box::pin(http(conn, visitor.clone(), routes, &hub)).await;
+    Box::pin(http(conn, visitor.clone(), service, &hub)).await;
     let Some((on_upgrade, next)) = visitor.take_next() else {
         return;
     };
@@ -255,22 +258,31 @@ async fn connection(
     }
 }
 
-async fn http(conn: Conn, visitor: Visitor, routes: BoxedFilter<(Response,)>, hub: &Hub) {
-    let routes = TowerToHyperService::new(warp::service(routes));
-    let service = service_fn(move |mut request: http::Request<Incoming>| {
+async fn http(conn: Conn, visitor: Visitor, service: Service, hub: &Hub) {
+    let strict = service.tls.is_some_and(|tls| tls.is_operators());
+    let routes = TowerToHyperService::new(warp::service(service.routes));
+    let answer = service_fn(move |mut request: http::Request<Incoming>| {
         request.extensions_mut().insert(visitor.clone());
-        routes.call(request)
+        let answered = routes.call(request);
+        async move {
+            let mut response = answered.await?;
+            if strict {
+                let headers = response.headers_mut();
+                headers.insert(header::STRICT_TRANSPORT_SECURITY, STRICT_TRANSPORT_SECURITY);
+            }
+            Ok::<_, Infallible>(response)
+        }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(MAX_HEAD_BYTES)
-        .serve_connection(TokioIo::new(conn), service)
+        .serve_connection(TokioIo::new(conn), answer)
         .with_upgrades();
     let mut connection = std::pin::pin!(connection);
     let result = tokio::select! {
         result = &mut connection => result,
-        () = hub.stopped() => {
+        () = hub.reached(service.until) => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }

@@ -161,7 +161,7 @@ impl Agent {
         let workspace = Workspace::open(&home)?;
         let identity = workspace.identity();
         let core = Arc::new(Core {
-            hub: HubUrl::parse(&identity.hub)?,
+            hub: HubUrl::parse(&identity.hub, identity.hub_ca.as_ref())?,
             options,
             exposer: Exposer::default(),
             reached: Mutex::default(),

@@ -45,6 +45,7 @@ mod workspace;
 pub use connect_crypto::custody::Passphrase;
 
 pub use agent::{Agent, Options, Rotated, rotate};
+pub use clock::date;
 pub use directory::{AgentInfo, Directory, ListedMember, ServiceInfo, Verification};
 pub use engine::rekey::RekeyAfter;
 pub use enrol::{FIRST_INVITE, Founded, init, invite, join};
@@ -54,6 +55,6 @@ pub use govern::{EntryInfo, Governor, InviteInfo, Recovered, Revoked, invites, l
 pub use home::{Home, HomeLock};
 pub use host::{Host, Keep};
 pub use identity::Identity;
-pub use io::tunnel::Stream;
+pub use io::{tls::HubCa, tunnel::Stream};
 pub use reacher::{ReachStatus, Reached};
 pub use target::Target;

@@ -140,7 +140,7 @@ pub struct Context<'a> {
     /// The challenge of this connection.
     pub nonce: &'a Nonce,
     /// Where the connection comes from.
-    pub peer: IpAddr,
+    pub address: IpAddr,
 }
 
 /// Answers the holder of an invite with what it needs to join.
@@ -389,7 +389,7 @@ async fn store_agent(
     let noise_key_counter = i64::try_from(verified.noise_key_counter()).map_err(|_| {
         Denied::new(ErrorCode::BadRequest, "the NoiseKey's counter is out of range")
     })?;
-    let address = mask_address(context.peer);
+    let address = mask_address(context.address);
     let row = AgentLogin {
         agent_id: verified.agent_id(),
         identity_key: verified.identity_key(),

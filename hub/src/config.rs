@@ -11,10 +11,14 @@ use std::{
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use http::Uri;
+use ipnet::IpNet;
 use nix::unistd::Uid;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
 
-use crate::auth::{Authorities, is_loopback_name};
+use crate::{
+    auth::{Authorities, is_loopback_name},
+    forwarded::{TrustedProxies, parse_network},
+};
 
 /// The relay of Private Connect ZK: it finds peers, isolates workspaces and forwards ciphertext.
 #[derive(Debug, Parser)]
@@ -108,6 +112,15 @@ pub struct ServeArgs {
         value_name = "URL"
     )]
     pub public_urls: Vec<PublicUrl>,
+    /// A proxy whose X-Forwarded-For is believed: an address or a network; repeatable
+    #[arg(
+        long = "trusted-proxy",
+        env = "CONNECT_HUB_TRUSTED_PROXY",
+        value_delimiter = ',',
+        value_parser = parse_network,
+        value_name = "CIDR"
+    )]
+    pub trusted_proxies: Vec<IpNet>,
     /// Who may create a workspace [default: open on loopback, else token]
     #[arg(long, env = "CONNECT_HUB_REGISTRATION", value_name = "WHO")]
     pub registration: Option<Registration>,
@@ -276,6 +289,8 @@ pub struct ServeConfig {
     pub tls: TlsSource,
     /// Under which names the hub is dialled.
     pub public_urls: Vec<PublicUrl>,
+    /// Whose word about the addresses of others counts.
+    pub trusted_proxies: TrustedProxies,
     /// Who may create a workspace.
     pub registration: Registration,
     /// How long `/readyz` fails before agents are told to go.
@@ -369,6 +384,7 @@ impl ServeArgs {
             database: self.database.database(),
             tls,
             public_urls: self.public_urls,
+            trusted_proxies: TrustedProxies(self.trusted_proxies),
             registration,
             drain: self.drain,
         })

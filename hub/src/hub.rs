@@ -3,13 +3,13 @@
 use std::{
     collections::{HashMap, HashSet},
     net::IpAddr,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
 
 use connect_spec::{
     bytes::Blob,
-    control::{ErrorReport, FromHub, Nonce, SessionKind},
+    control::{ErrorReport, FromHub, Nonce, Reply, SessionKind},
     ids::{AgentId, ServiceId, WorkspaceId},
     objects::UnixTime,
 };
@@ -19,8 +19,10 @@ use crate::{
     auth::{Authorities, Context},
     beats::Beats,
     config::Registration,
+    doorman::Doorman,
     effects::Queue,
     limits::MAX_OUTGOING,
+    metrics::{Metrics, Moment},
     relay::Leg,
     router::{AgentKey, Claim, Member, Output, Router, SessionId, TunnelSerial},
     server::Conn,
@@ -97,6 +99,8 @@ pub struct Hub {
     authorities: Authorities,
     registration: Registration,
     trust: TrustCache,
+    doorman: Arc<Doorman>,
+    metrics: Metrics,
     changed: Queue,
     to_judge: Queue,
     state: Mutex<State>,
@@ -114,6 +118,8 @@ impl Hub {
             authorities,
             registration,
             trust: TrustCache::default(),
+            doorman: Arc::default(),
+            metrics: Metrics::default(),
             changed: Queue::default(),
             to_judge: Queue::default(),
             state: Mutex::default(),
@@ -134,6 +140,30 @@ impl Hub {
         &self.trust
     }
 
+    /// Who may knock where agents are served.
+    #[must_use]
+    pub fn doorman(&self) -> &Arc<Doorman> {
+        &self.doorman
+    }
+
+    /// What is counted.
+    #[must_use]
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// What is so at the moment.
+    #[must_use]
+    pub fn moment(&self, database_up: bool) -> Moment {
+        Moment {
+            census: self.lock().router.census(),
+            strangers: self.doorman.inside(),
+            database_up,
+            pool: self.store.connections(),
+            draining: self.is_draining(),
+        }
+    }
+
     /// Changes of trust logs that nobody was told of yet.
     #[must_use]
     pub fn changed(&self) -> &Queue {
@@ -148,14 +178,14 @@ impl Hub {
 
     /// What the checks of a connection depend on.
     #[must_use]
-    pub fn context<'a>(&'a self, nonce: &'a Nonce, peer: IpAddr) -> Context<'a> {
+    pub fn context<'a>(&'a self, nonce: &'a Nonce, address: IpAddr) -> Context<'a> {
         Context {
             store: &self.store,
             authorities: &self.authorities,
             registration: self.registration,
             trust: &self.trust,
             nonce,
-            peer,
+            address,
         }
     }
 
@@ -182,7 +212,13 @@ impl Hub {
         }
         for output in out {
             let (session, mail) = match output {
-                Output::Send(session, message) => (session, Mail::Message(message.into())),
+                Output::Send(session, message) => {
+                    // The router answers requests for tunnels and no others.
+                    if let FromHub::Reply { reply: Reply::Error(report), .. } = &message {
+                        self.metrics.note_no_tunnel(report.code);
+                    }
+                    (session, Mail::Message(message.into()))
+                }
                 Output::Close(session, report, code) => {
                     (session, Mail::Goodbye(report.into(), code))
                 }
@@ -252,7 +288,10 @@ impl Hub {
             state.tunnels.get_mut(&claim.serial).and_then(|place| place.other.take())
         {
             return match other.send(leg) {
-                Ok(()) => Joined::HandedOver,
+                Ok(()) => {
+                    self.metrics.note_tunnel();
+                    Joined::HandedOver
+                }
                 Err(leg) => Joined::TooLate(leg),
             };
         }

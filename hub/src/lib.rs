@@ -14,10 +14,13 @@ pub mod beats;
 pub mod cluster;
 pub mod config;
 pub mod control;
+pub mod doorman;
 pub mod effects;
+pub mod forwarded;
 pub mod hub;
 pub mod limits;
 pub mod log;
+pub mod metrics;
 pub mod relay;
 pub mod requests;
 pub mod router;
@@ -206,14 +209,22 @@ async fn run(
     let service = Service {
         tls: tls.clone(),
         routes: routes::agents(Arc::clone(&hub)),
+        proxies: Arc::new(config.trusted_proxies.clone()),
+        must_authenticate: true,
         until: Phase::Stopping,
     };
-    let server = Server { listener: listeners.agents, service };
+    let doorman = Arc::clone(hub.doorman());
+    let server = Server { listener: listeners.agents, doorman, service };
     let mut serving_agents = JoinSet::new();
     serving_agents.spawn(server.run(Arc::clone(&hub)));
-    let service =
-        Service { tls: None, routes: routes::admin(Arc::clone(&hub)), until: Phase::Ended };
-    let server = Server { listener: listeners.admin, service };
+    let service = Service {
+        tls: None,
+        routes: routes::admin(Arc::clone(&hub)),
+        proxies: Arc::default(),
+        must_authenticate: false,
+        until: Phase::Ended,
+    };
+    let server = Server { listener: listeners.admin, doorman: Arc::default(), service };
     let mut serving_admin = JoinSet::new();
     serving_admin.spawn(server.run(Arc::clone(&hub)));
 

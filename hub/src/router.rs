@@ -198,6 +198,21 @@ enum End {
     Here,
 }
 
+/// How many sessions and tunnels there are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Census {
+    /// Sessions of both kinds.
+    pub sessions: usize,
+    /// Workspaces with a session.
+    pub workspaces: usize,
+    /// Tunnels whose exposer has not answered.
+    pub tunnels_asked: usize,
+    /// Tunnels that miss an end.
+    pub tunnels_accepted: usize,
+    /// Tunnels with both ends.
+    pub tunnels_open: usize,
+}
+
 /// The state of all sessions and tunnels.
 #[derive(Debug, Default)]
 pub struct Router {
@@ -310,6 +325,24 @@ impl Router {
         if matches!(tunnel.reacher_end, End::Here) || matches!(tunnel.exposer_end, End::Here) {
             out.push(Output::Cut(tunnel.serial, code));
         }
+    }
+
+    /// How much there is of everything.
+    #[must_use]
+    pub fn census(&self) -> Census {
+        let mut census = Census { sessions: self.sessions.len(), ..Census::default() };
+        let mut last = None;
+        for (workspace, _, _) in &self.members {
+            census.workspaces += usize::from(last.replace(workspace) != Some(workspace));
+        }
+        for tunnel in self.tunnels.values() {
+            match tunnel.stage {
+                Stage::Asked => census.tunnels_asked += 1,
+                Stage::Accepted => census.tunnels_accepted += 1,
+                Stage::Joined => census.tunnels_open += 1,
+            }
+        }
+        census
     }
 
     /// Whether any agent of a workspace has a session.

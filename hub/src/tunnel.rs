@@ -71,5 +71,6 @@ pub async fn serve(mut admitted: Admitted, leg: Leg<Conn>) {
     let Summary { from_reacher, from_exposer, ended } =
         relay::relay(reacher, exposer, admitted.claim.encoding, stop).await;
     let (_, tunnel) = admitted.claim.tunnel;
+    hub.metrics().note_relayed(from_reacher, from_exposer);
     tracing::debug!(%tunnel, from_reacher, from_exposer, ?ended, "tunnel ended");
 }

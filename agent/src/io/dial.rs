@@ -11,7 +11,7 @@ use std::{
 
 use bytes::Bytes;
 use connect_crypto::invite::HubAddress;
-use http::{HeaderValue, Uri, uri::Scheme};
+use http::{HeaderMap, HeaderValue, StatusCode, Uri, header, uri::Scheme};
 use rustls::pki_types::ServerName;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -187,6 +187,9 @@ impl HubUrl {
         let upgraded = client_async_with_config(request, Upgrading::new(io), Some(config)).await;
         let (socket, _) = upgraded.map_err(|error| {
             if let tungstenite::Error::Http(response) = &error {
+                if response.status() == StatusCode::TOO_MANY_REQUESTS {
+                    return self.too_many(response.headers());
+                }
                 return self
                     .unreachable(format_args!("it answers HTTP {}", response.status()))
                     .hint("is this a Private Connect ZK hub?");
@@ -207,6 +210,17 @@ impl HubUrl {
         let config = verification.client_config().map_err(|error| self.unreachable(error))?;
         let connected = TlsConnector::from(config).connect(name, tcp).await;
         connected.map_err(|error| verification.explain(self, &error))
+    }
+
+    /// The hub, or a proxy before it, has too much to do with this address.
+    fn too_many(&self, headers: &HeaderMap) -> Error {
+        let retry_after = headers.get(header::RETRY_AFTER).and_then(|value| value.to_str().ok());
+        let mut error = self
+            .unreachable("too many connections, or failed tries, from this address")
+            .hint("the agent comes back by itself; a command can be tried again in a minute");
+        error.retry_in = retry_after.and_then(|secs| secs.parse().ok()).map(Duration::from_secs);
+        error.busy = true;
+        error
     }
 
     fn unreachable(&self, cause: impl fmt::Display) -> Error {

@@ -161,7 +161,7 @@ impl Agent {
         let workspace = Workspace::open(&home)?;
         let identity = workspace.identity();
         let core = Arc::new(Core {
-            hub: HubUrl::parse(&identity.hub)?,
+            hub: HubUrl::parse(&identity.hub, identity.hub_ca.as_ref())?,
             options,
             exposer: Exposer::default(),
             reached: Mutex::default(),
@@ -650,7 +650,7 @@ async fn supervise(core: Arc<Core>) {
                     Ended::Restarting(wait) => {
                         tracing::info!("the hub restarts");
                         core.link.send_replace(Link::Down(None));
-                        wait + backoff.next(random::number())
+                        backoff.next_after(Some(wait), random::number())
                     }
                     Ended::Lost(cause) => {
                         tracing::warn!(%cause, "the connection to the hub was lost");
@@ -661,8 +661,9 @@ async fn supervise(core: Arc<Core>) {
             }
             Err(error) => {
                 tracing::warn!(%error, "not connected");
+                let asked = error.retry_in;
                 core.link.send_replace(Link::Down(Some(error)));
-                backoff.next(random::number())
+                backoff.next_after(asked, random::number())
             }
         };
         tokio::select! {

@@ -159,6 +159,16 @@ pub(crate) struct Init {
     /// Token of the hub's operator; better given by the environment.
     #[arg(long, env = "CONNECT_REGISTRATION_TOKEN", hide_env_values = true)]
     pub(crate) registration_token: Option<String>,
+    #[command(flatten)]
+    pub(crate) ca: Ca,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Ca {
+    /// Certificates in PEM of who signs the hub's certificate, in place of the system's authorities; kept
+    /// in the home.
+    #[arg(long, env = "CONNECT_CA", value_name = "FILE")]
+    pub(crate) ca: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -259,6 +269,8 @@ pub(crate) struct Join {
     /// What people call this agent [default: the host's name].
     #[arg(long)]
     pub(crate) label: Option<Label>,
+    #[command(flatten)]
+    pub(crate) ca: Ca,
 }
 
 #[derive(Debug, Args)]

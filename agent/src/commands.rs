@@ -12,7 +12,7 @@ use std::{
 
 use clap::CommandFactory;
 use connect_agent::{
-    AuditReader, Directory, Error, ErrorKind, Governor, Home, HomeLock, Host, Keep, Options,
+    AuditReader, Directory, Error, ErrorKind, Governor, Home, HomeLock, Host, HubCa, Keep, Options,
     RekeyAfter, Result,
     local::{self, Answer, Command as Ask},
 };
@@ -136,7 +136,8 @@ async fn run_init(home: &Home, init: cli::Init, output: Output) -> Result<()> {
             .hint("a hub looks like `https://hub.example.com` or `http://127.0.0.1:7420`")
     })?;
     let label = init.label.unwrap_or_else(host_label);
-    let founded = connect_agent::init(home, &hub, &label, init.registration_token).await?;
+    let ca = read_ca(&init.ca)?;
+    let founded = connect_agent::init(home, &hub, ca, &label, init.registration_token).await?;
     output.founded(&founded);
     Ok(())
 }
@@ -348,9 +349,24 @@ async fn run_join(home: &Home, join: cli::Join, output: Output) -> Result<()> {
         join.code
     };
     let label = join.label.unwrap_or_else(host_label);
-    let identity = connect_agent::join(home, &code, &label).await?;
+    let identity = connect_agent::join(home, &code, read_ca(&join.ca)?, &label).await?;
     output.joined(&identity);
     Ok(())
+}
+
+/// Reads the file of `--ca`.
+fn read_ca(ca: &cli::Ca) -> Result<Option<HubCa>> {
+    let Some(path) = &ca.ca else {
+        return Ok(None);
+    };
+    let wrong = |cause: &dyn std::fmt::Display| {
+        Error::new(ErrorKind::Usage, format_args!("`--ca {}`: {cause}", path.display()))
+    };
+    let pem = fs::read(path).map_err(|error| wrong(&error))?;
+    HubCa::from_pem(&pem).map(Some).map_err(|error| {
+        let told = wrong(&error);
+        error.hint.iter().fold(told, |told, hint| told.hint(hint))
+    })
 }
 
 fn host_label() -> Label {

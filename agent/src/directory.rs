@@ -139,7 +139,9 @@ impl Directory {
     }
 
     pub(crate) async fn connect(workspace: Arc<Workspace>) -> Result<Self> {
-        let greeted = Greeted::dial(&HubUrl::parse(&workspace.identity().hub)?).await?;
+        let identity = workspace.identity();
+        let hub = HubUrl::parse(&identity.hub, identity.hub_ca.as_ref())?;
+        let greeted = Greeted::dial(&hub).await?;
         let (session, _) = greeted.login(&workspace, SessionKind::Command, None).await?;
         Ok(Self::new(workspace, Arc::new(session)))
     }

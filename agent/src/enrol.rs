@@ -29,7 +29,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     home::{Home, HomeLock},
     identity::{Epochs, Identity, NoiseIdentity, SignerKey},
-    io::{dial::HubUrl, hub::Greeted},
+    io::{dial::HubUrl, hub::Greeted, tls::HubCa},
     random,
     trust::{Taken, TrustLog},
     workspace::Workspace,
@@ -51,7 +51,8 @@ pub struct Founded {
     pub invite: Zeroizing<String>,
 }
 
-/// Creates a workspace at a hub and makes this home its first agent and signer.
+/// Creates a workspace at a hub and makes this home its first agent and signer. The hub's certificate is
+/// verified by `ca` if it is given, by the address's pin or by the system's authorities, now and later.
 ///
 /// # Errors
 /// [`ErrorKind::Usage`] when the home is enrolled already (it is left unchanged) or the address is
@@ -59,11 +60,12 @@ pub struct Founded {
 pub async fn init(
     home: &Home,
     hub: &HubAddress,
+    ca: Option<HubCa>,
     label: &Label,
     token: Option<String>,
 ) -> Result<Founded> {
     let _lock = claim(home)?;
-    let url = HubUrl::parse(hub)?;
+    let url = HubUrl::parse(hub, ca.as_ref())?;
     let greeted = Greeted::dial(&url).await?;
 
     let Founding { genesis, signer, recovery, epoch } = Founding::create(&mut random::rng());
@@ -88,7 +90,7 @@ pub async fn init(
     let presented =
         Presented { certificate, credential: None, noise_key: keys.noise_key(workspace_id) };
     let epochs = Epochs::only(0, epoch);
-    let joined = Joined { hub: hub.clone(), epochs, presented, attrs, log };
+    let joined = Joined { hub: hub.clone(), hub_ca: ca, epochs, presented, attrs, log };
     let (identity, log) = keys.into_identity(joined, label);
     let agent_id = identity.agent_id;
     let signer = Arc::new(signer);
@@ -98,26 +100,36 @@ pub async fn init(
     Ok(Founded { workspace_id, agent_id, recovery_words: recovery.words(), invite })
 }
 
-/// Joins the workspace of an invite.
+/// Joins the workspace of an invite; `ca` is as for [`init`].
 ///
 /// # Errors
 /// [`ErrorKind::Usage`] for a damaged code or an enrolled home (it is left unchanged);
 /// [`ErrorKind::TrustViolation`] when the hub shows another workspace than the invite names;
 /// [`ErrorKind::Refused`] when the invite is used up or expired.
-pub async fn join(home: &Home, code: &str, label: &Label) -> Result<Arc<Identity>> {
+pub async fn join(
+    home: &Home,
+    code: &str,
+    ca: Option<HubCa>,
+    label: &Label,
+) -> Result<Arc<Identity>> {
     let invite: Invite = code.parse().map_err(|error| {
         Error::new(ErrorKind::Usage, error).hint("paste the whole code, from `pc1` to its end")
     })?;
     let _lock = claim(home)?;
-    let joined = join_claimed(home, invite, label).await;
+    let joined = join_claimed(home, invite, ca, label).await;
     if joined.is_err() {
         home.forget();
     }
     joined
 }
 
-async fn join_claimed(home: &Home, invite: Invite, label: &Label) -> Result<Arc<Identity>> {
-    let url = HubUrl::parse(&invite.hub)?;
+async fn join_claimed(
+    home: &Home,
+    invite: Invite,
+    ca: Option<HubCa>,
+    label: &Label,
+) -> Result<Arc<Identity>> {
+    let url = HubUrl::parse(&invite.hub, ca.as_ref())?;
     let mut greeted = Greeted::dial(&url).await?;
     let invite_keys = InviteKeys::derive(&invite.seed);
     let invitation = greeted.redeem(invite.workspace_id, &invite_keys).await?;
@@ -188,7 +200,7 @@ async fn join_claimed(home: &Home, invite: Invite, label: &Label) -> Result<Arc<
     };
     // The wrap opens for its own epoch alone.
     let epochs = Epochs::only(invitation.wrap.epoch, epoch);
-    let joined = Joined { hub: invite.hub, epochs, presented, attrs, log };
+    let joined = Joined { hub: invite.hub, hub_ca: ca, epochs, presented, attrs, log };
     let (identity, log) = keys.into_identity(joined, label);
     let directory = register(home, identity, log, greeted, None).await?;
     Ok(directory.workspace().identity())
@@ -273,6 +285,7 @@ pub async fn invite(
 /// What makes an agent a member, beside its own keys.
 struct Joined {
     hub: HubAddress,
+    hub_ca: Option<HubCa>,
     epochs: Epochs,
     presented: Presented,
     attrs: Attributes,
@@ -298,10 +311,11 @@ impl AgentKeys {
 
     /// The member with these keys; it holds no signer key.
     fn into_identity(self, joined: Joined, label: &Label) -> (Identity, TrustLog) {
-        let Joined { hub, epochs, presented, attrs, log } = joined;
+        let Joined { hub, hub_ca, epochs, presented, attrs, log } = joined;
         let trust = log.state().clone();
         let identity = Identity {
             hub,
+            hub_ca,
             label: label.clone(),
             agent_id: AgentId::of(&trust.workspace_id(), &self.signing.public()),
             signing: Arc::new(self.signing),

@@ -1,6 +1,6 @@
 //! What can go wrong, in the terms of whoever has to act on it.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use connect_spec::control::{ErrorCode, ErrorReport};
 
@@ -64,6 +64,9 @@ pub struct Error {
     /// Whether the other side only had too much to do: the same try may succeed in a moment.
     #[serde(skip)]
     pub(crate) busy: bool,
+    /// After which time the hub wants to see this agent again.
+    #[serde(skip)]
+    pub(crate) retry_in: Option<Duration>,
     /// Whether a packet of a tunnel did not open: it was altered on the way, or made up.
     #[serde(skip)]
     pub(crate) altered: bool,
@@ -75,7 +78,14 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     /// An error of `kind` that says `message`.
     pub fn new(kind: ErrorKind, message: impl fmt::Display) -> Self {
-        Self { kind, message: message.to_string(), hint: None, busy: false, altered: false }
+        Self {
+            kind,
+            message: message.to_string(),
+            hint: None,
+            busy: false,
+            retry_in: None,
+            altered: false,
+        }
     }
 
     /// Adds what to do next.
@@ -130,6 +140,7 @@ impl Error {
         let mut error =
             Self::new(kind, format_args!("the hub says: {}", one_line(&report.message)));
         error.busy = matches!(report.code, ErrorCode::Busy | ErrorCode::RateLimited);
+        error.retry_in = report.retry_in_ms.map(|millis| Duration::from_millis(millis.into()));
         match hint(report) {
             Some(hint) => error.hint(hint),
             None => error,

@@ -1,7 +1,7 @@
 //! What an agent keeps on disk, in one directory: secrets 0600 under a 0700 home, replaced atomically.
 //!
-//! `agent.key`, `epochs.key` and `signer.key` hold secrets and nothing else; `membership.json` and `trust/` are
-//! public; `state.json` and `ports.json` are what to restore. One home is one agent, by `agent.lock`.
+//! `agent.key`, `epochs.key` and `signer.key` hold secrets and nothing else; `membership.json`, `hub-ca.pem` and
+//! `trust/` are public; `state.json` and `ports.json` are what to restore. One home is one agent, by `agent.lock`.
 
 use std::{
     collections::BTreeMap,
@@ -36,9 +36,12 @@ use zeroize::Zeroizing;
 use crate::{
     error::{Error, ErrorKind, Result},
     identity::{Epochs, Identity, NoiseIdentity, RetiredNoise, SignerKey},
+    io::tls::HubCa,
     trust::{TrustLock, TrustLog},
 };
 
+/// Certificates of the authorities that may sign the hub's.
+const HUB_CA: &str = "hub-ca.pem";
 /// Longest path of a Unix socket that every system takes.
 const MAX_SOCKET_PATH: usize = 100;
 const SEEN_AUDIT: &str = "trust/audit.json";
@@ -322,7 +325,13 @@ impl Home {
         } else {
             None
         };
+        let hub_ca = match fs::read(self.path(HUB_CA)) {
+            Ok(pem) => Some(HubCa::from_pem(&pem).map_err(|_| damaged(HUB_CA))?),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(_) => return Err(damaged(HUB_CA)),
+        };
         let identity = Identity {
+            hub_ca,
             hub: HubAddress::from_str(&membership.hub).map_err(|_| damaged("membership.json"))?,
             label: membership.label,
             agent_id,
@@ -353,6 +362,9 @@ impl Home {
         self.save_keys(identity)?;
         if let Some(signer) = &identity.signer {
             self.save_signer(signer)?;
+        }
+        if let Some(ca) = &identity.hub_ca {
+            self.write(HUB_CA, ca.pem())?;
         }
         for epoch in identity.epochs.all() {
             self.save_epoch(epoch.number, &epoch.secrets)?;
@@ -541,6 +553,7 @@ impl Home {
             "agent.key",
             "epochs.key",
             "signer.key",
+            HUB_CA,
             "trust/genesis",
             "trust/head.json",
             "trust/log-0",

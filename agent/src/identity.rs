@@ -19,6 +19,7 @@ use connect_spec::{
 
 use crate::{
     error::{Error, ErrorKind, Result},
+    io::tls::HubCa,
     random,
 };
 
@@ -34,6 +35,8 @@ pub(crate) const KEPT_AFTER_ROTATION: Duration = Duration::from_secs(24 * 3600);
 #[derive(Clone)]
 pub struct Identity {
     pub(crate) hub: HubAddress,
+    /// Who signs the hub's certificate, if not an authority that the system trusts.
+    pub(crate) hub_ca: Option<HubCa>,
     pub(crate) label: Label,
     pub(crate) agent_id: AgentId,
     pub(crate) signing: Arc<SigningKey>,
@@ -347,6 +350,7 @@ mod tests {
         let presented = Presented { certificate, credential: None, noise_key };
         Identity {
             hub: "http://127.0.0.1:7420".parse().expect("a hub"),
+            hub_ca: None,
             label: "agent".parse().expect("a label"),
             agent_id,
             signing: Arc::new(signing),

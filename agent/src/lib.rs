@@ -47,6 +47,7 @@ pub use connect_crypto::custody::Passphrase;
 
 pub use agent::{Agent, Options, Rotated, rotate};
 pub use audit::{AuditReader, AuditVerdict, RecordedRow};
+pub use clock::date;
 pub use directory::{
     AgentInfo, ApiKeyInfo, Directory, ListedMember, NewApiKey, ServiceInfo, Verification,
 };
@@ -58,6 +59,6 @@ pub use govern::{EntryInfo, Governor, InviteInfo, Recovered, Revoked, invites, l
 pub use home::{Home, HomeLock};
 pub use host::{Host, Keep};
 pub use identity::Identity;
-pub use io::tunnel::Stream;
+pub use io::{tls::HubCa, tunnel::Stream};
 pub use reacher::{ReachStatus, Reached};
 pub use target::Target;

@@ -4,13 +4,11 @@ use std::io::{IsTerminal, Write};
 
 use connect_agent::{
     AgentInfo, ApiKeyInfo, AuditVerdict, EntryInfo, Error, Founded, InviteInfo, NewApiKey,
-    RecordedRow, Recovered, Revoked, Rotated, ServiceInfo, Verification,
+    RecordedRow, Recovered, Revoked, Rotated, ServiceInfo, Verification, date,
     local::{AgentStatus, ExposedStatus, ReachedStatus, TrustStatus},
 };
-use connect_spec::objects::UnixTime;
 use serde::Serialize;
 use serde_json::json;
-use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 // In place of the standard library's, which panic when the reader is gone, as in `connect agents | head`.
 macro_rules! println {
@@ -413,15 +411,6 @@ fn trust_line(trust: &TrustStatus) -> String {
         }
     }
     line
-}
-
-/// Seconds since 1970 as RFC 3339 writes them.
-fn date(time: UnixTime) -> String {
-    i64::try_from(time)
-        .ok()
-        .and_then(|time| OffsetDateTime::from_unix_timestamp(time).ok())
-        .and_then(|time| time.format(&Rfc3339).ok())
-        .unwrap_or_else(|| "at no time".to_owned())
 }
 
 /// Asks something on the terminal.

@@ -251,10 +251,11 @@ async fn keep(core: &Arc<Core>, name: &ServiceName, state: &watch::Sender<State>
         }
         let offline = error.kind == ErrorKind::ExposerOffline;
         busy = if error.busy { busy + 1 } else { 0 };
+        let asked = error.retry_in;
         if busy == 0 || busy > BUSY_TRIES {
             state.send_modify(|state| state.error = Some(error));
         }
-        let wait = backoff.next(random::number());
+        let wait = backoff.next_after(asked, random::number());
         let wait = if offline { wait.min(OFFLINE_RETRY) } else { wait };
         tokio::select! {
             () = tokio::time::sleep(wait) => {}

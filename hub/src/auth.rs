@@ -144,7 +144,7 @@ pub struct Context<'a> {
     /// The challenge of this connection.
     pub nonce: &'a Nonce,
     /// Where the connection comes from.
-    pub peer: IpAddr,
+    pub address: IpAddr,
 }
 
 /// Answers the holder of an invite with what it needs to join.
@@ -237,7 +237,7 @@ pub async fn login(context: Context<'_>, login: &Login) -> Result<Admission, Den
                 let created = create_workspace(context.registration, &mut tx, create).await?;
                 events.extend(created.then(|| {
                     let by_token = context.registration == Registration::Token;
-                    let address = mask_address(context.peer);
+                    let address = mask_address(context.address);
                     audit::now(Event::WorkspaceCreated { agent_id, by_token, address })
                 }));
             }
@@ -250,7 +250,7 @@ pub async fn login(context: Context<'_>, login: &Login) -> Result<Admission, Den
             if let Denied::Report(report) = denied
                 && is_known
             {
-                let (code, address) = (report.code, mask_address(context.peer));
+                let (code, address) = (report.code, mask_address(context.address));
                 let refused = Event::LoginRefused { agent_id, code, count: 1, address };
                 context.audit.add(login.workspace_id, refused);
             }
@@ -417,7 +417,7 @@ async fn store_agent(
     let noise_key_counter = i64::try_from(verified.noise_key_counter()).map_err(|_| {
         Denied::new(ErrorCode::BadRequest, "the NoiseKey's counter is out of range")
     })?;
-    let address = mask_address(context.peer);
+    let address = mask_address(context.address);
     let row = AgentLogin {
         agent_id: verified.agent_id(),
         identity_key: verified.identity_key(),

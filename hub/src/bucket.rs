@@ -1,55 +1,40 @@
-//! How much of something may still be had now.
+//! How much of something may be had now.
 
 use std::time::{Duration, Instant};
 
-/// A token bucket: so many tokens a second, of which so many can be saved.
-#[derive(Debug)]
+/// So many at once, and so many a second: kept as the moment at which nothing is owed any more.
+#[derive(Debug, Clone, Copy)]
 pub struct Bucket {
-    interval: Duration,
-    size: u32,
-    level: u32,
-    filled_at: Instant,
+    settled: Instant,
 }
 
 impl Bucket {
-    /// A full bucket of `size` tokens that gets `rate` new ones in a second.
+    /// One of which nothing was taken yet.
     #[must_use]
-    pub fn new(rate: u32, size: u32, now: Instant) -> Self {
-        Self { interval: Duration::from_secs(1) / rate, size, level: size, filled_at: now }
+    pub fn full(now: Instant) -> Self {
+        Self { settled: now }
     }
 
-    fn fill(&mut self, now: Instant) {
-        let elapsed = now.saturating_duration_since(self.filled_at);
-        let earned = elapsed.as_nanos() / self.interval.as_nanos();
-        match u32::try_from(earned) {
-            Ok(earned) if earned < self.size - self.level => {
-                self.level += earned;
-                self.filled_at += self.interval * earned;
-            }
-            Ok(_) | Err(_) => {
-                self.level = self.size;
-                self.filled_at = now;
-            }
-        }
-    }
-
-    /// Takes a token.
+    /// Takes one.
     ///
     /// # Errors
-    /// How long until there is one.
-    pub fn take(&mut self, now: Instant) -> Result<(), Duration> {
-        self.fill(now);
-        if self.level == 0 {
-            return Err(self.interval - now.saturating_duration_since(self.filled_at));
+    /// After which time there is one.
+    pub fn take(&mut self, per_sec: u32, at_once: u32, now: Instant) -> Result<(), Duration> {
+        let one = Duration::from_secs(1) / per_sec;
+        let owed = self.settled.saturating_duration_since(now) + one;
+        match owed.checked_sub(one * at_once).filter(|wait| !wait.is_zero()) {
+            Some(wait) => Err(wait),
+            None => {
+                self.settled = now + owed;
+                Ok(())
+            }
         }
-        self.level -= 1;
-        Ok(())
     }
 
     /// Whether it is as good as a new one.
-    pub fn is_full(&mut self, now: Instant) -> bool {
-        self.fill(now);
-        self.level == self.size
+    #[must_use]
+    pub fn is_full(&self, now: Instant) -> bool {
+        self.settled <= now
     }
 }
 
@@ -58,22 +43,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tokens_come_at_their_rate_and_no_more_are_saved_than_fit() {
+    fn they_come_at_their_rate_and_no_more_are_saved_than_may_be_had_at_once() {
         let start = Instant::now();
-        let mut bucket = Bucket::new(10, 3, start);
+        let mut bucket = Bucket::full(start);
         let at = |millis| start + Duration::from_millis(millis);
-        assert!(bucket.is_full(start));
+        let mut take = |millis| bucket.take(10, 3, at(millis));
         for _ in 0..3 {
-            assert_eq!(bucket.take(start), Ok(()));
+            assert_eq!(take(0), Ok(()));
         }
-        assert_eq!(bucket.take(at(40)), Err(Duration::from_millis(60)));
-        assert_eq!(bucket.take(at(100)), Ok(()));
-        assert_eq!(bucket.take(at(199)), Err(Duration::from_millis(1)));
-        assert_eq!(bucket.take(at(200)), Ok(()));
+        assert_eq!(take(40), Err(Duration::from_millis(60)));
+        assert_eq!(take(100), Ok(()));
+        assert_eq!(take(199), Err(Duration::from_millis(1)));
+        assert_eq!(take(200), Ok(()));
         assert!(!bucket.is_full(at(499)) && bucket.is_full(at(500)));
         for _ in 0..3 {
-            assert_eq!(bucket.take(at(90_000)), Ok(()));
+            assert_eq!(bucket.take(10, 3, at(90_000)), Ok(()));
         }
-        assert!(bucket.take(at(90_000)).is_err());
+        assert!(bucket.take(10, 3, at(90_000)).is_err());
     }
 }

@@ -11,10 +11,14 @@ use std::{
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use http::Uri;
+use ipnet::IpNet;
 use nix::unistd::Uid;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
 
-use crate::auth::{Authorities, is_loopback_name};
+use crate::{
+    auth::{Authorities, is_loopback_name},
+    forwarded::{TrustedProxies, parse_network},
+};
 
 /// The relay of Private Connect ZK: it finds peers, isolates workspaces and forwards ciphertext.
 #[derive(Debug, Parser)]
@@ -52,7 +56,7 @@ pub enum TokenCommand {
     /// Make a token that creates one workspace, and print it
     Create {
         /// How long it is valid: a number with s, m, h or d
-        #[arg(long, default_value = "24h", value_parser = parse_duration, value_name = "TIME")]
+        #[arg(long, default_value = "24h", value_parser = parse_lifetime, value_name = "TIME")]
         expires: Duration,
         /// Where the hub's database is.
         #[command(flatten)]
@@ -108,9 +112,27 @@ pub struct ServeArgs {
         value_name = "URL"
     )]
     pub public_urls: Vec<PublicUrl>,
+    /// A proxy whose X-Forwarded-For is believed: an address or a network; repeatable
+    #[arg(
+        long = "trusted-proxy",
+        env = "CONNECT_HUB_TRUSTED_PROXY",
+        value_delimiter = ',',
+        value_parser = parse_network,
+        value_name = "CIDR"
+    )]
+    pub trusted_proxies: Vec<IpNet>,
     /// Who may create a workspace [default: open on loopback, else token]
     #[arg(long, env = "CONNECT_HUB_REGISTRATION", value_name = "WHO")]
     pub registration: Option<Registration>,
+    /// How long to serve on after SIGTERM while /readyz fails, so that a load balancer sends nobody new
+    #[arg(
+        long,
+        env = "CONNECT_HUB_DRAIN",
+        default_value = "0s",
+        value_parser = parse_duration,
+        value_name = "TIME"
+    )]
+    pub drain: Duration,
 }
 
 /// Who may create a workspace.
@@ -267,8 +289,12 @@ pub struct ServeConfig {
     pub tls: TlsSource,
     /// Under which names the hub is dialled.
     pub public_urls: Vec<PublicUrl>,
+    /// Whose word about the addresses of others counts.
+    pub trusted_proxies: TrustedProxies,
     /// Who may create a workspace.
     pub registration: Registration,
+    /// How long `/readyz` fails before agents are told to go.
+    pub drain: Duration,
 }
 
 impl DatabaseArgs {
@@ -358,7 +384,9 @@ impl ServeArgs {
             database: self.database.database(),
             tls,
             public_urls: self.public_urls,
+            trusted_proxies: TrustedProxies(self.trusted_proxies),
             registration,
+            drain: self.drain,
         })
     }
 }
@@ -418,10 +446,13 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
         _ => return Err(wrong()),
     };
     let number: u32 = number.parse().map_err(|_| wrong())?;
-    if number == 0 {
-        return Err("must be more than nothing".to_owned());
-    }
     Ok(Duration::from_secs(u64::from(number) * unit))
+}
+
+/// As [`parse_duration`], of something that lives.
+fn parse_lifetime(text: &str) -> Result<Duration, String> {
+    let lifetime = parse_duration(text)?;
+    if lifetime.is_zero() { Err("must be more than nothing".to_owned()) } else { Ok(lifetime) }
 }
 
 #[cfg(test)]
@@ -513,7 +544,9 @@ mod tests {
     fn durations_have_units() {
         assert_eq!(parse_duration("24h"), Ok(Duration::from_secs(86_400)));
         assert_eq!(parse_duration("7d"), Ok(Duration::from_secs(7 * 86_400)));
-        for wrong in ["", "h", "24", "0h", "-1h", "1.5h", "1ü"] {
+        assert_eq!(parse_duration("0s"), Ok(Duration::ZERO));
+        assert!(parse_lifetime("0s").is_err());
+        for wrong in ["", "h", "24", "-1h", "1.5h", "1ü"] {
             assert!(parse_duration(wrong).is_err(), "{wrong}");
         }
     }

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use connect_spec::{
     control::{
         CONTROL_VERSION, ControlError, ErrorCode, ErrorReport, FromAgent, FromHub, Login, Nonce,
-        Request, SessionKind, TunnelRequest, close, decode, encode,
+        Reply, Request, SessionKind, TunnelRequest, close, decode, encode,
     },
     encoding::Encoding,
     ids::{AgentId, ServiceId, WorkspaceId},
@@ -38,7 +38,9 @@ use crate::{
         CONTROL_BUFFER_BYTES, FAREWELL_LIMIT, MAX_LOG_READS, MAX_WAITING_REQUESTS, RESTART_PAUSE,
         SEND_LIMIT,
     },
-    log, requests,
+    log,
+    metrics::Credential,
+    requests,
     router::{Member, OpenError, Parties, SessionId},
     server::Visitor,
 };
@@ -228,7 +230,7 @@ where
         )));
     };
     socket.say(&FromHub::Challenge { version: CONTROL_VERSION, nonce }).await?;
-    let context = hub.context(&nonce, visitor.peer());
+    let context = hub.context(&nonce, visitor.address());
     let mut redeemed = None;
     let mut log_reads = 0;
     let mut renewed = false;
@@ -240,8 +242,10 @@ where
                 None => {}
                 // One invite a connection: whoever tries many pays for a connection each.
                 Some(FromAgent::Redeem(redeem)) if redeemed.is_none() => {
-                    let redeeming = Box::pin(auth::redeem(context, &redeem));
-                    let invitation = redeeming.await.map_err(denied)?;
+                    may_try(hub, visitor)?;
+                    let redeeming = Box::pin(auth::redeem(context, &redeem)).await;
+                    let invitation = redeeming
+                        .map_err(|error| denied(hub, visitor, Credential::Invite, error))?;
                     socket.say(&invitation).await?;
                     redeemed = Some(redeem.workspace_id);
                 }
@@ -257,9 +261,13 @@ where
                     deadline = TokioInstant::now() + LOGIN_TIMEOUT;
                 }
                 Some(FromAgent::Login(login)) => {
+                    may_try(hub, visitor)?;
                     let Login { session, moved, .. } = *login;
                     // Boxed, as everything that waits for the store: the session's own state stays small.
-                    match Box::pin(auth::login(context, &login)).await.map_err(denied)? {
+                    let judged = Box::pin(auth::login(context, &login)).await;
+                    let judged =
+                        judged.map_err(|error| denied(hub, visitor, Credential::Login, error))?;
+                    match judged {
                         Admission::In(logged_in) => return Ok(Some((session, moved, logged_in))),
                         Admission::Renewed(certificate) if !renewed => {
                             socket.say(&FromHub::Renewed { certificate }).await?;
@@ -294,11 +302,37 @@ where
     }
 }
 
-fn denied(denied: Denied) -> Ending {
-    Ending::report(match denied {
-        Denied::Report(report) => report,
-        Denied::Store(error) => requests::store_trouble(&error),
+/// An address that failed too often has to wait.
+fn may_try(hub: &Hub, visitor: &Visitor) -> Result<(), Ending> {
+    visitor.may_try().map_err(|refusal| {
+        hub.metrics().note_refused(refusal.reason);
+        let mut report = ErrorReport::new(
+            ErrorCode::RateLimited,
+            "too many tries from this address failed; come back later",
+        );
+        report.retry_in_ms = u32::try_from(refusal.retry_in.as_millis()).ok();
+        Ending::report(report)
     })
+}
+
+/// What becomes of a try that failed. Only what looks like guessing is held against the address.
+fn denied(hub: &Hub, visitor: &Visitor, shown: Credential, denied: Denied) -> Ending {
+    let report = match denied {
+        Denied::Report(report) => report,
+        Denied::Store(error) => return Ending::report(requests::store_trouble(&error)),
+    };
+    let wrong = if matches!(report.code, ErrorCode::Unauthorized | ErrorCode::InviteUnknown) {
+        Some(shown)
+    } else if report.code == ErrorCode::RegistrationClosed {
+        Some(Credential::RegistrationToken)
+    } else {
+        None
+    };
+    if let Some(wrong) = wrong {
+        hub.metrics().note_failure(wrong);
+        visitor.note_failure();
+    }
+    Ending::report(report)
 }
 
 /// A session of the router, forgotten when dropped.
@@ -443,8 +477,7 @@ fn open(
     request: TunnelRequest,
     jobs: &mpsc::Sender<Box<Job>>,
 ) -> Option<FromHub> {
-    let refuse =
-        |report| Some(FromHub::Reply { id, reply: connect_spec::control::Reply::Error(report) });
+    let refuse = |report| Some(FromHub::Reply { id, reply: Reply::Error(report) });
     if request.message.0.len() > MAX_HANDSHAKE_BYTES {
         return refuse(ErrorReport::new(
             ErrorCode::BadRequest,
@@ -466,7 +499,7 @@ fn open(
         Err(OpenError::Refused(report)) => {
             let parties =
                 Parties { reacher: session.agent, exposer: responder, service, share: None };
-            session.hub.audit().add(session.workspace, parties.refused(report.code));
+            session.hub.note(session.workspace, parties.refused(report.code));
             refuse(report)
         }
         Err(OpenError::NotOnline) => {
@@ -479,7 +512,7 @@ fn open(
 fn enqueue(jobs: &mpsc::Sender<Box<Job>>, id: u64, job: Job) -> Option<FromHub> {
     jobs.try_send(job.into()).err().map(|_| FromHub::Reply {
         id,
-        reply: connect_spec::control::Reply::Error(ErrorReport::new(
+        reply: Reply::Error(ErrorReport::new(
             ErrorCode::Busy,
             "too many requests of this session wait",
         )),

@@ -11,6 +11,7 @@ use std::{
 };
 
 use connect_spec::{
+    audit::Event,
     bytes::Blob,
     control::{ErrorCode, ErrorReport, FromHub, Nonce, SessionKind},
     ids::{AgentId, ServiceId, TunnelId, WorkspaceId},
@@ -23,9 +24,11 @@ use crate::{
     auth::{Authorities, Context},
     beats::Beats,
     config::Registration,
+    doorman::Doorman,
     effects::Queue,
     limits::{MAX_OUTGOING, MAX_WORKSPACE_HELD_BYTES},
-    relay::{Leg, Meter, Side},
+    metrics::{Metrics, Moment},
+    relay::{Leg, Meter, Sent, Side},
     rest::Rates,
     router::{AgentKey, Claim, JoinedTunnel, Member, Output, Router, SessionId, TunnelSerial},
     server::Conn,
@@ -98,6 +101,19 @@ pub struct First {
     pub meter: Arc<Meter>,
 }
 
+/// How far the hub is on its way to the end; it only goes forward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    /// Not at all.
+    Serving,
+    /// `/readyz` fails, so that nobody new is sent here; all else goes on.
+    Draining,
+    /// Agents are told to come back later, and connections end.
+    Stopping,
+    /// No agent is connected; health checks end too.
+    Ended,
+}
+
 /// One hub.
 #[derive(Debug)]
 pub struct Hub {
@@ -105,6 +121,10 @@ pub struct Hub {
     authorities: Authorities,
     registration: Registration,
     trust: TrustCache,
+    doorman: Arc<Doorman>,
+    metrics: Metrics,
+    /// By the ends of all tunnels so far.
+    sent: Arc<Sent>,
     changed: Queue,
     to_judge: Queue,
     audit: audit::Queue,
@@ -112,7 +132,7 @@ pub struct Hub {
     state: Mutex<State>,
     /// Told when the router may have an earlier deadline.
     deadline_changed: Notify,
-    stopping: watch::Sender<bool>,
+    phase: watch::Sender<Phase>,
 }
 
 impl Hub {
@@ -124,13 +144,16 @@ impl Hub {
             authorities,
             registration,
             trust: TrustCache::default(),
+            doorman: Arc::default(),
+            metrics: Metrics::default(),
+            sent: Arc::default(),
             changed: Queue::default(),
             to_judge: Queue::default(),
             audit: audit::Queue::default(),
             rates: Rates::default(),
             state: Mutex::default(),
             deadline_changed: Notify::new(),
-            stopping: watch::Sender::new(false),
+            phase: watch::Sender::new(Phase::Serving),
         }
     }
 
@@ -146,6 +169,31 @@ impl Hub {
         &self.trust
     }
 
+    /// Who may knock where agents are served.
+    #[must_use]
+    pub fn doorman(&self) -> &Arc<Doorman> {
+        &self.doorman
+    }
+
+    /// What is counted.
+    #[must_use]
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// What is so at the moment.
+    #[must_use]
+    pub fn moment(&self, database_up: bool) -> Moment {
+        Moment {
+            census: self.lock().router.census(),
+            strangers: self.doorman.inside(),
+            database_up,
+            pool: self.store.connections(),
+            draining: self.is_draining(),
+            relayed: [Side::Reacher, Side::Exposer].map(|side| self.sent.by(side)),
+        }
+    }
+
     /// Changes of trust logs that nobody was told of yet.
     #[must_use]
     pub fn changed(&self) -> &Queue {
@@ -156,6 +204,12 @@ impl Hub {
     #[must_use]
     pub fn to_judge(&self) -> &Queue {
         &self.to_judge
+    }
+
+    /// Counts what happens, and writes it into the audit log of its workspace a moment later.
+    pub fn note(&self, workspace: WorkspaceId, event: Event) {
+        self.metrics.note_event(&event);
+        self.audit.add(workspace, event);
     }
 
     /// Events on their way into the audit logs.
@@ -172,7 +226,7 @@ impl Hub {
 
     /// What the checks of a connection depend on.
     #[must_use]
-    pub fn context<'a>(&'a self, nonce: &'a Nonce, peer: IpAddr) -> Context<'a> {
+    pub fn context<'a>(&'a self, nonce: &'a Nonce, address: IpAddr) -> Context<'a> {
         Context {
             store: &self.store,
             authorities: &self.authorities,
@@ -180,7 +234,7 @@ impl Hub {
             trust: &self.trust,
             audit: &self.audit,
             nonce,
-            peer,
+            address,
         }
     }
 
@@ -219,7 +273,7 @@ impl Hub {
                     continue;
                 }
                 Output::Record(workspace, event) => {
-                    self.audit.add(workspace, event);
+                    self.note(workspace, event);
                     continue;
                 }
             };
@@ -288,7 +342,7 @@ impl Hub {
         let (other_sender, other) = oneshot::channel();
         let (cut_sender, cut) = oneshot::channel();
         let held = state.held.entry(claim.tunnel.0).or_default();
-        let meter = Arc::new(Meter::new(Arc::clone(held)));
+        let meter = Arc::new(Meter::new(Arc::clone(&self.sent), Arc::clone(held)));
         let place = Place { other: Some(other_sender), cut: cut_sender, meter: Arc::clone(&meter) };
         state.tunnels.insert(claim.serial, place);
         Joined::First(First { leg, other, cut, meter })
@@ -323,7 +377,7 @@ impl Hub {
         let joined = state.router.joined_tunnels(workspace, after, limit);
         let live = joined.into_iter().map(|joined| {
             let sent = |side| {
-                state.tunnels.get(&joined.serial).map_or(0, |place| place.meter.sent_by(side))
+                state.tunnels.get(&joined.serial).map_or(0, |place| place.meter.sent.by(side))
             };
             let (from_reacher, from_exposer) = (sent(Side::Reacher), sent(Side::Exposer));
             LiveTunnel { joined, from_reacher, from_exposer }
@@ -340,21 +394,26 @@ impl Hub {
         state.held.retain(|_, held| Arc::strong_count(held) > 1);
     }
 
-    /// Tells everybody to go.
-    pub fn stop(&self) {
-        self.stopping.send_replace(true);
+    /// Goes on to the next phase.
+    pub fn enter(&self, phase: Phase) {
+        self.phase.send_replace(phase);
     }
 
-    /// Whether [`Hub::stop`] was called.
+    /// Whether the hub is on its way to its end.
     #[must_use]
-    pub fn is_stopping(&self) -> bool {
-        *self.stopping.borrow()
+    pub fn is_draining(&self) -> bool {
+        *self.phase.borrow() >= Phase::Draining
     }
 
-    /// Returns once [`Hub::stop`] is called.
-    pub async fn stopped(&self) {
+    /// Returns once the hub is in this phase or a later one.
+    pub async fn reached(&self, phase: Phase) {
         // The sender lives as long as this hub.
-        let _ = self.stopping.subscribe().wait_for(|stopping| *stopping).await;
+        let _ = self.phase.subscribe().wait_for(|current| *current >= phase).await;
+    }
+
+    /// Returns once everybody has to go.
+    pub async fn stopped(&self) {
+        self.reached(Phase::Stopping).await;
     }
 
     /// Runs the router's clock; never returns.

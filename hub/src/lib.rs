@@ -17,10 +17,14 @@ pub mod bucket;
 pub mod cluster;
 pub mod config;
 pub mod control;
+pub mod doorman;
 pub mod effects;
+pub mod forwarded;
 pub mod hub;
 pub mod limits;
 pub mod log;
+pub mod metrics;
+pub mod problem;
 pub mod relay;
 pub mod requests;
 pub mod rest;
@@ -33,7 +37,7 @@ pub mod trust;
 pub mod tunnel;
 pub mod wraps;
 
-use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use connect_spec::control::RegistrationToken;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -41,13 +45,17 @@ use sqlx::{
     Connection as _,
     postgres::{PgConnectOptions, PgConnection},
 };
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::{
+    net::TcpListener,
+    task::JoinSet,
+    time::{Instant, sleep_until},
+};
 
 use crate::{
     cluster::{Cluster, ClusterError, DataDir},
     config::{Database, DatabaseArgs, ServeConfig, TlsSource, UsageError},
-    hub::Hub,
-    server::Server,
+    hub::{Hub, Phase},
+    server::{Server, Service},
     store::{APP_ROLE, Store, StoreError},
     tls::{Tls, TlsError},
 };
@@ -121,23 +129,33 @@ pub struct Listening {
     pub init_url: String,
 }
 
-/// Runs the hub until `shutdown`, then drains it and stops the private database.
+/// What an operator wants of a hub that runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// Drain, then end; a second time: end at once.
+    Stop,
+    /// Read the certificate again.
+    Reload,
+}
+
+/// Runs the hub until the first [`Order::Stop`], then drains it and stops the private database.
 ///
-/// `listening` is called once, when connections are taken.
+/// `listening` is called once, when connections are taken. `orders` gives the next order, and is asked
+/// first when the hub runs.
 ///
 /// # Errors
 /// [`HubError`], before anything is served.
 pub async fn serve(
     config: ServeConfig,
     listening: impl FnOnce(&Listening),
-    shutdown: impl Future<Output = ()>,
+    orders: impl AsyncFnMut() -> Order,
 ) -> Result<(), HubError> {
     raise_file_limit();
     let lock = if config.uses_data_dir() { Some(DataDir::lock(config.data_dir())?) } else { None };
     let tls = match &config.tls {
         TlsSource::None => None,
-        TlsSource::Files { cert_path, key_path } => Some(tls::load(cert_path, key_path)?),
-        TlsSource::SelfSigned(names) => Some(tls::load_or_make(config.data_dir(), names.clone())?),
+        TlsSource::Files { cert_path, key_path } => Some(Tls::load(cert_path, key_path)?),
+        TlsSource::SelfSigned(names) => Some(Tls::load_or_make(config.data_dir(), names.clone())?),
     };
     // Bound before the database starts: an address in use is told at once, and early agents wait.
     let listeners = Listeners {
@@ -152,7 +170,7 @@ pub async fn serve(
             let served = async {
                 migrate_as(&cluster.connect_options(OWNER_ROLE)).await?;
                 let store = Store::connect(cluster.connect_options(APP_ROLE)).await?;
-                run(&config, store, tls, listeners, listening, shutdown).await
+                run(&config, store, tls, listeners, listening, orders).await
             }
             .await;
             cluster.stop().await;
@@ -160,7 +178,7 @@ pub async fn serve(
         }
         Database::Url(url) => {
             let store = Store::connect(url.connect_options()).await?;
-            run(&config, store, tls, listeners, listening, shutdown).await
+            run(&config, store, tls, listeners, listening, orders).await
         }
     }
 }
@@ -182,7 +200,7 @@ async fn run(
     tls: Option<Tls>,
     listeners: Listeners,
     listening: impl FnOnce(&Listening),
-    shutdown: impl Future<Output = ()>,
+    mut orders: impl AsyncFnMut() -> Order,
 ) -> Result<(), HubError> {
     let bound = |listener: &TcpListener, address| {
         listener.local_addr().map_err(|source| HubError::Listen { address, source })
@@ -190,35 +208,90 @@ async fn run(
     let agents = bound(&listeners.agents, config.listen)?;
     let admin = bound(&listeners.admin, config.admin_listen)?;
     let pin = tls.as_ref().and_then(|tls| tls.pin);
+    let tls = tls.map(Arc::new);
     let hub = Arc::new(Hub::new(store.clone(), config.authorities(agents), config.registration));
 
     let recording = Arc::clone(&hub);
     let writer =
         tokio::spawn(async move { audit::write(recording.audit(), recording.store()).await });
-    let mut servers = JoinSet::new();
-    let routes = routes::agents(Arc::clone(&hub));
-    let server = Server { listener: listeners.agents, tls: tls.map(|tls| tls.acceptor), routes };
-    servers.spawn(server.run(Arc::clone(&hub)));
-    let server =
-        Server { listener: listeners.admin, tls: None, routes: routes::admin(Arc::clone(&hub)) };
-    servers.spawn(server.run(Arc::clone(&hub)));
+    let service = Service {
+        tls: tls.clone(),
+        routes: routes::agents(Arc::clone(&hub)),
+        proxies: Arc::new(config.trusted_proxies.clone()),
+        must_authenticate: true,
+        until: Phase::Stopping,
+    };
+    let doorman = Arc::clone(hub.doorman());
+    let server = Server { listener: listeners.agents, doorman, service };
+    let mut serving_agents = JoinSet::new();
+    serving_agents.spawn(server.run(Arc::clone(&hub)));
+    let service = Service {
+        tls: None,
+        routes: routes::admin(Arc::clone(&hub)),
+        proxies: Arc::default(),
+        must_authenticate: false,
+        until: Phase::Ended,
+    };
+    let server = Server { listener: listeners.admin, doorman: Arc::default(), service };
+    let mut serving_admin = JoinSet::new();
+    serving_admin.spawn(server.run(Arc::clone(&hub)));
 
     listening(&Listening { agents, admin, init_url: config.init_url(agents, pin.as_ref()) });
     tokio::select! {
-        () = shutdown => {}
+        () = supervise(&hub, tls.as_deref(), config.drain, &mut serving_agents, &mut orders) => {}
         () = hub.run_clock() => {}
         () = effects::run(&hub) => {}
     }
-    tracing::info!("stopping");
-    hub.stop();
-    while servers.join_next().await.is_some() {}
     // The ends of the tunnels are recorded too.
     hub.audit().finish();
     if let Err(error) = writer.await {
         tracing::error!(%error, "the writer of the audit logs");
     }
+    hub.enter(Phase::Ended);
+    while serving_admin.join_next().await.is_some() {}
     store.close().await;
     Ok(())
+}
+
+/// Obeys until no agent is connected any more.
+async fn supervise(
+    hub: &Hub,
+    tls: Option<&Tls>,
+    drain: Duration,
+    serving: &mut JoinSet<()>,
+    orders: &mut impl AsyncFnMut() -> Order,
+) {
+    until_stop(tls, orders).await;
+    tracing::info!(?drain, "draining");
+    hub.enter(Phase::Draining);
+    let stop_at = Instant::now() + drain;
+    let at_once = tokio::select! {
+        () = sleep_until(stop_at) => false,
+        () = until_stop(tls, orders) => true,
+    };
+    tracing::info!("stopping");
+    hub.enter(Phase::Stopping);
+    if at_once {
+        return serving.shutdown().await;
+    }
+    tokio::select! {
+        _ = serving.join_next() => {}
+        () = until_stop(tls, orders) => serving.shutdown().await,
+    }
+}
+
+/// Returns when the hub is told to stop; reloads until then.
+async fn until_stop(tls: Option<&Tls>, orders: &mut impl AsyncFnMut() -> Order) {
+    while orders().await == Order::Reload {
+        match tls.map_or(Ok(false), Tls::reload) {
+            Ok(true) => tracing::info!("the certificate was read again"),
+            Ok(false) => tracing::info!("there is no certificate of yours to read again"),
+            Err(error) => {
+                let error = anyhow::Error::new(error);
+                tracing::error!("the certificate stays as it was: {error:#}");
+            }
+        }
+    }
 }
 
 /// Creates or updates the schema, starting the private database for it if no hub runs there.

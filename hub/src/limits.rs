@@ -5,12 +5,37 @@ use std::time::Duration;
 
 /// A request's head must be complete within this time; a browser needs milliseconds, a slow-loris for ever.
 pub const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
-/// Sockets that have not authenticated yet: they cost a few KiB each and ten seconds at most.
+/// Sockets that have not authenticated yet: they cost a few KiB each and [`ENTRY_LIMIT`] at most. One address
+/// has no more than half of what is left of them: alone a third.
 pub const MAX_UNAUTHENTICATED: usize = 4096;
+/// Whoever has not asked for an upgrade, or shown a key, by this time after the connection was accepted is cut
+/// off, whatever it sends meanwhile. A control socket has `LOGIN_TIMEOUT` more.
+pub const ENTRY_LIMIT: Duration = Duration::from_secs(10);
+/// New connections of one address. At once: 10,000 agents behind one NAT whose hub restarted. A second: half
+/// of the TLS handshakes that one core makes.
+pub const CONNECTIONS_AT_ONCE: u32 = 10_000;
+/// As [`CONNECTIONS_AT_ONCE`], in the long run.
+pub const CONNECTIONS_PER_SEC: u32 = 500;
+/// Connections of one address that are over a limit and still told so; each costs a TLS handshake. More are
+/// dropped when they are accepted.
+pub const REFUSALS_AT_ONCE: u32 = 500;
+/// As [`REFUSALS_AT_ONCE`], in the long run.
+pub const REFUSALS_PER_SEC: u32 = 100;
+/// When to come again for want of a place: places are free within [`ENTRY_LIMIT`], most of them at once.
+pub const REFUSED_RETRY: Duration = Duration::from_secs(2);
+/// Failed tries of one address to authenticate. Nobody guesses 256 bits: this is about work and logs, and an
+/// office whose tickets expire together must not lose its hub.
+pub const FAILURES_AT_ONCE: u32 = 300;
+/// As [`FAILURES_AT_ONCE`], in the long run.
+pub const FAILURES_PER_SEC: u32 = 5;
+/// An address with more of them may not try for this long.
+pub const BAR_TIME: Duration = Duration::from_secs(30);
+/// Addresses that are remembered, at a hundred bytes each. Those with a socket always find room.
+pub const MAX_ADDRESSES: usize = 4 * MAX_UNAUTHENTICATED;
+/// Body of a request. Nothing that the hub serves has a body yet; what will is a short JSON text.
+pub const MAX_BODY_BYTES: u64 = 64 * 1024;
 /// How often a flood of connections is logged.
 pub const FLOOD_LOG_INTERVAL: Duration = Duration::from_secs(10);
-/// A TLS handshake must be complete within this time.
-pub const TLS_TIMEOUT: Duration = Duration::from_secs(10);
 /// After `EMFILE` the accept loop rests: accepting again at once would only fail again.
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Head of an HTTP request: three short headers and a ticket.

@@ -7,10 +7,10 @@ use std::{
 
 use clap::Parser as _;
 use connect_hub::{
-    HubError, Listening,
+    HubError, Listening, Order,
     config::{Cli, Command, Registration, TokenCommand},
 };
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::Level;
 use tracing_subscriber::EnvFilter;
 
@@ -61,10 +61,11 @@ async fn run(command: Command) -> Result<(), HubError> {
         Command::Serve(args) => {
             let config = args.resolve()?;
             let registration = config.registration;
+            let mut signals = None;
             connect_hub::serve(
                 config,
                 |listening| announce(listening, registration),
-                asked_to_stop(),
+                async || next_order(&mut signals).await,
             )
             .await
         }
@@ -104,18 +105,47 @@ fn announce(listening: &Listening, registration: Registration) {
     let _ = writeln!(io::stdout(), "connect init --hub {init_url}{token}");
 }
 
-/// Returns on SIGTERM, SIGINT, or SIGHUP: a terminal that goes away must not leave PostgreSQL behind.
-async fn asked_to_stop() {
-    let signals = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()];
-    let signals: io::Result<Vec<_>> = signals.into_iter().map(signal).collect();
+/// The signals that the hub obeys.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+    /// What SIGHUP means: a terminal that goes away must not leave PostgreSQL behind; without one it is the
+    /// customary way to ask a service to read its files again.
+    on_hangup: Order,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+            on_hangup: if io::stdin().is_terminal() { Order::Stop } else { Order::Reload },
+        })
+    }
+
+    async fn next(&mut self) -> Order {
+        tokio::select! {
+            _ = self.terminate.recv() => Order::Stop,
+            _ = self.interrupt.recv() => Order::Stop,
+            _ = self.hangup.recv() => self.on_hangup,
+        }
+    }
+}
+
+/// Waits for the next signal. The first call takes them over: until then they end the program.
+async fn next_order(signals: &mut Option<Signals>) -> Order {
+    if signals.is_none() {
+        match Signals::new() {
+            Ok(taken_over) => *signals = Some(taken_over),
+            Err(error) => {
+                tracing::error!(%error, "signals cannot be received; stop me with SIGKILL");
+            }
+        }
+    }
     match signals {
-        Ok(mut signals) => {
-            let received = signals.iter_mut().map(|signal| Box::pin(signal.recv()));
-            futures_util::future::select_all(received).await;
-        }
-        Err(error) => {
-            tracing::error!(%error, "signals cannot be received; stop me with SIGKILL");
-            std::future::pending().await
-        }
+        Some(signals) => signals.next().await,
+        None => std::future::pending().await,
     }
 }

@@ -85,33 +85,49 @@ pub enum Ended {
     Stopped(u16),
 }
 
-/// What a tunnel moves and holds, for others to look at while it lives.
+/// Payload bytes that the two ends sent.
 #[derive(Debug, Default)]
-pub struct Meter {
+pub struct Sent {
     from_reacher: AtomicU64,
     from_exposer: AtomicU64,
-    /// Shared by the tunnels of a workspace.
-    held: Arc<AtomicUsize>,
 }
 
-impl Meter {
-    /// Nothing has moved; bytes that wait for a slow end are added to `held` for as long as they do.
-    #[must_use]
-    pub fn new(held: Arc<AtomicUsize>) -> Self {
-        Self { held, ..Self::default() }
-    }
-
-    /// Payload bytes that the end sent so far.
-    #[must_use]
-    pub fn sent_by(&self, side: Side) -> u64 {
-        self.counter(side).load(Ordering::Relaxed)
-    }
-
+impl Sent {
     fn counter(&self, side: Side) -> &AtomicU64 {
         match side {
             Side::Reacher => &self.from_reacher,
             Side::Exposer => &self.from_exposer,
         }
+    }
+
+    /// By this end.
+    #[must_use]
+    pub fn by(&self, side: Side) -> u64 {
+        self.counter(side).load(Ordering::Relaxed)
+    }
+}
+
+/// What a tunnel moves and holds, for others to look at while it lives.
+#[derive(Debug, Default)]
+pub struct Meter {
+    /// In this tunnel.
+    pub sent: Sent,
+    /// In all tunnels.
+    all_sent: Arc<Sent>,
+    /// Bytes that wait for a slow end, in the tunnels of a workspace.
+    held: Arc<AtomicUsize>,
+}
+
+impl Meter {
+    /// Counts for one tunnel, and adds to what others count with.
+    #[must_use]
+    pub fn new(all_sent: Arc<Sent>, held: Arc<AtomicUsize>) -> Self {
+        Self { sent: Sent::default(), all_sent, held }
+    }
+
+    fn note_sent(&self, side: Side, bytes: u64) {
+        self.sent.counter(side).fetch_add(bytes, Ordering::Relaxed);
+        self.all_sent.counter(side).fetch_add(bytes, Ordering::Relaxed);
     }
 }
 
@@ -216,8 +232,8 @@ struct Translator {
     in_message: bool,
     /// Payload of the current message so far.
     message_bytes: usize,
-    /// Payload of all data frames.
-    total: u64,
+    /// Payload of data frames that nobody was told of.
+    unnoted: u64,
 }
 
 impl Translator {
@@ -226,7 +242,7 @@ impl Translator {
             Encoding::Base64 => Opcode::Text,
             Encoding::Binary => Opcode::Binary,
         };
-        Self { data_opcode, state: NEXT_FRAME, in_message: false, message_bytes: 0, total: 0 }
+        Self { data_opcode, state: NEXT_FRAME, in_message: false, message_bytes: 0, unnoted: 0 }
     }
 
     /// Whether the output so far ends between two frames, so that a control frame may follow.
@@ -275,7 +291,7 @@ impl Translator {
                     frame::mask_to(now, output.room(taken), *mask);
                     mask.rotate_left(taken % 4);
                     *left -= taken;
-                    self.total += taken as u64;
+                    self.unnoted += taken as u64;
                     input = rest;
                 }
                 State::Control { opcode, mask, have, payload } => {
@@ -465,7 +481,7 @@ impl Flow {
                         Ok(Step::More) => None,
                     };
                 self.moved = true;
-                self.meter.counter(self.source).store(self.translator.total, Ordering::Relaxed);
+                self.meter.note_sent(self.source, mem::take(&mut self.translator.unnoted));
                 let end = output.length;
                 let start = self.poll_write(cx, sink, &scratch.output[..end])?;
                 if start < end {

@@ -112,7 +112,7 @@ pub async fn why_not_online(
         Err(error) => store_trouble(&error),
     };
     let parties = Parties { reacher: member.key.1, exposer: responder, service, share: None };
-    hub.audit().add(member.key.0, parties.refused(report.code));
+    hub.note(member.key.0, parties.refused(report.code));
     Reply::Error(report)
 }
 

@@ -6,7 +6,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use connect_spec::{
@@ -17,7 +17,7 @@ use connect_spec::{
     objects::{AgentRole, Certificate, Credential, UnixTime},
     signed::Signed,
 };
-use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use http::{HeaderMap, Method, StatusCode, header};
 use serde::Serialize;
 use warp::{
     Filter,
@@ -32,7 +32,10 @@ use crate::{
     bucket::Bucket,
     hub::{Hub, LiveTunnel},
     limits::{API_KEY_BURST, API_KEY_RATE, DEFAULT_REST_PAGE, MAX_REST_KEYS, MAX_REST_PAGE},
+    metrics,
+    problem::{Problem, document, json},
     requests::store_trouble,
+    server::Visitor,
     store::{AuditFilter, Authorized, StoreError},
 };
 
@@ -51,65 +54,11 @@ impl Rates {
         if buckets.len() >= MAX_REST_KEYS {
             buckets.retain(|_, bucket| !bucket.is_full(now));
         }
-        let bucket =
-            buckets.entry(key).or_insert_with(|| Bucket::new(API_KEY_RATE, API_KEY_BURST, now));
-        bucket.take(now).map_err(|wait| Problem {
-            retry_after: Some(wait.as_secs() + 1),
+        let bucket = buckets.entry(key).or_insert_with(|| Bucket::full(now));
+        bucket.take(API_KEY_RATE, API_KEY_BURST, now).map_err(|wait| Problem {
+            retry_in: Some(wait),
             ..Problem::new(StatusCode::TOO_MANY_REQUESTS, "this API key asks for too much")
         })
-    }
-}
-
-/// Why a request is not answered (RFC 9457).
-#[derive(Debug)]
-struct Problem {
-    status: StatusCode,
-    detail: String,
-    /// Seconds.
-    retry_after: Option<u64>,
-    allow: Option<&'static str>,
-}
-
-impl Problem {
-    fn new(status: StatusCode, detail: impl Into<String>) -> Self {
-        Self { status, detail: detail.into(), retry_after: None, allow: None }
-    }
-
-    fn bad_request(detail: impl Into<String>) -> Self {
-        Self::new(StatusCode::BAD_REQUEST, detail)
-    }
-
-    fn not_found() -> Self {
-        Self::new(StatusCode::NOT_FOUND, "there is nothing here")
-    }
-
-    fn into_response(self) -> Response {
-        #[derive(Serialize)]
-        struct Body<'p> {
-            r#type: &'static str,
-            title: &'static str,
-            status: u16,
-            detail: &'p str,
-        }
-        let Self { status, detail, retry_after, allow } = self;
-        let body = Body {
-            r#type: "about:blank",
-            title: status.canonical_reason().unwrap_or_default(),
-            status: status.as_u16(),
-            detail: &detail,
-        };
-        let mut response = json(status, "application/problem+json", &body);
-        let headers = response.headers_mut();
-        if let Some(seconds) = retry_after {
-            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
-        }
-        if let Some(methods) = allow {
-            headers.insert(header::ALLOW, HeaderValue::from_static(methods));
-        }
-        if status == StatusCode::UNAUTHORIZED {
-            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
-        }
-        response
     }
 }
 
@@ -121,21 +70,8 @@ impl From<StoreError> for Problem {
         } else {
             StatusCode::INTERNAL_SERVER_ERROR
         };
-        Self { retry_after: Some(1), ..Self::new(status, report.message) }
+        Self { retry_in: Some(Duration::from_secs(1)), ..Self::new(status, report.message) }
     }
-}
-
-fn json<T: Serialize>(status: StatusCode, media_type: &'static str, body: &T) -> Response {
-    let text = serde_json::to_string(body).expect("plain data becomes JSON");
-    document(status, media_type, text)
-}
-
-fn document(status: StatusCode, media_type: &'static str, text: String) -> Response {
-    let mut response = warp::reply::with_status(text, status).into_response();
-    let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(media_type));
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    response
 }
 
 /// Everything under `/v1/` that is no WebSocket, and whatever else is not there.
@@ -145,11 +81,12 @@ pub fn routes(hub: Arc<Hub>) -> BoxedFilter<(Response,)> {
         .and(warp::path::full())
         .and(warp::query::raw().or(warp::any().map(String::new)).unify())
         .and(warp::header::headers_cloned())
-        .then(move |method, path: FullPath, query: String, headers| {
+        .and(warp::ext::get::<Visitor>())
+        .then(move |method, path: FullPath, query, headers, visitor| {
             let hub = Arc::clone(&hub);
             async move {
-                let answer = Box::pin(answer(&hub, &method, path.as_str(), &query, &headers)).await;
-                answer.unwrap_or_else(Problem::into_response)
+                let request = Request { method, path: path.as_str(), query, headers, visitor };
+                Box::pin(answer(&hub, request)).await.unwrap_or_else(Problem::into_response)
             }
         })
         .boxed()
@@ -192,13 +129,17 @@ impl Route {
     }
 }
 
-async fn answer(
-    hub: &Hub,
-    method: &Method,
-    path: &str,
-    query: &str,
-    headers: &HeaderMap,
-) -> Result<Response, Problem> {
+/// What is asked, and by whom.
+struct Request<'r> {
+    method: Method,
+    path: &'r str,
+    query: String,
+    headers: HeaderMap,
+    visitor: Visitor,
+}
+
+async fn answer(hub: &Hub, request: Request<'_>) -> Result<Response, Problem> {
+    let Request { method, path, query, headers, visitor } = request;
     let route = Route::of(path).ok_or_else(Problem::not_found)?;
     let (methods, scope) = route.needs();
     if !methods.split(", ").any(|allowed| allowed == method.as_str()) {
@@ -209,12 +150,17 @@ async fn answer(
     if let Route::OpenApi = route {
         return Ok(document(StatusCode::OK, "application/json", OPENAPI.to_owned()));
     }
-    let (workspace, key) = authorize(hub, headers).await?;
+    let Some((workspace, key)) = authorize(hub, &headers).await? else {
+        hub.metrics().note_failure(metrics::Credential::ApiKey);
+        visitor.note_failure();
+        return Err(Problem::new(StatusCode::UNAUTHORIZED, "show a valid API key"));
+    };
+    visitor.admit();
     hub.rates().check(key.key_id, Instant::now())?;
     if !key.scopes.contains(&scope) {
         return Err(Problem::new(StatusCode::FORBIDDEN, "this API key has not the scope for it"));
     }
-    let query = Query::parse(query)?;
+    let query = Query::parse(&query)?;
     match route {
         Route::Services => services(hub, workspace, query).await,
         Route::Agents => agents(hub, workspace, query).await,
@@ -226,13 +172,20 @@ async fn answer(
     }
 }
 
-async fn authorize(hub: &Hub, headers: &HeaderMap) -> Result<(WorkspaceId, Authorized), Problem> {
-    let refuse = || Problem::new(StatusCode::UNAUTHORIZED, "show a valid API key");
+/// The key in `Authorization: Bearer KEY`, if it is worth anything.
+async fn authorize(
+    hub: &Hub,
+    headers: &HeaderMap,
+) -> Result<Option<(WorkspaceId, Authorized)>, StoreError> {
     let shown = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let (scheme, key) = shown.and_then(|text| text.split_once(' ')).ok_or_else(refuse)?;
-    let key = ApiKey::parse(key.trim()).filter(|_| scheme.eq_ignore_ascii_case("Bearer"));
-    let authorized = api_keys::authorize(hub, &key.ok_or_else(refuse)?).await?;
-    authorized.ok_or_else(refuse)
+    let key = shown
+        .and_then(|text| text.split_once(' '))
+        .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("Bearer"))
+        .and_then(|(_, key)| ApiKey::parse(key.trim()));
+    match key {
+        Some(key) => api_keys::authorize(hub, &key).await,
+        None => Ok(None),
+    }
 }
 
 /// The parameters of a request. Each may come once; what nobody asks for is refused, since a filter with
@@ -408,7 +361,7 @@ fn cut(
     if !hub.route(|router, out| router.handle_cut((workspace, tunnel_id), out)) {
         return Err(Problem::not_found());
     }
-    hub.audit().add(workspace, Event::TunnelCut { key_id, tunnel_id });
+    hub.note(workspace, Event::TunnelCut { key_id, tunnel_id });
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 

@@ -211,6 +211,21 @@ enum End {
     Here,
 }
 
+/// How many sessions and tunnels there are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Census {
+    /// Sessions of both kinds.
+    pub sessions: usize,
+    /// Workspaces with a session.
+    pub workspaces: usize,
+    /// Tunnels whose exposer has not answered.
+    pub tunnels_asked: usize,
+    /// Tunnels that miss an end.
+    pub tunnels_accepted: usize,
+    /// Tunnels with both ends.
+    pub tunnels_open: usize,
+}
+
 /// The state of all sessions and tunnels.
 #[derive(Debug, Default)]
 pub struct Router {
@@ -324,6 +339,24 @@ impl Router {
         if matches!(tunnel.reacher_end, End::Here) || matches!(tunnel.exposer_end, End::Here) {
             out.push(Output::Cut(tunnel.serial, code));
         }
+    }
+
+    /// How much there is of everything.
+    #[must_use]
+    pub fn census(&self) -> Census {
+        let mut census = Census { sessions: self.sessions.len(), ..Census::default() };
+        let mut last = None;
+        for (workspace, _, _) in &self.members {
+            census.workspaces += usize::from(last.replace(workspace) != Some(workspace));
+        }
+        for tunnel in self.tunnels.values() {
+            match tunnel.stage {
+                Stage::Asked => census.tunnels_asked += 1,
+                Stage::Accepted => census.tunnels_accepted += 1,
+                Stage::Joined(_) => census.tunnels_open += 1,
+            }
+        }
+        census
     }
 
     /// Whether any agent of a workspace has a session.
@@ -490,7 +523,9 @@ impl Router {
         {
             return refuse(ErrorCode::Forbidden, "the share does not name this service");
         }
-        if let Err(wait) = self.load((workspace, reacher), now).opens.take(now) {
+        if let Err(wait) =
+            self.load((workspace, reacher), now).opens.take(OPENS_PER_SEC, OPENS_PER_SEC, now)
+        {
             let mut report =
                 ErrorReport::new(ErrorCode::RateLimited, "this agent opens too many tunnels");
             report.retry_in_ms = u32::try_from(wait.as_millis()).ok().map(|millis| millis + 1);
@@ -719,7 +754,7 @@ impl Router {
         self.loads.entry(agent).or_insert_with(|| Load {
             tunnels: 0,
             unanswered: 0,
-            opens: Bucket::new(OPENS_PER_SEC, OPENS_PER_SEC, now),
+            opens: Bucket::full(now),
         })
     }
 

@@ -20,6 +20,7 @@ use warp::{
 use crate::{
     hub::Hub,
     limits::READY_LIMIT,
+    metrics::{CONTENT_TYPE, Credential},
     rest,
     router::ClaimError,
     server::{Next, Visitor},
@@ -46,25 +47,40 @@ pub fn agents(hub: Arc<Hub>) -> BoxedFilter<(Response,)> {
     agent.or(tunnel).unify().or(rest).unify().boxed()
 }
 
-/// What operators are served: `GET /healthz` while the process lives, `GET /readyz` while it is of use.
+/// What operators are served: `GET /healthz` while the process lives, `GET /readyz` while it is of use,
+/// `GET /metrics` for what is counted.
 #[must_use]
 pub fn admin(hub: Arc<Hub>) -> BoxedFilter<(Response,)> {
     let health = warp::path!("healthz").and(warp::get()).map(|| "ok\n".into_response());
+    let counting = Arc::clone(&hub);
     let ready = warp::path!("readyz").and(warp::get()).then(move || ready(Arc::clone(&hub)));
-    health.or(ready).unify().boxed()
+    let metrics =
+        warp::path!("metrics").and(warp::get()).then(move || metrics(Arc::clone(&counting)));
+    health.or(ready).unify().or(metrics).unify().boxed()
 }
 
 async fn ready(hub: Arc<Hub>) -> Response {
     let refuse = |why: &'static str| {
         warp::reply::with_status(why, StatusCode::SERVICE_UNAVAILABLE).into_response()
     };
-    if hub.is_stopping() {
+    if hub.is_draining() {
         return refuse("draining\n");
     }
-    match timeout(READY_LIMIT, hub.store().ping()).await {
-        Ok(Ok(())) => "ready\n".into_response(),
-        Ok(Err(_)) | Err(_) => refuse("the database does not answer\n"),
+    if database_answers(&hub).await {
+        "ready\n".into_response()
+    } else {
+        refuse("the database does not answer\n")
     }
+}
+
+async fn database_answers(hub: &Hub) -> bool {
+    matches!(timeout(READY_LIMIT, hub.store().ping()).await, Ok(Ok(())))
+}
+
+async fn metrics(hub: Arc<Hub>) -> Response {
+    let database_up = database_answers(&hub).await;
+    let text = hub.metrics().show(&hub.moment(database_up));
+    warp::reply::with_header(text, header::CONTENT_TYPE, CONTENT_TYPE).into_response()
 }
 
 fn agent(headers: HeaderMap, visitor: Visitor, on_upgrade: Option<OnUpgrade>) -> Response {
@@ -104,6 +120,8 @@ fn tunnel(
             switch(&accept, Some(encoding))
         }
         Err(ClaimError::Unknown) => {
+            hub.metrics().note_failure(Credential::Ticket);
+            visitor.note_failure();
             Refusal(StatusCode::UNAUTHORIZED, "the ticket is not valid\n").into_response()
         }
         Err(ClaimError::Encoding) => {

@@ -73,7 +73,7 @@ pub async fn serve(mut admitted: Admitted, leg: Leg<Conn>) {
     let Parties { reacher: agent_id, exposer: peer_id, service: service_id, share: share_id } =
         admitted.claim.parties;
     let opened = Event::TunnelOpened { agent_id, peer_id, service_id, tunnel_id, share_id };
-    hub.audit().add(workspace, opened);
+    hub.note(workspace, opened);
     let since = Instant::now();
     let ended = relay::relay(reacher, exposer, admitted.claim.encoding, &meter, stop).await;
     let closed = Event::TunnelClosed {
@@ -82,10 +82,10 @@ pub async fn serve(mut admitted: Admitted, leg: Leg<Conn>) {
         service_id,
         tunnel_id,
         duration_ms: u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX),
-        bytes_from_agent: meter.sent_by(Side::Reacher),
-        bytes_from_peer: meter.sent_by(Side::Exposer),
+        bytes_from_agent: meter.sent.by(Side::Reacher),
+        bytes_from_peer: meter.sent.by(Side::Exposer),
         reason: tunnel_end(ended),
     };
     tracing::debug!(tunnel = %tunnel_id, ?ended, "tunnel ended");
-    hub.audit().add(workspace, closed);
+    hub.note(workspace, closed);
 }

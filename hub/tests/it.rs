@@ -20,10 +20,14 @@ mod audit;
 mod isolation;
 #[path = "it/operation.rs"]
 mod operation;
+#[path = "it/rest.rs"]
+mod rest;
 #[path = "it/revocation.rs"]
 mod revocation;
 #[path = "it/sessions.rs"]
 mod sessions;
+#[path = "it/strangers.rs"]
+mod strangers;
 #[path = "it/trust.rs"]
 mod trust;
 #[path = "it/tunnels.rs"]

@@ -4,6 +4,7 @@
 
 mod bench;
 mod carry;
+mod certificates;
 mod database;
 mod enrol;
 mod garbage;

@@ -10,7 +10,10 @@ use std::{
 
 use nix::sys::signal::Signal;
 
-use crate::process::{Process, new_dir, program};
+use crate::{
+    eventually,
+    process::{Process, new_dir, program},
+};
 
 /// A hub that runs.
 #[derive(Debug)]
@@ -113,6 +116,16 @@ impl Hub {
     #[must_use]
     pub fn log(&self) -> String {
         self.process.as_ref().map(Process::stderr).unwrap_or_default()
+    }
+
+    /// Lets it read its certificate again; waits until it logged `part` once more than before.
+    #[track_caller]
+    pub fn reload(&self, part: &str) {
+        let process = self.process.as_ref().expect("it runs");
+        let said = || process.stderr().matches(part).count();
+        let before = said();
+        process.signal(Signal::SIGHUP);
+        eventually(part, || said() > before);
     }
 
     /// Its process.

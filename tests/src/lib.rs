@@ -3,9 +3,11 @@
 //!
 //! Start reading at [`hub::Hub`] and [`home::Home`]. [`network`] is the network that fails,
 //! [`hostile_relay`] the one that lies, [`client`] the agent that does not keep to the rules, [`search`]
-//! the eyes that look for plain text, [`load`] the traffic of measurements.
+//! the eyes that look for plain text, [`load`] the traffic of measurements,
+//! [`authority`] who signs certificates.
 //! Whatever a test starts ends with it, or at the latest with the test binary ([`process`]).
 
+pub mod authority;
 pub mod client;
 pub mod home;
 pub mod hostile_relay;

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 const FIRST: Duration = Duration::from_millis(100);
 const LAST: Duration = Duration::from_secs(16);
+/// A hub that asks to stay away for longer is not heeded: what it says is not trusted.
+const LONGEST_ASKED: Duration = Duration::from_secs(60);
 
 /// The delays between attempts: random below 100 ms, 200 ms, … 16 s.
 ///
@@ -19,6 +21,12 @@ impl Backoff {
         let ceiling = FIRST.saturating_mul(1 << self.failures.min(16)).min(LAST);
         self.failures = self.failures.saturating_add(1);
         ceiling.mul_f64(f64::from(random) / f64::from(u32::MAX))
+    }
+
+    /// As [`Backoff::next`], and not before the time that the other side `asked` for: after it, at random,
+    /// since it asked others too.
+    pub(crate) fn next_after(&mut self, asked: Option<Duration>, random: u32) -> Duration {
+        asked.unwrap_or_default().min(LONGEST_ASKED) + self.next(random)
     }
 
     /// Forgets the failures after a success.
@@ -39,6 +47,9 @@ mod tests {
         assert_eq!(backoff.next(0), Duration::ZERO);
         backoff.reset();
         assert_eq!(backoff.next(u32::MAX), FIRST);
+        let asked = Duration::from_secs(30);
+        assert_eq!(backoff.next_after(Some(asked), 0), asked);
+        assert_eq!(backoff.next_after(Some(Duration::MAX), u32::MAX), LONGEST_ASKED + FIRST * 4);
         for _ in 0..1000 {
             assert!(backoff.next(u32::MAX) <= LAST);
         }

@@ -5,21 +5,14 @@ use std::{
     net::IpAddr,
     pin::Pin,
     str::FromStr,
-    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
 use bytes::Bytes;
 use connect_crypto::invite::HubAddress;
-use http::{HeaderValue, Uri, uri::Scheme};
-use rustls::{
-    ClientConfig, RootCertStore,
-    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-    crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature},
-    pki_types::{CertificateDer, ServerName, UnixTime},
-};
-use sha2::{Digest, Sha256};
+use http::{HeaderMap, HeaderValue, StatusCode, Uri, header, uri::Scheme};
+use rustls::pki_types::ServerName;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -31,19 +24,22 @@ use tokio_tungstenite::{
     tungstenite::{self, client::IntoClientRequest, protocol::WebSocketConfig},
 };
 
-use super::sockets::{CuttableTcp, Sockets};
+use super::{
+    sockets::{CuttableTcp, Sockets},
+    tls::{HubCa, Verification},
+};
 use crate::error::{Error, ErrorKind, Result};
 
 /// TCP, TLS and the upgrade together must be done within this time.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A hub as an agent dials it: a checked URL, with the pin of its certificate if there is one.
+/// A hub as an agent dials it: a checked URL, and what its certificate must be.
 #[derive(Debug, Clone)]
 pub(crate) struct HubUrl {
-    tls: bool,
+    /// Plain text if none, which is for loopback.
+    tls: Option<Verification>,
     host: String,
     port: u16,
-    pin: Option<[u8; 32]>,
     sockets: Sockets,
 }
 
@@ -56,17 +52,18 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
 
 impl fmt::Display for HubUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}://{}", if self.tls { "https" } else { "http" }, self.authority())
+        write!(f, "{}://{}", if self.tls.is_some() { "https" } else { "http" }, self.authority())
     }
 }
 
 impl HubUrl {
     /// Checks a hub's address: a scheme that is one of ours, a host, no path, and no plain text
-    /// off loopback.
+    /// off loopback. Its certificate is the pinned one, or verified by `ca`, else by the system's
+    /// authorities.
     ///
     /// # Errors
     /// [`ErrorKind::Usage`], saying what is wrong with it.
-    pub(crate) fn parse(address: &HubAddress) -> Result<Self> {
+    pub(crate) fn parse(address: &HubAddress, ca: Option<&HubCa>) -> Result<Self> {
         let usage = |message: &str| {
             Error::new(ErrorKind::Usage, format_args!("the hub `{}` {message}", address.url))
                 .hint("a hub looks like `https://hub.example.com` or `http://127.0.0.1:7420`")
@@ -96,7 +93,21 @@ impl HubUrl {
             return Err(usage("has a certificate pin but speaks plain text"));
         }
         let port = authority.port_u16().unwrap_or(if tls { 443 } else { 80 });
-        Ok(Self { tls, host, port, pin: address.pin, sockets: Sockets::new() })
+        let verification = match (address.pin, ca) {
+            (Some(_), Some(_)) => {
+                return Err(usage("has a certificate pin, which needs no authority")
+                    .hint("leave out `--ca`, or the part of the address after `#`"));
+            }
+            (None, Some(_)) if !tls => {
+                return Err(usage("speaks plain text, so it shows no certificate")
+                    .hint("leave out `--ca`, or use `https://`"));
+            }
+            (Some(pin), None) => Verification::Pin(pin),
+            (None, Some(ca)) => Verification::Authorities(ca.clone()),
+            (None, None) => Verification::System,
+        };
+        let tls = tls.then_some(verification);
+        Ok(Self { tls, host, port, sockets: Sockets::new() })
     }
 
     /// Host and port as dialled: what the login signs.
@@ -161,10 +172,12 @@ impl HubUrl {
         })?;
         tcp.set_nodelay(true).map_err(|error| self.unreachable(error))?;
         let tcp = self.sockets.add(tcp).map_err(|error| self.unreachable(error))?;
-        let io: Box<dyn Io> =
-            if self.tls { Box::new(self.tls(host, tcp).await?) } else { Box::new(tcp) };
+        let io: Box<dyn Io> = match &self.tls {
+            Some(verification) => Box::new(self.tls(verification, host, tcp).await?),
+            None => Box::new(tcp),
+        };
 
-        let scheme = if self.tls { "wss" } else { "ws" };
+        let scheme = if self.tls.is_some() { "wss" } else { "ws" };
         let mut request = format!("{scheme}://{}{path}", self.authority())
             .into_client_request()
             .map_err(|error| self.unreachable(error))?;
@@ -174,6 +187,9 @@ impl HubUrl {
         let upgraded = client_async_with_config(request, Upgrading::new(io), Some(config)).await;
         let (socket, _) = upgraded.map_err(|error| {
             if let tungstenite::Error::Http(response) = &error {
+                if response.status() == StatusCode::TOO_MANY_REQUESTS {
+                    return self.too_many(response.headers());
+                }
                 return self
                     .unreachable(format_args!("it answers HTTP {}", response.status()))
                     .hint("is this a Private Connect ZK hub?");
@@ -185,30 +201,26 @@ impl HubUrl {
 
     async fn tls(
         &self,
+        verification: &Verification,
         host: &str,
         tcp: CuttableTcp,
     ) -> Result<tokio_rustls::client::TlsStream<CuttableTcp>> {
         let name =
             ServerName::try_from(host.to_owned()).map_err(|error| self.unreachable(error))?;
-        let config = client_config(self.pin).map_err(|error| self.unreachable(error))?;
-        TlsConnector::from(config).connect(name, tcp).await.map_err(|error| {
-            let rustls_error =
-                error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
-            match rustls_error {
-                Some(rustls::Error::InvalidCertificate(
-                    rustls::CertificateError::ApplicationVerificationFailure,
-                )) => Error::trust(format_args!(
-                    "the certificate of {self} is not the one that was pinned"
-                )),
-                Some(rustls::Error::InvalidCertificate(_)) => self.unreachable(&error).hint(
-                    "the certificate is not signed by an authority that this machine trusts; \
-                     a hub with its own certificate needs its pin: `https://host:port#sha256=…`",
-                ),
-                _ => self
-                    .unreachable(&error)
-                    .hint("something answers there, but it does not speak TLS"),
-            }
-        })
+        let config = verification.client_config().map_err(|error| self.unreachable(error))?;
+        let connected = TlsConnector::from(config).connect(name, tcp).await;
+        connected.map_err(|error| verification.explain(self, &error))
+    }
+
+    /// The hub, or a proxy before it, has too much to do with this address.
+    fn too_many(&self, headers: &HeaderMap) -> Error {
+        let retry_after = headers.get(header::RETRY_AFTER).and_then(|value| value.to_str().ok());
+        let mut error = self
+            .unreachable("too many connections, or failed tries, from this address")
+            .hint("the agent comes back by itself; a command can be tried again in a minute");
+        error.retry_in = retry_after.and_then(|secs| secs.parse().ok()).map(Duration::from_secs);
+        error.busy = true;
+        error
     }
 
     fn unreachable(&self, cause: impl fmt::Display) -> Error {
@@ -305,74 +317,6 @@ fn insecure_allowed() -> bool {
     std::env::var("CONNECT_ALLOW_INSECURE").is_ok_and(|value| value == "true" || value == "1")
 }
 
-fn client_config(pin: Option<[u8; 32]>) -> std::result::Result<Arc<ClientConfig>, rustls::Error> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider.clone())
-        .with_safe_default_protocol_versions()?;
-    let mut config = match pin {
-        Some(pin) => builder
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(PinVerifier { pin, provider }))
-            .with_no_client_auth(),
-        None => {
-            let mut roots = RootCertStore::empty();
-            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-            builder.with_root_certificates(roots).with_no_client_auth()
-        }
-    };
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
-    Ok(Arc::new(config))
-}
-
-/// Accepts exactly the certificate whose SHA-256 the invite carries, whatever it says of itself.
-#[derive(Debug)]
-struct PinVerifier {
-    pin: [u8; 32],
-    provider: Arc<CryptoProvider>,
-}
-
-impl ServerCertVerifier for PinVerifier {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> std::result::Result<ServerCertVerified, rustls::Error> {
-        let found: [u8; 32] = Sha256::digest(end_entity).into();
-        if found == self.pin {
-            Ok(ServerCertVerified::assertion())
-        } else {
-            Err(rustls::CertificateError::ApplicationVerificationFailure.into())
-        }
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &rustls::DigitallySignedStruct,
-    ) -> std::result::Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        verify_tls12_signature(message, certificate, signed, algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &rustls::DigitallySignedStruct,
-    ) -> std::result::Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        verify_tls13_signature(message, certificate, signed, algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use tokio::io::AsyncReadExt;
@@ -381,7 +325,7 @@ mod tests {
 
     #[track_caller]
     fn check(url: &str, expected: std::result::Result<&str, &str>) {
-        let parsed = HubUrl::parse(&HubAddress { url: url.to_owned(), pin: None });
+        let parsed = HubUrl::parse(&HubAddress { url: url.to_owned(), pin: None }, None);
         match (parsed, expected) {
             (Ok(parsed), Ok(authority)) => assert_eq!(parsed.authority(), authority),
             (Err(error), Err(part)) => {

@@ -5,4 +5,5 @@ pub(crate) mod hub;
 pub(crate) mod packets;
 pub(crate) mod sockets;
 pub(crate) mod splice;
+pub(crate) mod tls;
 pub(crate) mod tunnel;

@@ -193,8 +193,8 @@ async fn a_tunnel_carries_both_ways_and_closes_cleanly() {
     expect(&mut tunnel.reacher, &close_frame(close::NORMAL)).await;
     tokio::join!(expect_end(tunnel.reacher), expect_end(tunnel.exposer));
     assert_eq!(tunnel.relay.await.unwrap(), Ended::Closed(Side::Reacher));
-    assert_eq!(tunnel.meter.sent_by(Side::Reacher), 100_000);
-    assert_eq!(tunnel.meter.sent_by(Side::Exposer), 14);
+    assert_eq!(tunnel.meter.sent.by(Side::Reacher), 100_000);
+    assert_eq!(tunnel.meter.sent.by(Side::Exposer), 14);
 }
 
 #[tokio::test]

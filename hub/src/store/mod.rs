@@ -211,6 +211,12 @@ impl Store {
         Ok(())
     }
 
+    /// How many connections to PostgreSQL there are, and how many of them rest.
+    #[must_use]
+    pub fn connections(&self) -> (u32, usize) {
+        (self.pool.size(), self.pool.num_idle())
+    }
+
     /// Opens the door to one workspace.
     ///
     /// # Errors

@@ -396,7 +396,8 @@ async fn of_a_thousand_edits_by_the_owner_each_is_found_where_it_is() {
         let mut owner = PgConnection::connect_with(&owner).await.unwrap();
         owner
             .execute(
-                "CREATE TEMP TABLE events AS SELECT workspace_id, seq, hash, event FROM connect.audit_events;
+                "SET synchronous_commit = off;
+                 CREATE TEMP TABLE events AS SELECT workspace_id, seq, hash, event FROM connect.audit_events;
                  CREATE TEMP TABLE heads AS SELECT * FROM connect.audit_heads",
             )
             .await

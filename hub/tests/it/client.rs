@@ -338,11 +338,13 @@ pub(crate) struct Dialer {
     pub(crate) address: SocketAddr,
     pub(crate) authority: String,
     pub(crate) tls: Option<(TlsConnector, ServerName<'static>)>,
+    /// What a proxy on the way would say.
+    pub(crate) forwarded_for: Option<String>,
 }
 
 impl Dialer {
     pub(crate) fn plain(address: SocketAddr) -> Self {
-        Self { address, authority: address.to_string(), tls: None }
+        Self { address, authority: address.to_string(), tls: None, forwarded_for: None }
     }
 
     /// As an agent dials that trusts this one certificate.
@@ -362,7 +364,7 @@ impl Dialer {
         let (host, _) = authority.split_once(':').unwrap();
         let name = ServerName::try_from(host.to_owned()).unwrap();
         let tls = Some((TlsConnector::from(Arc::new(config)), name));
-        Self { address, authority: authority.to_owned(), tls }
+        Self { address, authority: authority.to_owned(), tls, forwarded_for: None }
     }
 
     pub(crate) async fn dial(&self) -> Stream {
@@ -373,8 +375,17 @@ impl Dialer {
         }
     }
 
+    /// A request for a WebSocket.
+    pub(crate) fn request(&self, path: &str) -> http::Request<()> {
+        let mut request = format!("ws://{}{path}", self.authority).into_client_request().unwrap();
+        if let Some(client) = &self.forwarded_for {
+            request.headers_mut().insert("x-forwarded-for", client.parse().unwrap());
+        }
+        request
+    }
+
     pub(crate) async fn control(&self) -> Control {
-        Control::over(self.dial().await, &self.authority).await
+        Control::over(self.dial().await, self.request("/v1/agent"), &self.authority).await
     }
 }
 
@@ -402,8 +413,8 @@ impl Control {
         control.expect_welcome().await;
         control
     }
-    async fn over(stream: Stream, authority: &str) -> Self {
-        let request = format!("ws://{authority}/v1/agent").into_client_request().unwrap();
+
+    async fn over(stream: Stream, request: http::Request<()>, authority: &str) -> Self {
         let (socket, _) = client_async(request, stream).await.unwrap();
         let mut control = Self {
             socket,

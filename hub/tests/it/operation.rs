@@ -9,6 +9,7 @@ use std::{
 
 use connect_spec::control::{ErrorCode, FromHub, RegistrationToken};
 use nix::{
+    pty::openpty,
     sys::signal::Signal,
     unistd::{Uid, User, chown},
 };
@@ -105,6 +106,60 @@ async fn a_database_that_dies_is_brought_back() {
         .done(connect_spec::control::Request::PublishAgent { record: crate::client::record(1) })
         .await;
     hub.stop().await;
+}
+
+#[tokio::test]
+async fn a_hub_that_drains_says_so_and_serves_until_it_is_told_again() {
+    let (_dir, data_dir) = place().await;
+    let args = ["--listen", "127.0.0.1:0", "--drain", "1h"];
+    let hub = HubProcess::start_with(&data_dir, &args, |_| ()).await;
+    let workspace = Workspace::new();
+    let mut control = Control::log_in(hub.agents, &workspace, &workspace.founder()).await;
+    hub.signal(Signal::SIGTERM);
+    while !get(&hub, "/readyz").await.ends_with("draining\n") {}
+    assert!(get(&hub, "/healthz").await.starts_with("HTTP/1.1 200"));
+    // Whoever is here stays, and newcomers are taken.
+    control
+        .done(connect_spec::control::Request::PublishAgent { record: crate::client::record(1) })
+        .await;
+    drop(Control::log_in(hub.agents, &workspace, &workspace.founder()).await);
+    hub.stop().await;
+    assert!(!data_dir.join("postgres/postmaster.pid").exists(), "the database still runs");
+}
+
+#[tokio::test]
+async fn health_checks_are_answered_until_the_last_agent_is_gone() {
+    let (_dir, data_dir) = place().await;
+    let hub = HubProcess::start(&data_dir).await;
+    let workspace = Workspace::new();
+    // It reads nothing, so it is not gone before the hub's patience is over.
+    let control = Control::log_in(hub.agents, &workspace, &workspace.founder()).await;
+    hub.signal(Signal::SIGTERM);
+    while !get(&hub, "/readyz").await.ends_with("draining\n") {}
+    let (status, log) = hub.wait().await;
+    assert!(status.success(), "{log}");
+    drop(control);
+}
+
+#[tokio::test]
+async fn a_hangup_ends_a_hub_on_a_terminal_and_no_other() {
+    let (_dir, data_dir) = place().await;
+    let hub = HubProcess::start(&data_dir).await;
+    hub.signal(Signal::SIGHUP);
+    hub.logged("no certificate of yours").await;
+    assert!(get(&hub, "/healthz").await.starts_with("HTTP/1.1 200"));
+    hub.stop().await;
+
+    let terminal = openpty(None, None).unwrap();
+    let listen = ["--listen", "127.0.0.1:0"];
+    let hub = HubProcess::start_with(&data_dir, &listen, |command| {
+        command.stdin(terminal.slave);
+    })
+    .await;
+    hub.signal(Signal::SIGHUP);
+    let (status, log) = hub.wait().await;
+    assert!(status.success(), "{log}");
+    assert!(!data_dir.join("postgres/postmaster.pid").exists(), "the database still runs");
 }
 
 #[tokio::test]

@@ -91,6 +91,13 @@ impl HubProcess {
         kill(Pid::from_raw(pid), signal).unwrap();
     }
 
+    /// Waits until the log has a line with this part.
+    pub(crate) async fn logged(&self, part: &str) {
+        while !self.log.lock().unwrap().contains(part) {
+            tokio::task::yield_now().await;
+        }
+    }
+
     /// Waits for the end; gives the status and the whole log.
     pub(crate) async fn wait(mut self) -> (ExitStatus, String) {
         let status = self.child.wait().await.unwrap();

@@ -13,6 +13,7 @@ pub mod auth;
 pub mod beats;
 pub mod cluster;
 pub mod config;
+pub mod config_file;
 pub mod control;
 pub mod doorman;
 pub mod effects;

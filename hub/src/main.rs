@@ -5,10 +5,10 @@ use std::{
     process::ExitCode,
 };
 
-use clap::Parser as _;
 use connect_hub::{
     HubError, Listening, Order,
-    config::{Cli, Command, Registration, TokenCommand},
+    config::{Command, LogFormat, Registration, TokenCommand},
+    config_file::{self, Call, CallError},
 };
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::Level;
@@ -16,7 +16,14 @@ use tracing_subscriber::EnvFilter;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let call = match config_file::read(std::env::args_os()) {
+        Ok(call) => call,
+        Err(CallError::CommandLine(error)) => error.exit(),
+        Err(CallError::File { message, hint }) => {
+            return fail(&anyhow::anyhow!(message), Some(&hint), ExitCode::from(2));
+        }
+    };
+    let cli = &call.cli;
     // A bare level is about this program: those below it may log what passes through them.
     let directives = if cli.log.parse::<Level>().is_ok() || cli.log == "off" {
         format!("warn,connect_hub={}", cli.log)
@@ -31,17 +38,26 @@ async fn main() -> ExitCode {
         );
     };
     let colour = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_ansi(colour)
-        .init();
-    match run(cli.command).await {
+    let log =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(colour);
+    let format = cli.log_format;
+    match format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.with_ansi(false).json().flatten_event(true).init(),
+    }
+    match run(call).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let hint = error.hint();
             let code = ExitCode::from(if error.is_usage() { 2 } else { 1 });
-            fail(&anyhow::Error::new(error), hint.as_deref(), code)
+            let error = anyhow::Error::new(error);
+            match format {
+                LogFormat::Text => fail(&error, hint.as_deref(), code),
+                LogFormat::Json => {
+                    tracing::error!(hint, "{error:#}");
+                    code
+                }
+            }
         }
     }
 }
@@ -56,8 +72,8 @@ fn fail(error: &anyhow::Error, hint: Option<&str>, code: ExitCode) -> ExitCode {
     code
 }
 
-async fn run(command: Command) -> Result<(), HubError> {
-    match command {
+async fn run(call: Call) -> Result<(), HubError> {
+    match call.cli.command.clone() {
         Command::Serve(args) => {
             let config = args.resolve()?;
             let registration = config.registration;
@@ -68,6 +84,10 @@ async fn run(command: Command) -> Result<(), HubError> {
                 async || next_order(&mut signals).await,
             )
             .await
+        }
+        Command::Config(args) => {
+            let _ = write!(io::stdout(), "{}", call.show(&args.resolve()?));
+            Ok(())
         }
         Command::Migrate(args) => {
             connect_hub::migrate(&args).await?;

@@ -383,11 +383,14 @@ async fn http(conn: Conn, visitor: Visitor, service: Service, hub: &Hub) {
             }
         };
         request.extensions_mut().insert(visitor);
-        let answered = refused.map_or_else(|| Ok(routes.call(request)), Err);
+        let answered = match refused {
+            None => Ok(routes.call(request)),
+            Some(refused) => Err(Box::new(refused)),
+        };
         async move {
             let mut response = match answered {
                 Ok(answered) => answered.await?,
-                Err(refused) => refused,
+                Err(refused) => *refused,
             };
             if strict {
                 let headers = response.headers_mut();

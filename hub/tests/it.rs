@@ -22,6 +22,8 @@ mod operation;
 mod revocation;
 #[path = "it/sessions.rs"]
 mod sessions;
+#[path = "it/settings.rs"]
+mod settings;
 #[path = "it/strangers.rs"]
 mod strangers;
 #[path = "it/trust.rs"]

@@ -2,6 +2,13 @@
 
 use std::{
     io::{self, IsTerminal as _, Write as _},
+    os::{
+        linux::net::SocketAddrExt as _,
+        unix::{
+            ffi::OsStrExt as _,
+            net::{SocketAddr, UnixDatagram},
+        },
+    },
     process::ExitCode,
 };
 
@@ -78,12 +85,18 @@ async fn run(call: Call) -> Result<(), HubError> {
             let config = args.resolve()?;
             let registration = config.registration;
             let mut signals = None;
-            connect_hub::serve(
-                config,
-                |listening| announce(listening, registration),
-                async || next_order(&mut signals).await,
-            )
-            .await
+            let announce = |listening: &Listening| {
+                announce(listening, registration);
+                notify("READY=1");
+            };
+            let orders = async || {
+                let order = next_order(&mut signals).await;
+                if order == Order::Stop {
+                    notify("STOPPING=1");
+                }
+                order
+            };
+            connect_hub::serve(config, announce, orders).await
         }
         Command::Config(args) => {
             let _ = write!(io::stdout(), "{}", call.show(&args.resolve()?));
@@ -123,6 +136,23 @@ fn announce(listening: &Listening, registration: Registration) {
     };
     // A closed stdout is no reason to stop serving.
     let _ = writeln!(io::stdout(), "connect init --hub {init_url}{token}");
+}
+
+/// Tells a service manager that waits for it (sd_notify(3)). An abstract socket's name begins with `@`.
+fn notify(state: &str) {
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
+        return;
+    };
+    let sent = UnixDatagram::unbound().and_then(|socket| {
+        let address = match path.as_bytes().strip_prefix(b"@") {
+            Some(name) => SocketAddr::from_abstract_name(name)?,
+            None => SocketAddr::from_pathname(&path)?,
+        };
+        socket.send_to_addr(state.as_bytes(), &address)
+    });
+    if let Err(error) = sent {
+        tracing::warn!(%error, state, "the service manager was not told");
+    }
 }
 
 /// The signals that the hub obeys.

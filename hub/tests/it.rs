@@ -14,6 +14,8 @@ mod process;
 #[path = "it/template.rs"]
 mod template;
 
+#[path = "it/deploy.rs"]
+mod deploy;
 #[path = "it/isolation.rs"]
 mod isolation;
 #[path = "it/operation.rs"]

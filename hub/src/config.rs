@@ -33,16 +33,39 @@ pub struct Cli {
         value_name = "FILTER"
     )]
     pub log: String,
+    /// How the log is written
+    #[arg(
+        long,
+        env = "CONNECT_HUB_LOG_FORMAT",
+        default_value = "text",
+        global = true,
+        value_name = "FORMAT"
+    )]
+    pub log_format: LogFormat,
+    /// File in TOML with these options by their long names, `_` for `-`; options and environment come first
+    #[arg(long, env = "CONNECT_HUB_CONFIG", global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
 }
 
+/// How the log is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// A line for people.
+    Text,
+    /// A JSON object on each line.
+    Json,
+}
+
 /// The subcommands.
-#[derive(Debug, Subcommand)]
+#[derive(Debug, Clone, Subcommand)]
 pub enum Command {
     /// Run the hub; with no --database-url it runs a private PostgreSQL of its own
     Serve(ServeArgs),
+    /// Print the options of `serve` as a configuration file, with where each comes from
+    Config(ServeArgs),
     /// Create or update the schema and its roles, as the owner of the database
     Migrate(DatabaseArgs),
     /// Manage who may create workspaces
@@ -51,7 +74,7 @@ pub enum Command {
 }
 
 /// What can be done with registration tokens.
-#[derive(Debug, Subcommand)]
+#[derive(Debug, Clone, Subcommand)]
 pub enum TokenCommand {
     /// Make a token that creates one workspace, and print it
     Create {
@@ -65,7 +88,7 @@ pub enum TokenCommand {
 }
 
 /// Where the hub keeps its data.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct DatabaseArgs {
     /// Directory of the private database and the hub's own key
     /// [default: /var/lib/connect-hub as root, else $XDG_DATA_HOME/connect-hub]
@@ -77,7 +100,7 @@ pub struct DatabaseArgs {
 }
 
 /// The options of `serve`.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct ServeArgs {
     /// Address for agents
     #[arg(
@@ -99,10 +122,10 @@ pub struct ServeArgs {
     #[command(flatten)]
     pub database: DatabaseArgs,
     /// Certificate chain in PEM; without it the hub makes its own when it listens off loopback
-    #[arg(long, env = "CONNECT_HUB_TLS_CERT", requires = "tls_key", value_name = "FILE")]
+    #[arg(long, env = "CONNECT_HUB_TLS_CERT", value_name = "FILE")]
     pub tls_cert: Option<PathBuf>,
     /// Private key in PEM
-    #[arg(long, env = "CONNECT_HUB_TLS_KEY", requires = "tls_cert", value_name = "FILE")]
+    #[arg(long, env = "CONNECT_HUB_TLS_KEY", value_name = "FILE")]
     pub tls_key: Option<PathBuf>,
     /// A URL under which agents dial this hub, the first one for `init`; repeatable, required off loopback
     #[arg(
@@ -361,8 +384,20 @@ impl ServeArgs {
         };
         let tls = match (self.tls_cert, self.tls_key) {
             (Some(cert_path), Some(key_path)) => TlsSource::Files { cert_path, key_path },
-            _ if on_loopback => TlsSource::None,
-            _ => TlsSource::SelfSigned(
+            (Some(_), None) => {
+                return Err(UsageError::new(
+                    "--tls-cert goes with --tls-key",
+                    "name the file with the private key, too",
+                ));
+            }
+            (None, Some(_)) => {
+                return Err(UsageError::new(
+                    "--tls-key goes with --tls-cert",
+                    "name the file with the certificate, too",
+                ));
+            }
+            (None, None) if on_loopback => TlsSource::None,
+            (None, None) => TlsSource::SelfSigned(
                 self.public_urls
                     .iter()
                     .map(|url| url.host.trim_start_matches('[').trim_end_matches(']').to_owned())
@@ -413,6 +448,18 @@ impl ServeConfig {
         match pin {
             Some(pin) => format!("{url}#sha256={}", hex::encode(pin)),
             None => url,
+        }
+    }
+
+    /// The value of a setting that was not given and follows from others, by its name in the file.
+    #[must_use]
+    pub fn computed(&self, key: &str) -> Option<String> {
+        match key {
+            "data_dir" if self.uses_data_dir() => Some(self.data_dir.display().to_string()),
+            "registration" => {
+                self.registration.to_possible_value().map(|value| value.get_name().to_owned())
+            }
+            _ => None,
         }
     }
 

@@ -16,6 +16,7 @@ pub mod beats;
 pub mod bucket;
 pub mod cluster;
 pub mod config;
+pub mod config_file;
 pub mod control;
 pub mod doorman;
 pub mod effects;

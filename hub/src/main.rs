@@ -2,13 +2,20 @@
 
 use std::{
     io::{self, IsTerminal as _, Write as _},
+    os::{
+        linux::net::SocketAddrExt as _,
+        unix::{
+            ffi::OsStrExt as _,
+            net::{SocketAddr, UnixDatagram},
+        },
+    },
     process::ExitCode,
 };
 
-use clap::Parser as _;
 use connect_hub::{
     HubError, Listening, Order,
-    config::{Cli, Command, Registration, TokenCommand},
+    config::{Command, LogFormat, Registration, TokenCommand},
+    config_file::{self, Call, CallError},
 };
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::Level;
@@ -16,7 +23,14 @@ use tracing_subscriber::EnvFilter;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let call = match config_file::read(std::env::args_os()) {
+        Ok(call) => call,
+        Err(CallError::CommandLine(error)) => error.exit(),
+        Err(CallError::File { message, hint }) => {
+            return fail(&anyhow::anyhow!(message), Some(&hint), ExitCode::from(2));
+        }
+    };
+    let cli = &call.cli;
     // A bare level is about this program: those below it may log what passes through them.
     let directives = if cli.log.parse::<Level>().is_ok() || cli.log == "off" {
         format!("warn,connect_hub={}", cli.log)
@@ -31,17 +45,26 @@ async fn main() -> ExitCode {
         );
     };
     let colour = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_ansi(colour)
-        .init();
-    match run(cli.command).await {
+    let log =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(colour);
+    let format = cli.log_format;
+    match format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.with_ansi(false).json().flatten_event(true).init(),
+    }
+    match run(call).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let hint = error.hint();
             let code = ExitCode::from(if error.is_usage() { 2 } else { 1 });
-            fail(&anyhow::Error::new(error), hint.as_deref(), code)
+            let error = anyhow::Error::new(error);
+            match format {
+                LogFormat::Text => fail(&error, hint.as_deref(), code),
+                LogFormat::Json => {
+                    tracing::error!(hint, "{error:#}");
+                    code
+                }
+            }
         }
     }
 }
@@ -56,18 +79,28 @@ fn fail(error: &anyhow::Error, hint: Option<&str>, code: ExitCode) -> ExitCode {
     code
 }
 
-async fn run(command: Command) -> Result<(), HubError> {
-    match command {
+async fn run(call: Call) -> Result<(), HubError> {
+    match call.cli.command.clone() {
         Command::Serve(args) => {
             let config = args.resolve()?;
             let registration = config.registration;
             let mut signals = None;
-            connect_hub::serve(
-                config,
-                |listening| announce(listening, registration),
-                async || next_order(&mut signals).await,
-            )
-            .await
+            let announce = |listening: &Listening| {
+                announce(listening, registration);
+                notify("READY=1");
+            };
+            let orders = async || {
+                let order = next_order(&mut signals).await;
+                if order == Order::Stop {
+                    notify("STOPPING=1");
+                }
+                order
+            };
+            connect_hub::serve(config, announce, orders).await
+        }
+        Command::Config(args) => {
+            let _ = write!(io::stdout(), "{}", call.show(&args.resolve()?));
+            Ok(())
         }
         Command::Migrate(args) => {
             connect_hub::migrate(&args).await?;
@@ -103,6 +136,23 @@ fn announce(listening: &Listening, registration: Registration) {
     };
     // A closed stdout is no reason to stop serving.
     let _ = writeln!(io::stdout(), "connect init --hub {init_url}{token}");
+}
+
+/// Tells a service manager that waits for it (sd_notify(3)). An abstract socket's name begins with `@`.
+fn notify(state: &str) {
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
+        return;
+    };
+    let sent = UnixDatagram::unbound().and_then(|socket| {
+        let address = match path.as_bytes().strip_prefix(b"@") {
+            Some(name) => SocketAddr::from_abstract_name(name)?,
+            None => SocketAddr::from_pathname(&path)?,
+        };
+        socket.send_to_addr(state.as_bytes(), &address)
+    });
+    if let Err(error) = sent {
+        tracing::warn!(%error, state, "the service manager was not told");
+    }
 }
 
 /// The signals that the hub obeys.

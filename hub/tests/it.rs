@@ -16,6 +16,8 @@ mod template;
 
 #[path = "it/audit.rs"]
 mod audit;
+#[path = "it/deploy.rs"]
+mod deploy;
 #[path = "it/isolation.rs"]
 mod isolation;
 #[path = "it/operation.rs"]
@@ -26,6 +28,8 @@ mod rest;
 mod revocation;
 #[path = "it/sessions.rs"]
 mod sessions;
+#[path = "it/settings.rs"]
+mod settings;
 #[path = "it/strangers.rs"]
 mod strangers;
 #[path = "it/trust.rs"]

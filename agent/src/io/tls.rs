@@ -111,26 +111,29 @@ impl Verification {
             .hint("is this a hub, and does a proxy on the way let it through?");
         };
         tracing::debug!(%error, "TLS");
-        match error {
-            rustls::Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure) => {
-                Error::trust(format_args!(
+        if let rustls::Error::InvalidCertificate(wrong) = error {
+            if *wrong == CertificateError::ApplicationVerificationFailure {
+                return Error::trust(format_args!(
                     "the certificate of {hub} is not the one that was pinned"
-                ))
+                ));
             }
-            rustls::Error::InvalidCertificate(wrong) => {
-                let (cause, hint) = self.explain_certificate(wrong);
-                unreachable(&cause).hint(hint)
-            }
-            rustls::Error::AlertReceived(AlertDescription::ProtocolVersion)
-            | rustls::Error::PeerIncompatible(_) => {
-                unreachable(&"it speaks neither TLS 1.3 nor TLS 1.2 as this program does")
-                    .hint("is a proxy in front of the hub out of date?")
-            }
-            rustls::Error::AlertReceived(_) => unreachable(&"it refused the TLS handshake")
-                .hint("does the hub, or a proxy in front of it, know this name?"),
-            _ => unreachable(&"something answers there, but it does not speak TLS")
-                .hint("is the port right? A hub on loopback speaks `http://`"),
+            let (cause, hint) = self.explain_certificate(wrong);
+            return unreachable(&cause).hint(hint);
         }
+        if matches!(
+            error,
+            rustls::Error::AlertReceived(AlertDescription::ProtocolVersion)
+                | rustls::Error::PeerIncompatible(_)
+        ) {
+            return unreachable(&"it speaks neither TLS 1.3 nor TLS 1.2 as this program does")
+                .hint("is a proxy in front of the hub out of date?");
+        }
+        if let rustls::Error::AlertReceived(_) = error {
+            return unreachable(&"it refused the TLS handshake")
+                .hint("does the hub, or a proxy in front of it, know this name?");
+        }
+        unreachable(&"something answers there, but it does not speak TLS")
+            .hint("is the port right? A hub on loopback speaks `http://`")
     }
 
     fn explain_certificate(&self, wrong: &CertificateError) -> (String, &'static str) {
@@ -138,44 +141,43 @@ impl Verification {
              that signed it; or pin the certificate itself: `https://host:port#sha256=…`, as the hub's \
              operator has it";
         let when = |time: &UnixTime| clock::date(time.as_secs());
-        match wrong {
-            CertificateError::NotValidForNameContext { expected, presented } => {
-                let names = names(presented);
-                let cause =
-                    format!("its certificate is for {names}, not for `{}`", expected.to_str());
-                (cause, "dial the hub by a name in its certificate, or correct the certificate")
-            }
-            CertificateError::ExpiredContext { not_after, .. } => (
-                format!("its certificate expired on {}", when(not_after)),
-                "the hub's operator must renew it; or is this machine's clock wrong?",
-            ),
-            CertificateError::NotValidYetContext { not_before, .. } => (
-                format!("its certificate is not valid before {}", when(not_before)),
-                "is this machine's clock wrong?",
-            ),
-            CertificateError::UnknownIssuer => {
-                let whom = match self {
-                    Self::Authorities(_) => "no authority of `--ca` signed its certificate",
-                    Self::System | Self::Pin(_) => {
-                        "no authority that this machine trusts signed its certificate"
-                    }
-                };
-                (whom.to_owned(), UNKNOWN)
-            }
-            // What `openssl req -x509` makes.
-            CertificateError::Other(_) => (
-                "its certificate signed itself, or is one of an authority and not of a server"
-                    .to_owned(),
-                UNKNOWN,
-            ),
-            CertificateError::Revoked => {
-                ("its certificate was revoked".to_owned(), "the hub's operator must replace it")
-            }
-            _ => (
-                "its certificate is not a valid one for a server".to_owned(),
-                "the hub's operator must replace it; CONNECT_LOG=debug says more",
-            ),
+        if let CertificateError::NotValidForNameContext { expected, presented } = wrong {
+            let names = names(presented);
+            let cause = format!("its certificate is for {names}, not for `{}`", expected.to_str());
+            return (
+                cause,
+                "dial the hub by a name in its certificate, or correct the certificate",
+            );
         }
+        if let CertificateError::ExpiredContext { not_after, .. } = wrong {
+            let cause = format!("its certificate expired on {}", when(not_after));
+            return (cause, "the hub's operator must renew it; or is this machine's clock wrong?");
+        }
+        if let CertificateError::NotValidYetContext { not_before, .. } = wrong {
+            let cause = format!("its certificate is not valid before {}", when(not_before));
+            return (cause, "is this machine's clock wrong?");
+        }
+        let (cause, hint) = if *wrong == CertificateError::UnknownIssuer {
+            let nobody = match self {
+                Self::Authorities(_) => "no authority of `--ca` signed its certificate",
+                Self::System | Self::Pin(_) => {
+                    "no authority that this machine trusts signed its certificate"
+                }
+            };
+            (nobody, UNKNOWN)
+        } else if matches!(wrong, CertificateError::Other(_)) {
+            // What `openssl req -x509` makes.
+            (
+                "its certificate signed itself, or is one of an authority and not of a server",
+                UNKNOWN,
+            )
+        } else {
+            (
+                "its certificate is not a valid one for a server",
+                "the hub's operator must replace it; CONNECT_LOG=debug says more",
+            )
+        };
+        (cause.to_owned(), hint)
     }
 }
 

@@ -53,7 +53,8 @@ impl HubProcess {
     ) -> Self {
         let mut command = hub_command();
         command
-            .args(["--log", "trace", "serve", "--admin-listen", "127.0.0.1:0", "--data-dir"])
+            .env("CONNECT_HUB_LOG", "trace")
+            .args(["serve", "--admin-listen", "127.0.0.1:0", "--data-dir"])
             .arg(data_dir)
             .args(args);
         prepare(&mut command);
@@ -71,18 +72,20 @@ impl HubProcess {
                 .lock()
                 .unwrap()
                 .lines()
-                .find(|line| line.contains(" ready "))
+                .find(|line| line.contains(" ready ") || line.contains("\"ready\""))
                 .map(str::to_owned);
             match found {
                 Some(line) => break line,
                 None => tokio::task::yield_now().await,
             }
         };
+        // As text or as JSON.
         let address = |name: &str| {
             let (_, rest) = ready.split_once(name).unwrap();
-            rest.split_whitespace().next().unwrap().parse().unwrap()
+            let rest = rest.trim_start_matches(['=', '"', ':']);
+            rest.split(['"', ' ']).next().unwrap().parse().unwrap()
         };
-        let (agents, admin) = (address("agents="), address("admin="));
+        let (agents, admin) = (address("agents"), address("admin"));
         Self { child, agents, admin, init_line, log, log_reader }
     }
 

@@ -16,7 +16,6 @@ use tokio_tungstenite::{
     WebSocketStream, client_async,
     tungstenite::{
         self, Message,
-        client::IntoClientRequest as _,
         http::{HeaderValue, StatusCode, header},
         protocol::CloseFrame,
     },
@@ -83,7 +82,7 @@ impl World {
         .await
     }
 
-    async fn populate(hub: HubProcess, dialer: Dialer, token: Option<&str>) -> Self {
+    pub(crate) async fn populate(hub: HubProcess, dialer: Dialer, token: Option<&str>) -> Self {
         let workspace = Workspace::new();
         let (exposer, reacher) = (workspace.founder(), workspace.founder());
         let (mut exposing, mut reaching) = (dialer.control().await, dialer.control().await);
@@ -137,7 +136,7 @@ pub(crate) async fn dial(
     ticket: Option<&Ticket>,
     subprotocol: &'static str,
 ) -> Result<Data, StatusCode> {
-    let mut request = format!("ws://{}/v1/tunnel", hub.authority).into_client_request().unwrap();
+    let mut request = hub.request("/v1/tunnel");
     let headers = request.headers_mut();
     if let Some(ticket) = ticket {
         let value = HeaderValue::from_str(&format!("Ticket {}", ticket.reveal())).unwrap();

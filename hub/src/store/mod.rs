@@ -9,6 +9,7 @@ mod agents;
 mod credentials;
 mod log;
 mod registration;
+mod schema;
 mod services;
 mod workspaces;
 mod wraps;
@@ -19,10 +20,11 @@ pub use agents::{AgentLogin, KnownAgent, Upserted};
 use connect_spec::ids::WorkspaceId;
 pub use credentials::{CredentialRow, NewCredential};
 pub use registration::create_token;
+pub use schema::{latest_version, migrate, migrate_to, version};
 pub use services::Exposed;
 use sqlx::{
     Postgres, Transaction,
-    migrate::{MigrateError, Migrator},
+    migrate::MigrateError,
     postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions},
 };
 pub use workspaces::WorkspaceRow;
@@ -89,23 +91,6 @@ impl StoreError {
     }
 }
 
-/// The migrations, in a schema of their own so that a shared database stays tidy.
-fn migrator() -> Migrator {
-    let mut migrator = sqlx::migrate!();
-    migrator.create_schema("connect");
-    migrator.dangerous_set_table_name("connect.schema_history");
-    migrator
-}
-
-/// Brings the schema up to date and creates the roles. `owner` may create schemas and roles.
-///
-/// # Errors
-/// [`StoreError::Database`], [`StoreError::Migrate`].
-pub async fn migrate(owner: &mut PgConnection) -> Result<(), StoreError> {
-    migrator().run(owner).await?;
-    Ok(())
-}
-
 /// A pool of connections as [`APP_ROLE`].
 #[derive(Debug, Clone)]
 pub struct Store {
@@ -131,55 +116,48 @@ impl Store {
             .await?;
         let store = Self { pool };
         store.check_role().await?;
-        store.check_version().await?;
+        let (found, wanted) = (version(&mut *store.pool.acquire().await?).await?, latest_version());
+        if found != wanted {
+            return Err(StoreError::Version { found, wanted });
+        }
         Ok(store)
     }
 
     async fn check_role(&self) -> Result<(), StoreError> {
         // A role may also become any role that it is a member of, so those count as much as itself.
-        let (role, over_everything, creates_roles, owns): (String, bool, bool, bool) = sqlx::query_as(
+        let (role, over_everything, creates_roles, owns, reads_all): (
+            String,
+            bool,
+            bool,
+            bool,
+            bool,
+        ) = sqlx::query_as(
             "SELECT current_user::text,
-                    bool_or(r.rolsuper OR r.rolbypassrls),
+                    bool_or(r.rolsuper OR r.rolbypassrls OR r.rolreplication),
                     bool_or(r.rolcreaterole),
                     EXISTS (SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
                             WHERE n.nspname = 'connect' AND pg_has_role(current_user, c.relowner, 'MEMBER'))
                     OR EXISTS (SELECT FROM pg_namespace n
                                WHERE n.nspname = 'connect' AND pg_has_role(current_user, n.nspowner, 'MEMBER'))
                     OR EXISTS (SELECT FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-                               WHERE n.nspname = 'connect' AND pg_has_role(current_user, p.proowner, 'MEMBER'))
+                               WHERE n.nspname = 'connect' AND pg_has_role(current_user, p.proowner, 'MEMBER')),
+                    bool_or(r.rolname = 'connect_backup')
              FROM pg_roles r WHERE pg_has_role(current_user, r.oid, 'MEMBER')",
         )
         .fetch_one(&self.pool)
         .await?;
         let why = if over_everything {
-            "it is a superuser or bypasses row security"
+            "it is a superuser, may replicate, or bypasses row security"
         } else if creates_roles {
             "it can create roles and so become another one"
         } else if owns {
             "it owns a part of the schema"
+        } else if reads_all {
+            "it can become connect_backup, which reads all workspaces"
         } else {
             return Ok(());
         };
         Err(StoreError::Privileged { role, why })
-    }
-
-    async fn check_version(&self) -> Result<(), StoreError> {
-        let wanted = migrator().iter().map(|migration| migration.version).max().unwrap_or(0);
-        let there: (bool,) =
-            sqlx::query_as("SELECT to_regclass('connect.schema_history') IS NOT NULL")
-                .fetch_one(&self.pool)
-                .await?;
-        let found = if there.0 {
-            sqlx::query_as::<_, (i64,)>(
-                "SELECT coalesce(max(version), 0) FROM connect.schema_history WHERE success",
-            )
-            .fetch_one(&self.pool)
-            .await?
-            .0
-        } else {
-            0
-        };
-        if found == wanted { Ok(()) } else { Err(StoreError::Version { found, wanted }) }
     }
 
     /// Whether PostgreSQL answers.

@@ -74,3 +74,8 @@ pub const RESTART_PAUSE: Duration = Duration::from_millis(500);
 pub const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 /// `/readyz` does not wait longer for the database.
 pub const READY_LIMIT: Duration = Duration::from_secs(2);
+
+/// The oldest major version of PostgreSQL that the schema is written for.
+pub const OLDEST_POSTGRES: u32 = 13;
+/// Rows of a backup that go to the database at once.
+pub const COPY_CHUNK_BYTES: usize = 64 * 1024;

@@ -1,6 +1,7 @@
 //! `connect-hub`: reads the command line, runs the library, prints, exits.
 
 use std::{
+    fmt::Write as _,
     io::{self, IsTerminal as _, Write as _},
     process::ExitCode,
 };
@@ -8,7 +9,9 @@ use std::{
 use clap::Parser as _;
 use connect_hub::{
     HubError, Listening,
+    backup::Rows,
     config::{Cli, Command, Registration, TokenCommand},
+    store::catalog::{Finding, Mend, Report},
 };
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::Level;
@@ -37,7 +40,7 @@ async fn main() -> ExitCode {
         .with_ansi(colour)
         .init();
     match run(cli.command).await {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             let hint = error.hint();
             let code = ExitCode::from(if error.is_usage() { 2 } else { 1 });
@@ -56,7 +59,7 @@ fn fail(error: &anyhow::Error, hint: Option<&str>, code: ExitCode) -> ExitCode {
     code
 }
 
-async fn run(command: Command) -> Result<(), HubError> {
+async fn run(command: Command) -> Result<ExitCode, HubError> {
     match command {
         Command::Serve(args) => {
             let config = args.resolve()?;
@@ -66,7 +69,7 @@ async fn run(command: Command) -> Result<(), HubError> {
                 |listening| announce(listening, registration),
                 asked_to_stop(),
             )
-            .await
+            .await?;
         }
         Command::Migrate(args) => {
             connect_hub::migrate(&args).await?;
@@ -76,15 +79,77 @@ async fn run(command: Command) -> Result<(), HubError> {
                     "`serve` connects as connect_app: give that role a password, and `serve` its URL"
                 );
             }
-            Ok(())
         }
         Command::RegistrationToken(TokenCommand::Create { expires, database }) => {
             let token = connect_hub::create_registration_token(&database, expires).await?;
             // A secret: stdout is for whoever called, the log is not.
             let _ = writeln!(io::stdout(), "{}", token.0);
-            Ok(())
+        }
+        Command::Backup { file, database } => {
+            let rows = connect_hub::backup(&database, &file).await?;
+            print_rows(&rows);
+        }
+        Command::Restore { file, replace, database } => {
+            let rows = connect_hub::restore(&database, &file, replace).await?;
+            print_rows(&rows);
+            if database.database_url.is_some() {
+                tracing::info!(
+                    "`serve` connects as connect_app: if this server is new, give that role a password"
+                );
+            }
+        }
+        Command::Doctor { json, database } => {
+            let report = connect_hub::inspect(&database).await?;
+            print_report(&report, json);
+            return Ok(ExitCode::from(u8::from(!report.findings.is_empty())));
         }
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// How many rows each table has.
+fn print_rows(rows: &Rows) {
+    let mut stdout = io::stdout().lock();
+    for (table, rows) in rows {
+        // With stdout gone the work is done all the same.
+        let _ = writeln!(stdout, "{table} {rows}");
+    }
+}
+
+/// What an inspection came to: what was looked at, then what is wrong with the SQL that mends it.
+fn print_report(report: &Report, json: bool) {
+    let mut stdout = io::stdout().lock();
+    let mut text = String::new();
+    if json {
+        text = serde_json::to_string(report).unwrap_or_default();
+        text.push('\n');
+    } else {
+        for line in &report.checked {
+            let _ = writeln!(text, "checked   {line}");
+        }
+        for line in &report.unseen {
+            let _ = writeln!(text, "not seen  {line}");
+        }
+        for Finding { object, problem, mend, .. } in &report.findings {
+            let _ = writeln!(text, "\nFOUND     {object}: {problem}");
+            match mend {
+                Mend::Sql(sql) => {
+                    for line in sql.lines() {
+                        let _ = writeln!(text, "    {line}");
+                    }
+                }
+                Mend::Advice(advice) => {
+                    let _ = writeln!(text, "    -- {advice}");
+                }
+            }
+        }
+        let _ = match report.findings.len() {
+            0 => writeln!(text, "\nnothing to mend (as role {})", report.role),
+            found => writeln!(text, "\n{found} to mend; run the SQL as the owner or a superuser"),
+        };
+    }
+    // With stdout gone there is nobody to tell.
+    let _ = stdout.write_all(text.as_bytes());
 }
 
 /// Tells the operator what is served, and prints the line with which the first agent starts.

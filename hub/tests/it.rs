@@ -14,6 +14,10 @@ mod process;
 #[path = "it/template.rs"]
 mod template;
 
+#[path = "it/backup.rs"]
+mod backup;
+#[path = "it/catalog.rs"]
+mod catalog;
 #[path = "it/isolation.rs"]
 mod isolation;
 #[path = "it/operation.rs"]

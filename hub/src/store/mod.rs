@@ -6,6 +6,7 @@
 //! each of the two locks holds alone. SQL names the schema, so no search path matters.
 
 mod agents;
+pub mod catalog;
 mod credentials;
 mod log;
 mod registration;
@@ -20,7 +21,7 @@ pub use agents::{AgentLogin, KnownAgent, Upserted};
 use connect_spec::ids::WorkspaceId;
 pub use credentials::{CredentialRow, NewCredential};
 pub use registration::create_token;
-pub use schema::{latest_version, migrate, migrate_to, version};
+pub use schema::{latest_version, migrate, migrate_to, open, version};
 pub use services::Exposed;
 use sqlx::{
     Postgres, Transaction,
@@ -32,6 +33,10 @@ pub use wraps::UnwrappedRow;
 
 /// The role that the hub serves as.
 pub const APP_ROLE: &str = "connect_app";
+/// The role that owns the functions that must see a row before the workspace is known.
+pub const LOOKUP_ROLE: &str = "connect_lookup";
+/// The role that reads everything, for backups.
+pub const BACKUP_ROLE: &str = "connect_backup";
 
 /// Connections of the pool: a hub on few cores gains nothing from more, and `max_connections` of a
 /// small server leaves room for `psql` and for a second hub during an upgrade.

@@ -1,6 +1,10 @@
 //! The schema by its version: the migrations, and how far a database is.
 
-use sqlx::{migrate::Migrator, postgres::PgConnection};
+use sqlx::{
+    Connection as _,
+    migrate::Migrator,
+    postgres::{PgConnectOptions, PgConnection},
+};
 
 use super::StoreError;
 
@@ -50,18 +54,16 @@ pub async fn migrate(owner: &mut PgConnection) -> Result<(), StoreError> {
 /// Brings an empty or older schema to `version` and no further, for data that was written under it.
 ///
 /// # Errors
-/// As [`migrate`]; [`StoreError::Version`] for a version that this program does not know.
+/// As [`migrate`].
 pub async fn migrate_to(owner: &mut PgConnection, version: i64) -> Result<(), StoreError> {
-    let mut migrator = migrator();
-    if !migrator.version_exists(version) {
-        return Err(StoreError::Version { found: version, wanted: latest_version() });
-    }
-    migrator.migrations = migrator
-        .iter()
-        .filter(|migration| migration.version <= version)
-        .cloned()
-        .collect::<Vec<_>>()
-        .into();
-    migrator.run(owner).await?;
+    migrator().run_to(version, owner).await?;
     Ok(())
+}
+
+/// One connection that is not of the pool.
+///
+/// # Errors
+/// [`StoreError::Database`].
+pub async fn open(options: &PgConnectOptions) -> Result<PgConnection, StoreError> {
+    Ok(PgConnection::connect_with(options).await?)
 }

@@ -25,8 +25,8 @@ use sqlx::{
 
 use crate::template::place;
 
-const A: WorkspaceId = WorkspaceId([0xaa; 32]);
-const B: WorkspaceId = WorkspaceId([0xbb; 32]);
+pub(crate) const A: WorkspaceId = WorkspaceId([0xaa; 32]);
+pub(crate) const B: WorkspaceId = WorkspaceId([0xbb; 32]);
 const AGENT: AgentId = AgentId([1; 16]);
 const OTHER_AGENT: AgentId = AgentId([2; 16]);
 const CREDENTIAL: CredentialId = CredentialId([3; 16]);
@@ -34,20 +34,40 @@ const SERVICE: ServiceId = ServiceId([4; 16]);
 const TAG: LookupTag = LookupTag([5; 16]);
 
 /// Runs a test on a cluster of its own, which is gone afterwards whatever happened.
-async fn with_cluster<T: Future<Output = ()>>(
+pub(crate) async fn with_cluster<T: Future<Output = ()>>(
     test: impl FnOnce(PgConnectOptions, PgConnectOptions) -> T,
 ) {
+    with_bare_cluster(async |cluster| {
+        let owner = cluster.connect_options("postgres");
+        let mut connection = PgConnection::connect_with(&owner).await.unwrap();
+        migrate(&mut connection).await.unwrap();
+        test(owner, cluster.connect_options(APP_ROLE)).await;
+    })
+    .await;
+}
+
+/// The same without a schema.
+pub(crate) async fn with_bare_cluster(test: impl AsyncFnOnce(&Cluster)) {
     let (_dir, data_dir) = place().await;
     let cluster = Cluster::start(DataDir::lock(&data_dir).unwrap()).await.unwrap();
-    let owner = cluster.connect_options("postgres");
-    let mut connection = PgConnection::connect_with(&owner).await.unwrap();
-    migrate(&mut connection).await.unwrap();
-    let outcome =
-        AssertUnwindSafe(test(owner, cluster.connect_options(APP_ROLE))).catch_unwind().await;
+    let outcome = AssertUnwindSafe(test(&cluster)).catch_unwind().await;
     cluster.stop().await;
     if let Err(panic) = outcome {
         std::panic::resume_unwind(panic);
     }
+}
+
+/// An owner as managed databases have it: no superuser, no BYPASSRLS.
+pub(crate) async fn managed_owner(cluster: &Cluster) -> PgConnectOptions {
+    let superuser = cluster.connect_options("postgres");
+    let mut superuser = PgConnection::connect_with(&superuser).await.unwrap();
+    sqlx::raw_sql(
+        "CREATE ROLE hub_owner LOGIN CREATEROLE; GRANT CREATE ON DATABASE connect TO hub_owner",
+    )
+    .execute(&mut superuser)
+    .await
+    .unwrap();
+    cluster.connect_options("hub_owner")
 }
 
 fn record(counter: u32) -> SealedRecord {
@@ -75,7 +95,7 @@ async fn insert_agent(
 }
 
 /// A row in every table.
-async fn populate(store: &Store, workspace: WorkspaceId) {
+pub(crate) async fn populate(store: &Store, workspace: WorkspaceId) {
     let mut tx = store.workspace(workspace).await.unwrap();
     assert!(tx.insert_workspace(b"genesis").await.unwrap());
     let wrap = EpochWrap { epoch: 0, sealed: vec![6].into() };
@@ -210,72 +230,6 @@ async fn a_row_cannot_point_or_move_into_another_workspace() {
             .execute(&mut *tx)
             .await;
         assert!(moved.is_err());
-    })
-    .await;
-}
-
-#[tokio::test]
-async fn the_catalog_has_no_hole() {
-    with_cluster(|owner, _| async move {
-        let mut owner = PgConnection::connect_with(&owner).await.unwrap();
-        for table in tables(&mut owner).await {
-            let (secured, forced, commands): (bool, bool, String) = sqlx::query_as(
-                "SELECT c.relrowsecurity, c.relforcerowsecurity,
-                        (SELECT string_agg(p.polcmd::text, '' ORDER BY p.polcmd) FROM pg_policy p
-                         WHERE p.polrelid = c.oid
-                           AND coalesce(pg_get_expr(p.polqual, p.polrelid), '') || coalesce(pg_get_expr(p.polwithcheck, p.polrelid), '')
-                               LIKE '%connect.workspace_id%')
-                 FROM pg_class c WHERE c.oid = $1::regclass",
-            )
-            .bind(&table)
-            .fetch_one(&mut owner)
-            .await
-            .unwrap();
-            assert!(secured && forced, "{table}");
-            assert_eq!(commands, "adrw", "{table}: one policy for each command");
-            let (foreign_keys_without,): (i64,) = sqlx::query_as(
-                "SELECT count(*) FROM pg_constraint k WHERE k.conrelid = $1::regclass AND k.contype = 'f'
-                 AND NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = k.conrelid
-                                 AND a.attnum = ANY (k.conkey) AND a.attname = 'workspace_id')",
-            )
-            .bind(&table)
-            .fetch_one(&mut owner)
-            .await
-            .unwrap();
-            assert_eq!(foreign_keys_without, 0, "{table}: references name the workspace");
-        }
-        // Tables without a workspace: the ones named here, and closed as well.
-        let others: Vec<(String, bool)> = sqlx::query_as(
-            "SELECT c.relname::text, c.relrowsecurity AND c.relforcerowsecurity FROM pg_class c
-             JOIN pg_namespace n ON n.oid = c.relnamespace
-             WHERE n.nspname = 'connect' AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
-               AND NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attname = 'workspace_id')
-             ORDER BY 1",
-        )
-        .fetch_all(&mut owner)
-        .await
-        .unwrap();
-        assert_eq!(others, [("registration_tokens".to_owned(), true), ("schema_history".to_owned(), false)]);
-        // Functions that see more than their caller: the ones named here, with a pinned search path.
-        let definers: Vec<(String, String, bool)> = sqlx::query_as(
-            "SELECT p.proname::text, p.proowner::regrole::text,
-                    coalesce(p.proconfig @> ARRAY['search_path=pg_catalog, pg_temp'], false)
-             FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-             WHERE n.nspname = 'connect' AND p.prosecdef ORDER BY 1",
-        )
-        .fetch_all(&mut owner)
-        .await
-        .unwrap();
-        assert_eq!(definers, [("spend_registration_token".to_owned(), "connect_lookup".to_owned(), true)]);
-        let (login, members): (bool, i64) = sqlx::query_as(
-            "SELECT r.rolcanlogin, (SELECT count(*) FROM pg_auth_members m WHERE m.roleid = r.oid)
-             FROM pg_roles r WHERE r.rolname = 'connect_lookup'",
-        )
-        .fetch_one(&mut owner)
-        .await
-        .unwrap();
-        assert!(!login);
-        assert_eq!(members, 0);
     })
     .await;
 }

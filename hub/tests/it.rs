@@ -20,6 +20,8 @@ mod backup;
 mod catalog;
 #[path = "it/isolation.rs"]
 mod isolation;
+#[path = "it/migrations.rs"]
+mod migrations;
 #[path = "it/operation.rs"]
 mod operation;
 #[path = "it/revocation.rs"]

@@ -83,7 +83,7 @@ impl StoreError {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Privileged { .. } => Some(
-                "give `serve` the URL of role `connect_app`, which `connect-hub migrate` creates; only `migrate` gets the owner's",
+                "give `serve` the URL of role `connect_app`, which `connect-hub migrate` creates; only `migrate` gets the owner's. `connect-hub doctor` says what else is wrong",
             ),
             Self::Version { found, wanted } if found < wanted => {
                 Some("run `connect-hub migrate --database-url OWNER_URL`")

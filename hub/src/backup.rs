@@ -46,9 +46,14 @@ const FIRST_VERSION: i64 = 5;
 /// Why there is no backup, or no restored database.
 #[derive(Debug, thiserror::Error)]
 pub enum BackupError {
-    /// PostgreSQL's client programs are not installed.
-    #[error("`{0}` is not found")]
-    NoProgram(&'static str),
+    /// PostgreSQL's client programs are not installed, or older than the server.
+    #[error("`{program}` of version {major} or later is not found")]
+    NoProgram {
+        /// Which one.
+        program: &'static str,
+        /// The version of the server.
+        major: i32,
+    },
     /// One of them said no.
     #[error("{program} said: {message}")]
     Program {
@@ -121,7 +126,7 @@ impl BackupError {
     #[must_use]
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::NoProgram(_) => Some(
+            Self::NoProgram { .. } => Some(
                 "install PostgreSQL's client programs (Debian, Ubuntu: `apt install postgresql-client`), or name \
                  their directory in CONNECT_HUB_PG_BIN"
                     .to_owned(),
@@ -183,15 +188,15 @@ pub async fn backup(options: &PgConnectOptions, file: &Path) -> Result<Rows, Bac
         rows.push((table.name, count));
     }
 
+    let (pg_dump, pg_restore) = (find("pg_dump", major).await?, find("pg_restore", major).await?);
     let partial = Partial::create(file)?;
-    let mut dump = client("pg_dump", major).await?;
+    let mut dump = client(&pg_dump);
     dump.args(["--format=custom", "--schema=connect", "--enable-row-security", "--no-password"])
         .args(["--lock-wait-timeout=10000", "--role", BACKUP_ROLE, "--snapshot", &name])
         .envs(libpq(options))
         .stdout(partial.file.try_clone().map_err(at(&partial.path))?);
-    let program = Path::new("pg_dump");
-    let dumping = dump.stderr(Stdio::piped()).kill_on_drop(true).spawn().map_err(at(program))?;
-    let output = dumping.wait_with_output().await.map_err(at(program))?;
+    let dumping = dump.stderr(Stdio::piped()).kill_on_drop(true).spawn().map_err(at(&pg_dump))?;
+    let output = dumping.wait_with_output().await.map_err(at(&pg_dump))?;
     if !output.status.success() {
         return Err(BackupError::Program {
             program: "pg_dump",
@@ -201,7 +206,7 @@ pub async fn backup(options: &PgConnectOptions, file: &Path) -> Result<Rows, Bac
     snapshot.rollback().await?;
 
     for (table, count) in &rows {
-        let mut archive = Archive::open(&partial.path, table, major).await?;
+        let mut archive = Archive::open(&pg_restore, &partial.path, table).await?;
         let mut saved = 0;
         while archive.next_row().await?.is_some() {
             saved += 1;
@@ -231,9 +236,10 @@ pub async fn restore(
         sqlx::query_as("SELECT current_setting('server_version_num')::int / 10000")
             .fetch_one(&mut owner)
             .await?;
-    let saved = saved_tables(file, major).await?;
+    let pg_restore = find("pg_restore", major).await?;
+    let saved = saved_tables(&pg_restore, file).await?;
     let version =
-        saved_version(file, major).await?.ok_or_else(|| no_backup("it has no version"))?;
+        saved_version(&pg_restore, file).await?.ok_or_else(|| no_backup("it has no version"))?;
     let newest = store::latest_version();
     if !(FIRST_VERSION..=newest).contains(&version) {
         return Err(BackupError::Version { found: version, newest });
@@ -254,7 +260,7 @@ pub async fn restore(
         if !saved.contains(&table.name) {
             return Err(no_backup(&format!("table `{}` is not in it", table.name)));
         }
-        let count = load(&mut tx, file, table, major).await?;
+        let count = load(&mut tx, &pg_restore, file, table).await?;
         rows.push((table.name.clone(), count));
     }
     // What later versions make of the rows.
@@ -361,13 +367,13 @@ async fn in_order_of_references(
 /// that ends before anybody else sees it.
 async fn load(
     tx: &mut PgConnection,
+    pg_restore: &Path,
     file: &Path,
     table: &Table,
-    major: i32,
 ) -> Result<i64, BackupError> {
     let force =
         |word: &str| AssertSqlSafe(format!("ALTER TABLE {} {word} ROW LEVEL SECURITY", table.path));
-    let mut archive = Archive::open(file, &table.name, major).await?;
+    let mut archive = Archive::open(pg_restore, file, &table.name).await?;
     if let Some(column) = archive.columns.iter().find(|column| !table.columns.contains(column)) {
         return Err(BackupError::NoBackup {
             path: file.to_owned(),
@@ -406,10 +412,10 @@ async fn load(
 }
 
 /// The tables whose rows a backup has.
-async fn saved_tables(file: &Path, major: i32) -> Result<Vec<String>, BackupError> {
-    let mut list = client("pg_restore", major).await?;
+async fn saved_tables(pg_restore: &Path, file: &Path) -> Result<Vec<String>, BackupError> {
+    let mut list = client(pg_restore);
     list.arg("--list").arg(file);
-    let output = list.output().await.map_err(at(Path::new("pg_restore")))?;
+    let output = list.output().await.map_err(at(pg_restore))?;
     if !output.status.success() {
         let why = last_lines(&output.stderr);
         return Err(BackupError::NoBackup { path: file.to_owned(), why });
@@ -424,8 +430,8 @@ async fn saved_tables(file: &Path, major: i32) -> Result<Vec<String>, BackupErro
 }
 
 /// The schema version of a backup, if it is one of this program's history.
-async fn saved_version(file: &Path, major: i32) -> Result<Option<i64>, BackupError> {
-    let mut archive = Archive::open(file, "schema_history", major).await?;
+async fn saved_version(pg_restore: &Path, file: &Path) -> Result<Option<i64>, BackupError> {
+    let mut archive = Archive::open(pg_restore, file, "schema_history").await?;
     let Some(column) = archive.columns.iter().position(|column| column == "version") else {
         return Ok(None);
     };
@@ -448,11 +454,11 @@ struct Archive {
 }
 
 impl Archive {
-    async fn open(file: &Path, table: &str, major: i32) -> Result<Self, BackupError> {
-        let mut restore = client("pg_restore", major).await?;
+    async fn open(pg_restore: &Path, file: &Path, table: &str) -> Result<Self, BackupError> {
+        let mut restore = client(pg_restore);
         restore.args(["--data-only", "--schema=connect", "--file=-", "--table", table]).arg(file);
         restore.stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
-        let mut program = restore.spawn().map_err(at(Path::new("pg_restore")))?;
+        let mut program = restore.spawn().map_err(at(pg_restore))?;
         let out = program.stdout.take().map(BufReader::new);
         let out = out.ok_or_else(|| BackupError::Program {
             program: "pg_restore",
@@ -541,18 +547,22 @@ impl Drop for Partial {
     }
 }
 
+/// One of PostgreSQL's client programs that speaks to a server of this version.
+async fn find(program: &'static str, major: i32) -> Result<PathBuf, BackupError> {
+    let server = u32::try_from(major).unwrap_or_default();
+    client_program(program, server).await.ok_or(BackupError::NoProgram { program, major })
+}
+
 /// A client program without our `PG…` variables: they were taken into the connection's options.
-async fn client(program: &'static str, major: i32) -> Result<Command, BackupError> {
-    let major = u32::try_from(major).unwrap_or_default();
-    let path = client_program(program, major).await.ok_or(BackupError::NoProgram(program))?;
-    let mut command = Command::new(path);
+fn client(program: &Path) -> Command {
+    let mut command = Command::new(program);
     for (name, _) in std::env::vars_os() {
         if name.as_encoded_bytes().starts_with(b"PG") {
             command.env_remove(name);
         }
     }
     command.env("LC_ALL", "C").stdin(Stdio::null());
-    Ok(command)
+    command
 }
 
 /// A connection as `libpq` reads it from the environment, which only this user and root can see; an

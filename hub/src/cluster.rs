@@ -381,7 +381,7 @@ fn parse_version(text: &str) -> Option<u32> {
     version.get(..digits)?.parse().ok()
 }
 
-/// Finds one of PostgreSQL's client programs: of version `major`, or the newest.
+/// Finds one of PostgreSQL's client programs: of version `major`, or the newest that is later.
 ///
 /// They stand beside the server's in most installations.
 pub async fn client_program(name: &str, major: u32) -> Option<PathBuf> {
@@ -398,7 +398,9 @@ pub async fn client_program(name: &str, major: u32) -> Option<PathBuf> {
         let text = asked.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
         match text.ok().and_then(|text| parse_version(&text)) {
             Some(found) if found == major => return Some(program),
-            Some(found) if best.as_ref().is_none_or(|(newest, _)| *newest < found) => {
+            Some(found)
+                if found > major && best.as_ref().is_none_or(|(newest, _)| *newest < found) =>
+            {
                 best = Some((found, program));
             }
             Some(_) | None => {}

@@ -24,6 +24,8 @@ mod isolation;
 mod migrations;
 #[path = "it/operation.rs"]
 mod operation;
+#[path = "it/psql.rs"]
+mod psql;
 #[path = "it/revocation.rs"]
 mod revocation;
 #[path = "it/sessions.rs"]

@@ -450,6 +450,12 @@ fn open(
             "the handshake message is too long",
         ));
     }
+    // What cannot be recorded is not begun. What was begun goes on.
+    if !session.hub.store().is_up() {
+        return refuse(requests::database_away(
+            "the hub's database is away: open connections go on, new tunnels wait until it is back",
+        ));
+    }
     let Some(random) = random() else {
         return refuse(ErrorReport::new(ErrorCode::Internal, "the hub has no randomness"));
     };

@@ -224,6 +224,7 @@ async fn run(
         () = shutdown => {}
         () = hub.run_clock() => {}
         () = effects::run(&hub) => {}
+        () = store.watch() => {}
     }
     tracing::info!("stopping");
     hub.stop();

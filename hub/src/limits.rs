@@ -79,3 +79,6 @@ pub const READY_LIMIT: Duration = Duration::from_secs(2);
 pub const OLDEST_POSTGRES: u32 = 13;
 /// Rows of a backup that go to the database at once.
 pub const COPY_CHUNK_BYTES: usize = 64 * 1024;
+/// Agents that were refused because the database is away are asked to try again after this time: a local
+/// server is restarted within one or two.
+pub const DATABASE_RETRY: Duration = Duration::from_secs(1);

@@ -18,7 +18,7 @@ use serde::Serialize;
 use crate::{
     auth::unix_now,
     hub::Hub,
-    limits::{MAX_SEALED_BYTES, MAX_WRAP_BYTES, PAGE_ROWS},
+    limits::{DATABASE_RETRY, MAX_SEALED_BYTES, MAX_WRAP_BYTES, PAGE_ROWS},
     log,
     router::Member,
     store::{Exposed, NewCredential, StoreError},
@@ -56,6 +56,7 @@ pub fn store_trouble(error: &StoreError) -> ErrorReport {
             tracing::error!(error = %chain(error), "the database does not answer as it should");
             ErrorReport::new(ErrorCode::Busy, "the hub's database is not available, try again")
         }
+        StoreError::Away => database_away("the hub's database is away, try again"),
         StoreError::Migrate(_)
         | StoreError::Corrupt(_)
         | StoreError::Privileged { .. }
@@ -64,6 +65,13 @@ pub fn store_trouble(error: &StoreError) -> ErrorReport {
             ErrorReport::new(ErrorCode::Internal, "the hub failed; its log says why")
         }
     }
+}
+
+/// A refusal until the database is back.
+pub(crate) fn database_away(message: &str) -> ErrorReport {
+    let mut report = ErrorReport::new(ErrorCode::Busy, message);
+    report.retry_in_ms = u32::try_from(DATABASE_RETRY.as_millis()).ok();
+    report
 }
 
 /// An error with its causes, in one line.

@@ -58,6 +58,9 @@ async fn ready(hub: Arc<Hub>) -> Response {
     if hub.is_stopping() {
         return refuse("draining\n");
     }
+    if !hub.store().is_up() {
+        return refuse("the database is away\n");
+    }
     match timeout(READY_LIMIT, hub.store().ping()).await {
         Ok(Ok(())) => "ready\n".into_response(),
         Ok(Err(_)) | Err(_) => refuse("the database does not answer\n"),

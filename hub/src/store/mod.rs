@@ -8,6 +8,7 @@
 mod agents;
 pub mod catalog;
 mod credentials;
+mod health;
 mod log;
 mod registration;
 mod schema;
@@ -28,6 +29,7 @@ use sqlx::{
     migrate::MigrateError,
     postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions},
 };
+use tokio::sync::watch;
 pub use workspaces::WorkspaceRow;
 pub use wraps::UnwrappedRow;
 
@@ -53,6 +55,9 @@ pub enum StoreError {
     /// The database is away, or refused the statement.
     #[error("database")]
     Database(#[from] sqlx::Error),
+    /// The database is away, and nobody waits for it.
+    #[error("the database is away")]
+    Away,
     /// The schema could not be brought up to date.
     #[error("schema")]
     Migrate(#[from] MigrateError),
@@ -91,7 +96,7 @@ impl StoreError {
             Self::Version { .. } => {
                 Some("this database belongs to a newer connect-hub: upgrade this one")
             }
-            Self::Database(_) | Self::Migrate(_) | Self::Corrupt(_) => None,
+            Self::Database(_) | Self::Away | Self::Migrate(_) | Self::Corrupt(_) => None,
         }
     }
 }
@@ -100,6 +105,7 @@ impl StoreError {
 #[derive(Debug, Clone)]
 pub struct Store {
     pool: PgPool,
+    up: watch::Sender<bool>,
 }
 
 impl Store {
@@ -119,7 +125,7 @@ impl Store {
             })
             .connect_with(options)
             .await?;
-        let store = Self { pool };
+        let store = Self { pool, up: watch::Sender::new(true) };
         store.check_role().await?;
         let (found, wanted) = (version(&mut *store.pool.acquire().await?).await?, latest_version());
         if found != wanted {
@@ -189,6 +195,9 @@ impl Store {
         &self,
         statement: &'static str,
     ) -> Result<Transaction<'static, Postgres>, StoreError> {
+        if !self.is_up() {
+            return Err(StoreError::Away);
+        }
         let pool = self.pool.clone();
         let begun = tokio::spawn(async move { pool.begin_with(statement).await }).await;
         Ok(begun.map_err(|error| sqlx::Error::Io(std::io::Error::other(error)))??)

@@ -7,7 +7,11 @@ use std::{
     path::Path,
 };
 
-use connect_spec::control::{ErrorCode, FromHub, RegistrationToken};
+use connect_spec::{
+    control::{ErrorCode, FromHub, RegistrationToken, Reply, Request},
+    encoding::Encoding,
+};
+use futures_util::{SinkExt as _, StreamExt as _};
 use nix::{
     sys::signal::Signal,
     unistd::{Uid, User, chown},
@@ -18,11 +22,13 @@ use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
 };
+use tokio_tungstenite::tungstenite::Message;
 
 use crate::{
     client::{Control, Dialer, Workspace, error_code},
     process::{HubProcess, run, stderr},
     template::{empty_place, place},
+    tunnels::{Data, SERVICE, TAG, World, open},
 };
 
 async fn get(hub: &HubProcess, path: &str) -> String {
@@ -105,6 +111,60 @@ async fn a_database_that_dies_is_brought_back() {
         .done(connect_spec::control::Request::PublishAgent { record: crate::client::record(1) })
         .await;
     hub.stop().await;
+}
+
+#[tokio::test]
+async fn while_the_database_is_away_open_tunnels_go_on_and_nothing_begins() {
+    let (_dir, data_dir) = place().await;
+    let mut world = World::start(&data_dir).await;
+    let (mut reacher, mut exposer) = world.tunnel(Encoding::Base64).await;
+    let pass = async |reacher: &mut Data, exposer: &mut Data, text: &'static str| {
+        reacher.send(Message::text(text)).await.unwrap();
+        assert_eq!(exposer.next().await.unwrap().unwrap(), Message::text(text));
+    };
+    pass(&mut reacher, &mut exposer, "AAAA").await;
+
+    // Where the supervisor looks for it there is no database until we put it back.
+    let (pgdata, hidden) = (data_dir.join("postgres"), data_dir.join("hidden"));
+    let database = postmaster(&data_dir);
+    fs::rename(&pgdata, &hidden).unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(database), Signal::SIGKILL).unwrap();
+    while get(&world.hub, "/readyz").await.starts_with("HTTP/1.1 200") {}
+    assert!(get(&world.hub, "/readyz").await.starts_with("HTTP/1.1 503"));
+    assert!(get(&world.hub, "/healthz").await.starts_with("HTTP/1.1 200"));
+
+    pass(&mut reacher, &mut exposer, "BBBB").await;
+    // A new tunnel, a request and a login are refused at once, with a reason and a time.
+    let refused = |reply: Reply| match reply {
+        Reply::Error(report) => {
+            assert_eq!(report.code, ErrorCode::Busy);
+            assert!(report.message.contains("database"), "{}", report.message);
+            assert!(report.retry_in_ms.is_some());
+        }
+        other => panic!("{other:?}"),
+    };
+    let began = std::time::Instant::now();
+    let tunnel = open(99, SERVICE, world.exposer.id);
+    refused(world.reaching.request(Request::OpenTunnel(tunnel.clone())).await);
+    refused(world.reaching.request(Request::Lookup { tag: TAG }).await);
+    let mut late = Control::connect(world.hub.agents).await;
+    match late.try_log_in(&world.exposer, |_| ()).await {
+        FromHub::Error(report) => refused(Reply::Error(report)),
+        other => panic!("{other:?}"),
+    }
+    assert!(began.elapsed() < std::time::Duration::from_secs(4), "somebody waited for a database");
+    pass(&mut reacher, &mut exposer, "CCCC").await;
+
+    fs::rename(&hidden, &pgdata).unwrap();
+    while !get(&world.hub, "/readyz").await.starts_with("HTTP/1.1 200") {}
+    pass(&mut reacher, &mut exposer, "DDDD").await;
+    world.tickets(Encoding::Base64).await;
+    assert!(matches!(
+        world.reaching.request(Request::Lookup { tag: TAG }).await,
+        Reply::Services { .. }
+    ));
+    let log = world.hub.stop().await;
+    assert!(log.contains("the database is away") && log.contains("the database is back"), "{log}");
 }
 
 #[tokio::test]

@@ -119,7 +119,7 @@ fn open_connection_does_not_notice_that_the_database_dies() {
         hub.log().contains("the database is away")
     });
     let target = service.address().to_string();
-    pair.workspace.founder.fails(&["expose", &target, "--name", "late"], 4, "database");
+    pair.workspace.founder.fails(&["expose", &target, "--name", "late"], 6, "database");
     for _ in 0..100 {
         echo();
     }

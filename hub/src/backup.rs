@@ -598,8 +598,10 @@ fn libpq(options: &PgConnectOptions) -> Vec<(&'static str, String)> {
             "sslkey" => "PGSSLKEY",
             _ => continue,
         };
+        // One that was given by its text has no file, and `libpq` takes files.
+        let Some(path) = value.strip_prefix("file: ") else { continue };
         has_root |= name == "PGSSLROOTCERT";
-        environment.push((name, value.into_owned()));
+        environment.push((name, path.to_owned()));
     }
     let verifies = matches!(options.get_ssl_mode(), PgSslMode::VerifyCa | PgSslMode::VerifyFull);
     if verifies && !has_root {

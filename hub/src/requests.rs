@@ -52,7 +52,7 @@ pub(crate) fn unknown_workspace<T>() -> Result<T, Failure> {
 /// What the agent hears when the store failed; the log says why.
 pub fn store_trouble(error: &StoreError) -> ErrorReport {
     match error {
-        StoreError::Database(_) => {
+        StoreError::Database(_) | StoreError::Connect { .. } => {
             tracing::error!(error = %chain(error), "the database does not answer as it should");
             ErrorReport::new(ErrorCode::Busy, "the hub's database is not available, try again")
         }

@@ -18,6 +18,8 @@ mod template;
 mod backup;
 #[path = "it/catalog.rs"]
 mod catalog;
+#[path = "it/external.rs"]
+mod external;
 #[path = "it/isolation.rs"]
 mod isolation;
 #[path = "it/migrations.rs"]

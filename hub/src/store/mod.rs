@@ -7,6 +7,7 @@
 
 mod agents;
 pub mod catalog;
+mod connection;
 mod credentials;
 mod health;
 mod log;
@@ -20,12 +21,13 @@ use std::time::Duration;
 
 pub use agents::{AgentLogin, KnownAgent, Upserted};
 use connect_spec::ids::WorkspaceId;
+pub use connection::open;
 pub use credentials::{CredentialRow, NewCredential};
 pub use registration::create_token;
-pub use schema::{latest_version, migrate, migrate_to, open, version};
+pub use schema::{latest_version, migrate, migrate_to, version};
 pub use services::Exposed;
 use sqlx::{
-    Postgres, Transaction,
+    Connection as _, Postgres, Transaction,
     migrate::MigrateError,
     postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions},
 };
@@ -55,6 +57,16 @@ pub enum StoreError {
     /// The database is away, or refused the statement.
     #[error("database")]
     Database(#[from] sqlx::Error),
+    /// There is no connection to the database.
+    #[error("the database cannot be used: {what}")]
+    Connect {
+        /// In words.
+        what: &'static str,
+        /// What a person can do about it.
+        hint: &'static str,
+        /// As the driver says it.
+        source: sqlx::Error,
+    },
     /// The database is away, and nobody waits for it.
     #[error("the database is away")]
     Away,
@@ -96,6 +108,7 @@ impl StoreError {
             Self::Version { .. } => {
                 Some("this database belongs to a newer connect-hub: upgrade this one")
             }
+            Self::Connect { hint, .. } => Some(hint),
             Self::Database(_) | Self::Away | Self::Migrate(_) | Self::Corrupt(_) => None,
         }
     }
@@ -114,6 +127,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Privileged`], [`StoreError::Version`], [`StoreError::Database`].
     pub async fn connect(options: PgConnectOptions) -> Result<Self, StoreError> {
+        open(&options).await?.close().await?;
         let pool = PgPoolOptions::new()
             .max_connections(MAX_CONNECTIONS)
             .acquire_timeout(ACQUIRE_LIMIT)

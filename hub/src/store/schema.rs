@@ -1,10 +1,6 @@
 //! The schema by its version: the migrations, and how far a database is.
 
-use sqlx::{
-    Connection as _,
-    migrate::Migrator,
-    postgres::{PgConnectOptions, PgConnection},
-};
+use sqlx::{migrate::Migrator, postgres::PgConnection};
 
 use super::StoreError;
 
@@ -58,12 +54,4 @@ pub async fn migrate(owner: &mut PgConnection) -> Result<(), StoreError> {
 pub async fn migrate_to(owner: &mut PgConnection, version: i64) -> Result<(), StoreError> {
     migrator().run_to(version, owner).await?;
     Ok(())
-}
-
-/// One connection that is not of the pool.
-///
-/// # Errors
-/// [`StoreError::Database`].
-pub async fn open(options: &PgConnectOptions) -> Result<PgConnection, StoreError> {
-    Ok(PgConnection::connect_with(options).await?)
 }

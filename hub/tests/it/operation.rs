@@ -31,13 +31,14 @@ use crate::{
     tunnels::{Data, SERVICE, TAG, World, open},
 };
 
-async fn get(hub: &HubProcess, path: &str) -> String {
-    let mut stream = TcpStream::connect(hub.admin).await.unwrap();
+/// The status of an answer of the admin listener.
+pub(crate) async fn status(admin: SocketAddr, path: &str) -> u16 {
+    let mut stream = TcpStream::connect(admin).await.unwrap();
     let request = format!("GET {path} HTTP/1.1\r\nhost: hub\r\nconnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await.unwrap();
-    answer
+    answer.split(' ').nth(1).unwrap().parse().unwrap()
 }
 
 fn postmaster(data_dir: &Path) -> i32 {
@@ -95,17 +96,15 @@ async fn a_killed_hub_leaves_its_database_to_the_next() {
 async fn a_database_that_dies_is_brought_back() {
     let (_dir, data_dir) = place().await;
     let hub = HubProcess::start(&data_dir).await;
-    assert!(get(&hub, "/healthz").await.starts_with("HTTP/1.1 200"));
-    assert!(get(&hub, "/readyz").await.starts_with("HTTP/1.1 200"));
+    assert!(status(hub.admin, "/healthz").await == 200);
+    assert!(status(hub.admin, "/readyz").await == 200);
     let workspace = Workspace::new();
     let mut control = Control::log_in(hub.agents, &workspace, &workspace.founder()).await;
     let database = postmaster(&data_dir);
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(database), Signal::SIGKILL).unwrap();
     // Either the hub says that it is away, or it is back already; then all is as before.
-    while !get(&hub, "/readyz").await.starts_with("HTTP/1.1 200")
-        || postmaster(&data_dir) == database
-    {
-        assert!(get(&hub, "/healthz").await.starts_with("HTTP/1.1 200"));
+    while status(hub.admin, "/readyz").await != 200 || postmaster(&data_dir) == database {
+        assert!(status(hub.admin, "/healthz").await == 200);
     }
     control
         .done(connect_spec::control::Request::PublishAgent { record: crate::client::record(1) })
@@ -129,9 +128,9 @@ async fn while_the_database_is_away_open_tunnels_go_on_and_nothing_begins() {
     let database = postmaster(&data_dir);
     fs::rename(&pgdata, &hidden).unwrap();
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(database), Signal::SIGKILL).unwrap();
-    while get(&world.hub, "/readyz").await.starts_with("HTTP/1.1 200") {}
-    assert!(get(&world.hub, "/readyz").await.starts_with("HTTP/1.1 503"));
-    assert!(get(&world.hub, "/healthz").await.starts_with("HTTP/1.1 200"));
+    while status(world.hub.admin, "/readyz").await == 200 {}
+    assert!(status(world.hub.admin, "/readyz").await == 503);
+    assert!(status(world.hub.admin, "/healthz").await == 200);
 
     pass(&mut reacher, &mut exposer, "BBBB").await;
     // A new tunnel, a request and a login are refused at once, with a reason and a time.
@@ -156,7 +155,7 @@ async fn while_the_database_is_away_open_tunnels_go_on_and_nothing_begins() {
     pass(&mut reacher, &mut exposer, "CCCC").await;
 
     fs::rename(&hidden, &pgdata).unwrap();
-    while !get(&world.hub, "/readyz").await.starts_with("HTTP/1.1 200") {}
+    while status(world.hub.admin, "/readyz").await != 200 {}
     pass(&mut reacher, &mut exposer, "DDDD").await;
     world.tickets(Encoding::Base64).await;
     assert!(matches!(

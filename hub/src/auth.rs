@@ -229,9 +229,15 @@ pub async fn login(context: Context<'_>, login: &Login) -> Result<Admission, Den
         if let Some(create) = &login.create {
             create_workspace(context.registration, &mut tx, create).await?;
         }
-        if store_agent(context, &mut tx, login, &trust, &verified, known).await? == Upserted::Raced
-        {
-            continue;
+        match store_agent(context, &mut tx, login, &trust, &verified, known).await? {
+            Upserted::Done => {}
+            Upserted::Raced => continue,
+            Upserted::TooMany => {
+                return Err(Denied::new(
+                    ErrorCode::Busy,
+                    "the workspace has as many agents as this hub keeps for it",
+                ));
+            }
         }
         let services = match login.session {
             SessionKind::Agent => tx.services_of(agent_id).await?,

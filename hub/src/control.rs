@@ -321,7 +321,12 @@ where
 {
     let LoggedIn { member, services, head } = logged_in;
     let (workspace, agent) = member.key;
-    let (id, mut mailbox, displaced) = hub.log_in(member.clone(), kind, services);
+    let Some((id, mut mailbox, displaced)) = hub.log_in(member.clone(), kind, services) else {
+        return Ending::report(ErrorReport::new(
+            ErrorCode::Busy,
+            "this agent has too many sessions, try again when its commands are done",
+        ));
+    };
     let session = Session { hub, id, workspace };
     tracing::debug!(%agent, ?kind, displaced, "logged in");
     // What was appended between the check of the login and this session's place in the router ended

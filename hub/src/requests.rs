@@ -18,7 +18,7 @@ use serde::Serialize;
 use crate::{
     auth::unix_now,
     hub::Hub,
-    limits::{DATABASE_RETRY, MAX_SEALED_BYTES, MAX_WRAP_BYTES, PAGE_ROWS},
+    limits::{DATABASE_RETRY, MAX_OPEN_CREDENTIALS, MAX_SEALED_BYTES, MAX_WRAP_BYTES, PAGE_ROWS},
     log,
     router::Member,
     store::{Exposed, NewCredential, StoreError},
@@ -57,6 +57,9 @@ pub fn store_trouble(error: &StoreError) -> ErrorReport {
             ErrorReport::new(ErrorCode::Busy, "the hub's database is not available, try again")
         }
         StoreError::Away => database_away("the hub's database is away, try again"),
+        StoreError::Crowded => {
+            ErrorReport::new(ErrorCode::Busy, "too much is going on in this workspace, try again")
+        }
         StoreError::Migrate(_)
         | StoreError::Corrupt(_)
         | StoreError::Privileged { .. }
@@ -154,6 +157,11 @@ async fn try_answer(hub: &Hub, member: &Member, request: Request) -> Result<Repl
             }
             match exposed {
                 Exposed::Done => {}
+                Exposed::TooMany(whose) => {
+                    let message =
+                        format!("{whose} exposes as many services as this hub keeps for it");
+                    return no(ErrorCode::Busy, &message);
+                }
                 Exposed::Stale => {
                     return no(ErrorCode::Stale, "the hub holds a newer record of this service");
                 }
@@ -325,6 +333,14 @@ async fn create_credential(
     };
     if !tx.insert_credential(&new).await? {
         return no(ErrorCode::AlreadyExists, "a credential of this key exists");
+    }
+    let now = i64::try_from(unix_now()).unwrap_or(i64::MAX);
+    let usable = tx.usable_credentials(now).await?;
+    if usable.iter().filter(|id| !trust.state.is_closed(id)).count() > MAX_OPEN_CREDENTIALS {
+        return no(
+            ErrorCode::Busy,
+            "too many invites of this workspace are open: close some, or wait until they expire",
+        );
     }
     tx.commit().await?;
     Ok(())

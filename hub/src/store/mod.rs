@@ -14,6 +14,7 @@ mod log;
 mod registration;
 mod schema;
 mod services;
+mod turns;
 mod workspaces;
 mod wraps;
 
@@ -32,8 +33,11 @@ use sqlx::{
     postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions},
 };
 use tokio::sync::watch;
+use turns::{Turn, Turns};
 pub use workspaces::WorkspaceRow;
 pub use wraps::UnwrappedRow;
+
+use crate::limits::MAX_CONNECTIONS;
 
 /// The role that the hub serves as.
 pub const APP_ROLE: &str = "connect_app";
@@ -42,9 +46,6 @@ pub const LOOKUP_ROLE: &str = "connect_lookup";
 /// The role that reads everything, for backups.
 pub const BACKUP_ROLE: &str = "connect_backup";
 
-/// Connections of the pool: a hub on few cores gains nothing from more, and `max_connections` of a
-/// small server leaves room for `psql` and for a second hub during an upgrade.
-const MAX_CONNECTIONS: u32 = 16;
 /// A caller that waits longer than this for the database is told that the hub is busy.
 const ACQUIRE_LIMIT: Duration = Duration::from_secs(5);
 /// No statement of ours takes long: one that does, or a transaction that nobody ends, must not hold locks.
@@ -70,6 +71,9 @@ pub enum StoreError {
     /// The database is away, and nobody waits for it.
     #[error("the database is away")]
     Away,
+    /// The workspace has as many transactions under way as it may.
+    #[error("the workspace has too many transactions under way")]
+    Crowded,
     /// The schema could not be brought up to date.
     #[error("schema")]
     Migrate(#[from] MigrateError),
@@ -95,6 +99,12 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// Whether the same may succeed later, with nothing changed but the time.
+    #[must_use]
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::Database(_) | Self::Connect { .. } | Self::Away | Self::Crowded)
+    }
+
     /// What a person can do about it.
     #[must_use]
     pub fn hint(&self) -> Option<&'static str> {
@@ -109,7 +119,11 @@ impl StoreError {
                 Some("this database belongs to a newer connect-hub: upgrade this one")
             }
             Self::Connect { hint, .. } => Some(hint),
-            Self::Database(_) | Self::Away | Self::Migrate(_) | Self::Corrupt(_) => None,
+            Self::Database(_)
+            | Self::Away
+            | Self::Crowded
+            | Self::Migrate(_)
+            | Self::Corrupt(_) => None,
         }
     }
 }
@@ -119,6 +133,7 @@ impl StoreError {
 pub struct Store {
     pool: PgPool,
     up: watch::Sender<bool>,
+    turns: Turns,
 }
 
 impl Store {
@@ -139,7 +154,7 @@ impl Store {
             })
             .connect_with(options)
             .await?;
-        let store = Self { pool, up: watch::Sender::new(true) };
+        let store = Self { pool, up: watch::Sender::new(true), turns: Turns::default() };
         store.check_role().await?;
         let (found, wanted) = (version(&mut *store.pool.acquire().await?).await?, latest_version());
         if found != wanted {
@@ -194,12 +209,14 @@ impl Store {
         Ok(())
     }
 
-    /// Opens the door to one workspace.
+    /// Opens the door to one workspace. Whoever has one open must not open another of the same workspace:
+    /// both would wait for a turn that neither gives back.
     ///
     /// # Errors
-    /// [`StoreError::Database`].
+    /// [`StoreError::Database`], [`StoreError::Away`], [`StoreError::Crowded`].
     pub async fn workspace(&self, workspace: WorkspaceId) -> Result<WorkspaceTx, StoreError> {
-        Self::enter(self.begin("BEGIN").await?, workspace).await
+        let turn = self.turns.take(workspace).await?;
+        Self::enter(self.begin("BEGIN").await?, workspace, turn).await
     }
 
     /// Begins a transaction, on a task of its own. A caller that goes away while `BEGIN` is on its way
@@ -220,13 +237,14 @@ impl Store {
     async fn enter(
         mut tx: Transaction<'static, Postgres>,
         workspace: WorkspaceId,
+        turn: Turn,
     ) -> Result<WorkspaceTx, StoreError> {
         // Local to the transaction: the pooled session forgets it at its end, however that comes.
         sqlx::query("SELECT set_config('connect.workspace_id', $1, true)")
             .bind(workspace.to_string())
             .execute(&mut *tx)
             .await?;
-        Ok(WorkspaceTx { tx, workspace })
+        Ok(WorkspaceTx { tx, workspace, _turn: turn })
     }
 
     /// Opens the door to one workspace to look only, at one moment of it.
@@ -234,8 +252,9 @@ impl Store {
     /// # Errors
     /// [`StoreError::Database`].
     pub async fn snapshot(&self, workspace: WorkspaceId) -> Result<WorkspaceTx, StoreError> {
+        let turn = self.turns.take(workspace).await?;
         let tx = self.begin("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
-        Self::enter(tx, workspace).await
+        Self::enter(tx, workspace, turn).await
     }
 
     /// Ends all connections.
@@ -249,6 +268,7 @@ impl Store {
 pub struct WorkspaceTx {
     tx: Transaction<'static, Postgres>,
     workspace: WorkspaceId,
+    _turn: Turn,
 }
 
 impl WorkspaceTx {

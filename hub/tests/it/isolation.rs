@@ -4,6 +4,10 @@ use std::{future::Future, panic::AssertUnwindSafe, time::Duration};
 
 use connect_hub::{
     cluster::{Cluster, DataDir},
+    limits::{
+        MAX_AGENTS_PER_WORKSPACE, MAX_SERVICES_PER_AGENT, MAX_SERVICES_PER_WORKSPACE,
+        TRANSACTIONS_PER_WORKSPACE,
+    },
     store::{
         APP_ROLE, AgentLogin, Exposed, NewCredential, Store, StoreError, Upserted, WorkspaceTx,
         create_token, latest_version, migrate,
@@ -74,11 +78,11 @@ fn record(counter: u32) -> SealedRecord {
     SealedRecord { epoch: 0, counter, sealed: vec![7; 40].into() }
 }
 
-async fn insert_agent(
+async fn try_insert_agent(
     tx: &mut WorkspaceTx,
     agent_id: AgentId,
     credential_id: Option<CredentialId>,
-) {
+) -> Upserted {
     let presented =
         PresentedBlobs { certificate: vec![1].into(), credential: None, noise_key: vec![2].into() };
     let login = AgentLogin {
@@ -91,7 +95,15 @@ async fn insert_agent(
         wrap_key: &[3],
         address: "192.0.2.0/24",
     };
-    assert_eq!(tx.insert_agent(&login).await.unwrap(), Upserted::Done);
+    tx.insert_agent(&login).await.unwrap()
+}
+
+async fn insert_agent(
+    tx: &mut WorkspaceTx,
+    agent_id: AgentId,
+    credential_id: Option<CredentialId>,
+) {
+    assert_eq!(try_insert_agent(tx, agent_id, credential_id).await, Upserted::Done);
 }
 
 /// A row in every table.
@@ -384,6 +396,96 @@ async fn the_last_use_of_an_invite_has_one_taker() {
         // The second waits for the first to decide.
         let (second, ()) = tokio::join!(second, async { first.commit().await.unwrap() });
         assert!(!second);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_workspace_cannot_take_every_connection() {
+    with_cluster(|_, app| async move {
+        let store = Store::connect(app).await.unwrap();
+        let mut held = Vec::new();
+        for _ in 0..TRANSACTIONS_PER_WORKSPACE {
+            held.push(store.workspace(A).await.unwrap());
+        }
+        // One more waits; meanwhile another workspace is served as if nothing were.
+        let crowded = store.workspace(A);
+        let beside = async {
+            for _ in 0..20 {
+                store.workspace(B).await.unwrap().commit().await.unwrap();
+            }
+            store.snapshot(B).await.unwrap();
+        };
+        let (crowded, ()) = tokio::join!(crowded, beside);
+        assert!(matches!(crowded, Err(StoreError::Crowded)), "{crowded:?}");
+        held.pop();
+        store.workspace(A).await.unwrap().commit().await.unwrap();
+    })
+    .await;
+}
+
+/// Fills a table by a statement without telling the hub, as years of use would.
+async fn fill(owner: &PgConnectOptions, sql: &str, rows: i64) {
+    let mut connection = PgConnection::connect_with(owner).await.unwrap();
+    let done = sqlx::query(sqlx::AssertSqlSafe(sql.to_owned()))
+        .bind(A.0.as_slice())
+        .bind(rows)
+        .execute(&mut connection)
+        .await
+        .unwrap();
+    assert_eq!(done.rows_affected(), u64::try_from(rows).unwrap());
+}
+
+#[tokio::test]
+async fn a_workspace_holds_so_much_and_no_more() {
+    with_cluster(|owner, app| async move {
+        let store = Store::connect(app).await.unwrap();
+        populate(&store, A).await;
+        populate(&store, B).await;
+        let expose = async |workspace, agent, id: u8| {
+            let mut tx = store.workspace(workspace).await.unwrap();
+            let (service, tag) = (ServiceId([id; 16]), LookupTag([id; 16]));
+            let exposed = tx.expose(agent, service, tag, &record(1)).await.unwrap();
+            if exposed == Exposed::Done {
+                tx.commit().await.unwrap();
+            }
+            exposed
+        };
+        let id = |kind: &str| format!("substr(sha256(convert_to('{kind}' || n, 'UTF8')), 1, 16)");
+        let services = |agent: &str, kind: &str| {
+            format!(
+                "INSERT INTO connect.services (workspace_id, service_id, agent_id, tag, record_epoch, record_counter, record)
+                 SELECT $1, {id}, {agent}, {id}, 0, 1, '' FROM generate_series(1, $2) n",
+                id = id(kind)
+            )
+        };
+        // One service is there.
+        let mine = services("decode(repeat('01', 16), 'hex')", "mine");
+        fill(&owner, &mine, MAX_SERVICES_PER_AGENT - 2).await;
+        assert_eq!(expose(A, AGENT, 7).await, Exposed::Done);
+        assert_eq!(expose(A, AGENT, 8).await, Exposed::TooMany("this agent"));
+        // What is there already is published anew, and another workspace goes on.
+        assert_eq!(expose(A, AGENT, 7).await, Exposed::Done);
+        assert_eq!(expose(B, AGENT, 8).await, Exposed::Done);
+
+        // One agent is there, too.
+        let agents = format!(
+            "INSERT INTO connect.agents (workspace_id, agent_id, identity_key, certificate, noise_key,
+                                         noise_key_counter, static_key, wrap_key, last_address)
+             SELECT $1, {}, sha256('x'), '', '', 1, sha256('x'), '', '' FROM generate_series(1, $2) n",
+            id("agent")
+        );
+        fill(&owner, &agents, MAX_AGENTS_PER_WORKSPACE - 2).await;
+        let theirs = services(&id("agent"), "theirs");
+        let room = MAX_SERVICES_PER_WORKSPACE - MAX_SERVICES_PER_AGENT;
+        fill(&owner, &theirs, room).await;
+        let mut tx = store.workspace(A).await.unwrap();
+        insert_agent(&mut tx, OTHER_AGENT, None).await;
+        tx.commit().await.unwrap();
+        assert_eq!(expose(A, OTHER_AGENT, 9).await, Exposed::TooMany("this workspace"));
+        let mut tx = store.workspace(A).await.unwrap();
+        let one_more = try_insert_agent(&mut tx, AgentId([9; 16]), None).await;
+        assert_eq!(one_more, Upserted::TooMany);
     })
     .await;
 }

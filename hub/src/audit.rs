@@ -176,7 +176,7 @@ async fn flush(queue: &Queue, store: &Store) -> bool {
                 // Logs it.
                 store_trouble(&error);
                 // Of a commit that failed it is not known whether it was done: twice is better than never.
-                if error.is_retryable() {
+                if error.is_passing() {
                     queue.put_back(workspace, batch);
                 }
                 all_written = false;

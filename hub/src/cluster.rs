@@ -43,6 +43,8 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
+use crate::limits::OLDEST_POSTGRES;
+
 /// Where the server binaries are looked for when they are not in `PATH`; `*` stands for one path
 /// component or the rest of one.
 const BIN_PLACES: [&str; 9] = [
@@ -56,9 +58,6 @@ const BIN_PLACES: [&str; 9] = [
     "/opt/homebrew/opt/postgresql@*/bin", // macOS on ARM
     "/usr/local/opt/postgresql@*/bin",    // macOS on Intel
 ];
-
-/// The oldest PostgreSQL that the schema is written for.
-const OLDEST_POSTGRES: u32 = 13;
 
 /// The longest socket directory: `sun_path` has 104 bytes on some systems, and PostgreSQL appends
 /// `/.s.PGSQL.5432` to it.
@@ -380,6 +379,40 @@ fn parse_version(text: &str) -> Option<u32> {
     let version = text.split_once("(PostgreSQL)")?.1.trim_start();
     let digits = version.find(|c: char| !c.is_ascii_digit()).unwrap_or(version.len());
     version.get(..digits)?.parse().ok()
+}
+
+/// Finds one of PostgreSQL's client programs: of version `major`, or the newest that is later.
+///
+/// They stand beside the server's in most installations.
+pub async fn client_program(name: &str, major: u32) -> Option<PathBuf> {
+    let named = env::var_os("CONNECT_HUB_PG_BIN").map(PathBuf::from);
+    let in_path = env::var_os("PATH").unwrap_or_default();
+    let places = BIN_PLACES.iter().flat_map(|pattern| expand(pattern));
+    let mut best: Option<(u32, PathBuf)> = None;
+    for dir in named.into_iter().chain(env::split_paths(&in_path)).chain(places) {
+        let program = dir.join(name);
+        if !program.is_file() {
+            continue;
+        }
+        let asked = Command::new(&program).arg("--version").stdin(Stdio::null()).output().await;
+        let text = asked.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+        match text.ok().and_then(|text| parse_version(&text)) {
+            Some(found) if found == major => return Some(program),
+            Some(found)
+                if found > major && best.as_ref().is_none_or(|(newest, _)| *newest < found) =>
+            {
+                best = Some((found, program));
+            }
+            Some(_) | None => {}
+        }
+    }
+    best.map(|(_, program)| program)
+}
+
+/// Whether a private cluster was made in this data directory.
+#[must_use]
+pub fn exists(data_dir: &Path) -> bool {
+    data_dir.join("postgres/PG_VERSION").exists()
 }
 
 /// The directories that match a pattern of [`BIN_PLACES`].
@@ -844,16 +877,15 @@ async fn supervise(
 
 /// The last lines that a program printed, in one line.
 fn end_of(output: &Output) -> String {
-    let text = String::from_utf8_lossy(&output.stderr);
-    last_lines(&text)
+    last_lines(&output.stderr)
 }
 
 /// The last lines of a log file after `from`, in one line.
 fn end_of_log(path: &Path, from: u64) -> String {
-    let mut text = String::new();
+    let mut text = Vec::new();
     let read = File::open(path).and_then(|mut file| {
         file.seek(io::SeekFrom::Start(from))?;
-        file.read_to_string(&mut text)
+        file.read_to_end(&mut text)
     });
     match read {
         Ok(_) => last_lines(&text),
@@ -861,7 +893,9 @@ fn end_of_log(path: &Path, from: u64) -> String {
     }
 }
 
-fn last_lines(text: &str) -> String {
+/// The last lines of what a program printed, in one line.
+pub(crate) fn last_lines(text: &[u8]) -> String {
+    let text = String::from_utf8_lossy(text);
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     lines[lines.len().saturating_sub(4)..].join(" / ")
 }

@@ -71,6 +71,36 @@ pub enum Command {
     /// Manage who may create workspaces
     #[command(subcommand)]
     RegistrationToken(TokenCommand),
+    /// Write every row of the database to a file, as the owner of the database
+    Backup {
+        /// Where to; replaced only by a whole backup
+        file: PathBuf,
+        /// Where the hub's database is.
+        #[command(flatten)]
+        database: DatabaseArgs,
+    },
+    /// Fill an empty database from a backup, as the owner of the database
+    Restore {
+        /// The backup
+        file: PathBuf,
+        /// Delete what the database holds
+        #[arg(long)]
+        replace: bool,
+        /// Where the hub's database is.
+        #[command(flatten)]
+        database: DatabaseArgs,
+    },
+    /// Check that the database keeps workspaces apart, and print the SQL that mends what does not
+    ///
+    /// Exit code 0 when all is well and 1 when there is something to mend.
+    Doctor {
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+        /// Where the hub's database is.
+        #[command(flatten)]
+        database: DatabaseArgs,
+    },
 }
 
 /// What can be done with registration tokens.

@@ -356,7 +356,12 @@ where
 {
     let LoggedIn { member, services, head } = logged_in;
     let (workspace, agent) = member.key;
-    let (id, mut mailbox, displaced) = hub.log_in(member.clone(), kind, services);
+    let Some((id, mut mailbox, displaced)) = hub.log_in(member.clone(), kind, services) else {
+        return Ending::report(ErrorReport::new(
+            ErrorCode::Busy,
+            "this agent has too many sessions, try again when its commands are done",
+        ));
+    };
     let session = Session { hub, id, workspace, agent };
     tracing::debug!(%agent, ?kind, displaced, "logged in");
     // What was appended between the check of the login and this session's place in the router ended
@@ -482,6 +487,12 @@ fn open(
         return refuse(ErrorReport::new(
             ErrorCode::BadRequest,
             "the handshake message is too long",
+        ));
+    }
+    // What cannot be recorded is not begun. What was begun goes on.
+    if !session.hub.store().is_up() {
+        return refuse(requests::database_away(
+            "the hub's database is away: open connections go on, new tunnels wait until it is back",
         ));
     }
     let Some(random) = random() else {

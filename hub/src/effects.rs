@@ -116,7 +116,7 @@ pub async fn run(hub: &Hub) {
 async fn again(queue: &Queue, change: Change, error: &StoreError) {
     // Logs it.
     store_trouble(error);
-    if matches!(error, StoreError::Database(_)) {
+    if error.is_passing() {
         sleep(EFFECTS_PAUSE).await;
         queue.add(change);
     }

@@ -287,19 +287,24 @@ impl Hub {
         result
     }
 
-    /// Admits a session and gives it a mailbox; true when an older session was displaced.
+    /// Admits a session and gives it a mailbox; true when an older session was displaced. `None` when its
+    /// agent has too many.
     pub fn log_in(
         &self,
         member: Member,
         kind: SessionKind,
         services: HashSet<ServiceId>,
-    ) -> (SessionId, mpsc::Receiver<Mail>, bool) {
+    ) -> Option<(SessionId, mpsc::Receiver<Mail>, bool)> {
         let (sender, receiver) = mpsc::channel(MAX_OUTGOING);
         let mut state = self.lock();
+        // A session of the agent itself takes the place of the one before.
+        if kind == SessionKind::Command && state.router.is_crowded(member.key) {
+            return None;
+        }
         let (session, displaced) = self
             .route_in(&mut state, |router, out| router.handle_login(member, kind, services, out));
         state.mailboxes.insert(session, sender);
-        (session, receiver, displaced)
+        Some((session, receiver, displaced))
     }
 
     /// Forgets a session.

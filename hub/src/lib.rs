@@ -12,6 +12,7 @@
 pub mod api_keys;
 pub mod audit;
 pub mod auth;
+pub mod backup;
 pub mod beats;
 pub mod bucket;
 pub mod cluster;
@@ -38,14 +39,17 @@ pub mod trust;
 pub mod tunnel;
 pub mod wraps;
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use connect_spec::control::RegistrationToken;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use sqlx::{
-    Connection as _,
-    postgres::{PgConnectOptions, PgConnection},
-};
+use sqlx::{Connection as _, postgres::PgConnectOptions};
 use tokio::{
     net::TcpListener,
     task::JoinSet,
@@ -53,11 +57,15 @@ use tokio::{
 };
 
 use crate::{
+    backup::{BackupError, Rows},
     cluster::{Cluster, ClusterError, DataDir},
     config::{Database, DatabaseArgs, ServeConfig, TlsSource, UsageError},
     hub::{Hub, Phase},
     server::{Server, Service},
-    store::{APP_ROLE, Store, StoreError},
+    store::{
+        APP_ROLE, Store, StoreError,
+        catalog::{self, Report},
+    },
     tls::{Tls, TlsError},
 };
 
@@ -76,6 +84,9 @@ pub enum HubError {
     /// The store is not usable.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// There is no backup, or none that can be restored.
+    #[error(transparent)]
+    Backup(#[from] BackupError),
     /// There is no TLS.
     #[error("TLS")]
     Tls(#[from] TlsError),
@@ -87,6 +98,9 @@ pub enum HubError {
         /// Why.
         source: io::Error,
     },
+    /// No private database was made there.
+    #[error("there is no database in `{}`", .0.display())]
+    NoDatabase(PathBuf),
     /// The operating system gives no random bytes.
     #[error("the operating system gives no random bytes")]
     NoRandomness,
@@ -100,10 +114,14 @@ impl HubError {
             Self::Usage(error) => Some(error.hint.clone()),
             Self::Cluster(error) => error.hint(),
             Self::Store(error) => error.hint().map(str::to_owned),
+            Self::Backup(error) => error.hint(),
             Self::Listen { source, .. } if source.kind() == io::ErrorKind::AddrInUse => Some(
                 "another program has it: stop that, or choose with --listen and --admin-listen"
                     .to_owned(),
             ),
+            Self::NoDatabase(_) => {
+                Some("name the hub's --data-dir, or its --database-url".to_owned())
+            }
             Self::Tls(_) | Self::Listen { .. } | Self::NoRandomness => None,
         }
     }
@@ -112,9 +130,13 @@ impl HubError {
     #[must_use]
     pub fn is_usage(&self) -> bool {
         match self {
-            Self::Usage(_) => true,
+            Self::Usage(_) | Self::NoDatabase(_) => true,
             Self::Cluster(error) => error.is_usage(),
-            Self::Store(_) | Self::Tls(_) | Self::Listen { .. } | Self::NoRandomness => false,
+            Self::Store(_)
+            | Self::Backup(_)
+            | Self::Tls(_)
+            | Self::Listen { .. }
+            | Self::NoRandomness => false,
         }
     }
 }
@@ -242,6 +264,7 @@ async fn run(
         () = supervise(&hub, tls.as_deref(), config.drain, &mut serving_agents, &mut orders) => {}
         () = hub.run_clock() => {}
         () = effects::run(&hub) => {}
+        () = store.watch() => {}
     }
     // The ends of the tunnels are recorded too.
     hub.audit().finish();
@@ -295,12 +318,72 @@ async fn until_stop(tls: Option<&Tls>, orders: &mut impl AsyncFnMut() -> Order) 
     }
 }
 
-/// Creates or updates the schema, starting the private database for it if no hub runs there.
+/// The hub's database outside of `serve`.
+enum Reached {
+    /// The server of a URL, as the role of the URL.
+    Url(PgConnectOptions),
+    /// The private cluster, started for this.
+    Started(Cluster),
+    /// The private cluster of a hub that runs, which keeps it up to date.
+    Running(PathBuf),
+}
+
+impl Reached {
+    /// How to connect, as `role` where the URL does not name one.
+    fn options(&self, role: &str) -> Result<PgConnectOptions, HubError> {
+        Ok(match self {
+            Self::Url(options) => options.clone(),
+            Self::Started(cluster) => cluster.connect_options(role),
+            Self::Running(data_dir) => cluster::connect_options(data_dir, role)?,
+        })
+    }
+
+    async fn migrate(&self) -> Result<(), HubError> {
+        match self {
+            Self::Url(_) | Self::Started(_) => migrate_as(&self.options(OWNER_ROLE)?).await,
+            Self::Running(_) => Ok(()),
+        }
+    }
+}
+
+/// Does `work` with the hub's database, of which the private one is started if no hub runs there.
+async fn with_database<T>(
+    args: &DatabaseArgs,
+    work: impl AsyncFnOnce(&Reached) -> Result<T, HubError>,
+) -> Result<T, HubError> {
+    if let Database::Url(url) = args.database() {
+        return work(&Reached::Url(url.connect_options())).await;
+    }
+    let data_dir = args.data_dir()?;
+    let reached = match DataDir::lock(&data_dir) {
+        Ok(lock) => Reached::Started(Cluster::start(lock).await?),
+        Err(ClusterError::Locked { .. }) => Reached::Running(data_dir),
+        Err(error) => return Err(error.into()),
+    };
+    let done = work(&reached).await;
+    if let Reached::Started(cluster) = reached {
+        cluster.stop().await;
+    }
+    done
+}
+
+/// A private database that was never made has nothing to look at.
+fn must_exist(args: &DatabaseArgs) -> Result<(), HubError> {
+    if args.database_url.is_none() {
+        let data_dir = args.data_dir()?;
+        if !cluster::exists(&data_dir) {
+            return Err(HubError::NoDatabase(data_dir));
+        }
+    }
+    Ok(())
+}
+
+/// Creates or updates the schema.
 ///
 /// # Errors
 /// [`HubError`].
 pub async fn migrate(args: &DatabaseArgs) -> Result<(), HubError> {
-    with_database(args, OWNER_ROLE, async |_| Ok(())).await
+    with_database(args, async |database| database.migrate().await).await
 }
 
 /// Makes a registration token and stores its hash.
@@ -312,51 +395,68 @@ pub async fn create_registration_token(
     valid_for: Duration,
 ) -> Result<RegistrationToken, HubError> {
     let token = RegistrationToken(hex::encode(hub::random().ok_or(HubError::NoRandomness)?));
-    with_database(args, APP_ROLE, async |connection| {
-        Ok(store::create_token(connection, &token, valid_for).await?)
+    with_database(args, async |database| {
+        if let Reached::Started(_) = database {
+            database.migrate().await?;
+        }
+        let mut connection = store::open(&database.options(APP_ROLE)?).await?;
+        Ok(store::create_token(&mut connection, &token, valid_for).await?)
     })
     .await?;
     Ok(token)
 }
 
-/// Does `work` as `role` on the private database, brought up to date before, or on the one of a URL.
-async fn with_database(
-    args: &DatabaseArgs,
-    role: &str,
-    work: impl AsyncFnOnce(&mut PgConnection) -> Result<(), HubError>,
-) -> Result<(), HubError> {
-    let connect = async |options: &PgConnectOptions| {
-        PgConnection::connect_with(options).await.map_err(StoreError::from)
-    };
-    if let Database::Url(url) = args.database() {
-        let options = url.connect_options();
-        if role == OWNER_ROLE {
-            migrate_as(&options).await?;
+/// Writes every row of the database to a file; gives how many rows each table has.
+///
+/// # Errors
+/// [`HubError`].
+pub async fn backup(args: &DatabaseArgs, file: &Path) -> Result<Rows, HubError> {
+    must_exist(args)?;
+    with_database(args, async |database| {
+        Ok(backup::backup(&database.options(OWNER_ROLE)?, file).await?)
+    })
+    .await
+}
+
+/// Fills the database from a backup; gives how many rows each table got.
+///
+/// # Errors
+/// [`HubError`]; nothing is changed then.
+pub async fn restore(args: &DatabaseArgs, file: &Path, replace: bool) -> Result<Rows, HubError> {
+    with_database(args, async |database| {
+        if let Reached::Running(_) = database {
+            // Says which process holds the directory.
+            DataDir::lock(&args.data_dir()?)?;
         }
-        return work(&mut connect(&options).await?).await;
-    }
-    let data_dir = args.data_dir()?;
-    match DataDir::lock(&data_dir) {
-        Ok(lock) => {
-            let cluster = Cluster::start(lock).await?;
-            let done = async {
-                migrate_as(&cluster.connect_options(OWNER_ROLE)).await?;
-                work(&mut connect(&cluster.connect_options(role)).await?).await
-            }
-            .await;
-            cluster.stop().await;
-            done
+        let owner = database.options(OWNER_ROLE)?;
+        let rows = backup::restore(&owner, file, replace).await?;
+        let report = catalog::inspect(&mut store::open(&owner).await?).await?;
+        if !report.findings.is_empty() {
+            tracing::warn!(
+                findings = report.findings.len(),
+                "the rows are back, and something around them is not as it should be: see `connect-hub doctor`"
+            );
         }
-        // The hub that runs there keeps its database up to date.
-        Err(ClusterError::Locked { .. }) => {
-            work(&mut connect(&cluster::connect_options(&data_dir, role)?).await?).await
-        }
-        Err(error) => Err(error.into()),
-    }
+        Ok(rows)
+    })
+    .await
+}
+
+/// Says whether the database keeps workspaces apart.
+///
+/// # Errors
+/// [`HubError`] when it cannot be asked.
+pub async fn inspect(args: &DatabaseArgs) -> Result<Report, HubError> {
+    must_exist(args)?;
+    with_database(args, async |database| {
+        let mut connection = store::open(&database.options(OWNER_ROLE)?).await?;
+        Ok(catalog::inspect(&mut connection).await?)
+    })
+    .await
 }
 
 async fn migrate_as(owner: &PgConnectOptions) -> Result<(), HubError> {
-    let mut connection = PgConnection::connect_with(owner).await.map_err(StoreError::from)?;
+    let mut connection = store::open(owner).await?;
     store::migrate(&mut connection).await?;
     connection.close().await.map_err(StoreError::from)?;
     Ok(())

@@ -129,3 +129,29 @@ pub const RESTART_PAUSE: Duration = Duration::from_millis(500);
 pub const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 /// `/readyz` does not wait longer for the database.
 pub const READY_LIMIT: Duration = Duration::from_secs(2);
+
+/// The oldest major version of PostgreSQL that the schema is written for.
+pub const OLDEST_POSTGRES: u32 = 13;
+/// Rows of a backup that go to the database at once.
+pub const COPY_CHUNK_BYTES: usize = 64 * 1024;
+/// Agents that were refused because the database is away are asked to try again after this time: a local
+/// server is restarted within one or two.
+pub const DATABASE_RETRY: Duration = Duration::from_secs(1);
+
+/// Connections of the pool: a hub on few cores gains nothing from more, and `max_connections` of a
+/// small server leaves room for `psql` and for a second hub during an upgrade.
+pub const MAX_CONNECTIONS: u32 = 16;
+/// Transactions of one workspace at once: half of the connections, so that a workspace whose agents all
+/// ask at the same time leaves as many to the others. Who waits too long for a turn is told `busy`.
+pub const TRANSACTIONS_PER_WORKSPACE: usize = MAX_CONNECTIONS as usize / 2;
+
+/// Agents that a workspace ever had: rows of some kilobytes, all of which a new member reads.
+pub const MAX_AGENTS_PER_WORKSPACE: i64 = 16_384;
+/// Services of a workspace: as many as its agents, for `services` reads them all.
+pub const MAX_SERVICES_PER_WORKSPACE: i64 = 16_384;
+/// Services of one agent: each is probed by it, and published anew in each epoch.
+pub const MAX_SERVICES_PER_AGENT: i64 = 1_024;
+/// Invites and shares of a workspace that can still be used: each gets a wrap in each epoch.
+pub const MAX_OPEN_CREDENTIALS: usize = 1_024;
+/// Control sessions of one agent at once: its own, and those of commands that are run beside it.
+pub const MAX_SESSIONS_PER_AGENT: usize = 64;

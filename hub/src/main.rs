@@ -1,6 +1,7 @@
 //! `connect-hub`: reads the command line, runs the library, prints, exits.
 
 use std::{
+    fmt::Write as _,
     io::{self, IsTerminal as _, Write as _},
     os::{
         linux::net::SocketAddrExt as _,
@@ -14,8 +15,10 @@ use std::{
 
 use connect_hub::{
     HubError, Listening, Order,
+    backup::Rows,
     config::{Command, LogFormat, Registration, TokenCommand},
     config_file::{self, Call, CallError},
+    store::catalog::{Finding, Mend, Report},
 };
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::Level;
@@ -53,7 +56,7 @@ async fn main() -> ExitCode {
         LogFormat::Json => log.with_ansi(false).json().flatten_event(true).init(),
     }
     match run(call).await {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             let hint = error.hint();
             let code = ExitCode::from(if error.is_usage() { 2 } else { 1 });
@@ -79,7 +82,7 @@ fn fail(error: &anyhow::Error, hint: Option<&str>, code: ExitCode) -> ExitCode {
     code
 }
 
-async fn run(call: Call) -> Result<(), HubError> {
+async fn run(call: Call) -> Result<ExitCode, HubError> {
     match call.cli.command.clone() {
         Command::Serve(args) => {
             let config = args.resolve()?;
@@ -96,11 +99,10 @@ async fn run(call: Call) -> Result<(), HubError> {
                 }
                 order
             };
-            connect_hub::serve(config, announce, orders).await
+            connect_hub::serve(config, announce, orders).await?;
         }
         Command::Config(args) => {
             let _ = write!(io::stdout(), "{}", call.show(&args.resolve()?));
-            Ok(())
         }
         Command::Migrate(args) => {
             connect_hub::migrate(&args).await?;
@@ -110,15 +112,77 @@ async fn run(call: Call) -> Result<(), HubError> {
                     "`serve` connects as connect_app: give that role a password, and `serve` its URL"
                 );
             }
-            Ok(())
         }
         Command::RegistrationToken(TokenCommand::Create { expires, database }) => {
             let token = connect_hub::create_registration_token(&database, expires).await?;
             // A secret: stdout is for whoever called, the log is not.
             let _ = writeln!(io::stdout(), "{}", token.0);
-            Ok(())
+        }
+        Command::Backup { file, database } => {
+            let rows = connect_hub::backup(&database, &file).await?;
+            print_rows(&rows);
+        }
+        Command::Restore { file, replace, database } => {
+            let rows = connect_hub::restore(&database, &file, replace).await?;
+            print_rows(&rows);
+            if database.database_url.is_some() {
+                tracing::info!(
+                    "`serve` connects as connect_app: if this server is new, give that role a password"
+                );
+            }
+        }
+        Command::Doctor { json, database } => {
+            let report = connect_hub::inspect(&database).await?;
+            print_report(&report, json);
+            return Ok(ExitCode::from(u8::from(!report.findings.is_empty())));
         }
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// How many rows each table has.
+fn print_rows(rows: &Rows) {
+    let mut stdout = io::stdout().lock();
+    for (table, rows) in rows {
+        // With stdout gone the work is done all the same.
+        let _ = writeln!(stdout, "{table} {rows}");
+    }
+}
+
+/// What an inspection came to: what was looked at, then what is wrong with the SQL that mends it.
+fn print_report(report: &Report, json: bool) {
+    let mut stdout = io::stdout().lock();
+    let mut text = String::new();
+    if json {
+        text = serde_json::to_string(report).unwrap_or_default();
+        text.push('\n');
+    } else {
+        for line in &report.checked {
+            let _ = writeln!(text, "checked   {line}");
+        }
+        for line in &report.unseen {
+            let _ = writeln!(text, "not seen  {line}");
+        }
+        for Finding { object, problem, mend, .. } in &report.findings {
+            let _ = writeln!(text, "\nFOUND     {object}: {problem}");
+            match mend {
+                Mend::Sql(sql) => {
+                    for line in sql.lines() {
+                        let _ = writeln!(text, "    {line}");
+                    }
+                }
+                Mend::Advice(advice) => {
+                    let _ = writeln!(text, "    -- {advice}");
+                }
+            }
+        }
+        let _ = match report.findings.len() {
+            0 => writeln!(text, "\nnothing to mend (as role {})", report.role),
+            found => writeln!(text, "\n{found} to mend; run the SQL as the owner or a superuser"),
+        };
+    }
+    // With stdout gone there is nobody to tell.
+    let _ = stdout.write_all(text.as_bytes());
 }
 
 /// Tells the operator what is served, and prints the line with which the first agent starts.

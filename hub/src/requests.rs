@@ -20,7 +20,7 @@ use crate::{
     api_keys, audit,
     auth::unix_now,
     hub::Hub,
-    limits::{MAX_SEALED_BYTES, MAX_WRAP_BYTES, PAGE_ROWS},
+    limits::{DATABASE_RETRY, MAX_OPEN_CREDENTIALS, MAX_SEALED_BYTES, MAX_WRAP_BYTES, PAGE_ROWS},
     log,
     router::{Member, Parties},
     store::{Exposed, NewCredential, StoreError},
@@ -54,9 +54,13 @@ pub(crate) fn unknown_workspace<T>() -> Result<T, Failure> {
 /// What the agent hears when the store failed; the log says why.
 pub fn store_trouble(error: &StoreError) -> ErrorReport {
     match error {
-        StoreError::Database(_) => {
+        StoreError::Database(_) | StoreError::Connect { .. } => {
             tracing::error!(error = %chain(error), "the database does not answer as it should");
             ErrorReport::new(ErrorCode::Busy, "the hub's database is not available, try again")
+        }
+        StoreError::Away => database_away("the hub's database is away, try again"),
+        StoreError::Crowded => {
+            ErrorReport::new(ErrorCode::Busy, "too much is going on in this workspace, try again")
         }
         StoreError::Migrate(_)
         | StoreError::Corrupt(_)
@@ -66,6 +70,13 @@ pub fn store_trouble(error: &StoreError) -> ErrorReport {
             ErrorReport::new(ErrorCode::Internal, "the hub failed; its log says why")
         }
     }
+}
+
+/// A refusal until the database is back.
+pub(crate) fn database_away(message: &str) -> ErrorReport {
+    let mut report = ErrorReport::new(ErrorCode::Busy, message);
+    report.retry_in_ms = u32::try_from(DATABASE_RETRY.as_millis()).ok();
+    report
 }
 
 /// An error with its causes, in one line.
@@ -157,6 +168,11 @@ async fn try_answer(hub: &Hub, member: &Member, request: Request) -> Result<Repl
                     events.push(audit::now(Event::ServiceExposed { agent_id: agent, service_id }));
                 }
                 Exposed::Renewed => {}
+                Exposed::TooMany(whose) => {
+                    let message =
+                        format!("{whose} exposes as many services as this hub keeps for it");
+                    return no(ErrorCode::Busy, &message);
+                }
                 Exposed::Stale => {
                     return no(ErrorCode::Stale, "the hub holds a newer record of this service");
                 }
@@ -345,6 +361,14 @@ async fn create_credential(
     };
     if !tx.insert_credential(&new).await? {
         return no(ErrorCode::AlreadyExists, "a credential of this key exists");
+    }
+    let now = i64::try_from(unix_now()).unwrap_or(i64::MAX);
+    let usable = tx.usable_credentials(now).await?;
+    if usable.iter().filter(|id| !trust.state.is_closed(id)).count() > MAX_OPEN_CREDENTIALS {
+        return no(
+            ErrorCode::Busy,
+            "too many invites of this workspace are open: close some, or wait until they expire",
+        );
     }
     let (agent_id, credential_id) = (member.key.1, object.id());
     let event = match &object.services {

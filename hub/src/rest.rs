@@ -65,7 +65,7 @@ impl Rates {
 impl From<StoreError> for Problem {
     fn from(error: StoreError) -> Self {
         let report = store_trouble(&error);
-        let status = if error.is_retryable() {
+        let status = if error.is_passing() {
             StatusCode::SERVICE_UNAVAILABLE
         } else {
             StatusCode::INTERNAL_SERVER_ERROR

@@ -24,7 +24,7 @@ use connect_spec::{
 
 use crate::{
     bucket::Bucket,
-    limits::{MAX_TUNNELS_PER_AGENT, OPENS_PER_SEC, REVOKED_GRACE},
+    limits::{MAX_SESSIONS_PER_AGENT, MAX_TUNNELS_PER_AGENT, OPENS_PER_SEC, REVOKED_GRACE},
     relay::Side,
 };
 
@@ -267,6 +267,14 @@ impl Router {
         self.members.insert((member.key.0, member.key.1, session));
         self.sessions.insert(session, Session { member, kind });
         (session, displaced)
+    }
+
+    /// Whether an agent has as many sessions as it may.
+    #[must_use]
+    pub fn is_crowded(&self, (workspace, agent): AgentKey) -> bool {
+        let first = (workspace, agent, SessionId(0));
+        let last = (workspace, agent, SessionId(u64::MAX));
+        self.members.range(first..=last).count() >= MAX_SESSIONS_PER_AGENT
     }
 
     /// An agent says that its sockets of before lead nowhere: the other ends of its tunnels need not wait

@@ -66,7 +66,9 @@ async fn ready(hub: Arc<Hub>) -> Response {
     if hub.is_draining() {
         return refuse("draining\n");
     }
-    if database_answers(&hub).await {
+    if !hub.store().is_up() {
+        refuse("the database is away\n")
+    } else if database_answers(&hub).await {
         "ready\n".into_response()
     } else {
         refuse("the database does not answer\n")

@@ -16,12 +16,22 @@ mod template;
 
 #[path = "it/audit.rs"]
 mod audit;
+#[path = "it/backup.rs"]
+mod backup;
+#[path = "it/catalog.rs"]
+mod catalog;
 #[path = "it/deploy.rs"]
 mod deploy;
+#[path = "it/external.rs"]
+mod external;
 #[path = "it/isolation.rs"]
 mod isolation;
+#[path = "it/migrations.rs"]
+mod migrations;
 #[path = "it/operation.rs"]
 mod operation;
+#[path = "it/psql.rs"]
+mod psql;
 #[path = "it/rest.rs"]
 mod rest;
 #[path = "it/revocation.rs"]

@@ -2,6 +2,7 @@
 //!
 //! `make test` builds the programs and runs this.
 
+mod audit;
 mod bench;
 mod carry;
 mod certificates;

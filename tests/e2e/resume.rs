@@ -1,6 +1,7 @@
 //! Open connections outlive the hub, and names outlive nobody they should not.
 
 use std::{
+    fs,
     io::{Read, Write},
     net::TcpStream,
     thread,
@@ -14,7 +15,10 @@ use connect_tests::{
     process::Process,
     services::Service,
 };
-use nix::sys::signal::Signal;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 /// A byte that tells where in the stream it belongs.
 fn pattern(offset: usize) -> u8 {
@@ -83,6 +87,50 @@ fn idle_connection_survives_a_stopped_hub() {
     echo(b"after");
     let status = pair.reacher.json(&["status"]);
     assert_eq!(status["reached"][0]["streams"], 1);
+}
+
+/// A connection echoes on while the hub has no database, and nobody reconnects for it.
+#[test]
+fn open_connection_does_not_notice_that_the_database_dies() {
+    let hub = Hub::start(&[]);
+    let pair = Pair::start(&hub);
+    let service = Service::echo();
+    let address = pair.carry(service.address(), "echo");
+    let mut client = TcpStream::connect(address).expect("the port is bound");
+    client.set_read_timeout(Some(PATIENCE)).expect("our own socket");
+    let mut echo = || {
+        let mut echoed = [0; 5];
+        client.write_all(b"alive").expect("open");
+        client.read_exact(&mut echoed).expect("open");
+        assert_eq!(&echoed, b"alive");
+    };
+    echo();
+    let tunnels = |hub: &Hub| hub.log().matches("tunnel ended").count();
+    let before = tunnels(&hub);
+
+    // Hidden, so that the hub cannot bring it back before we have seen it away.
+    let (pgdata, hidden) = (hub.data_dir().join("postgres"), hub.data_dir().join("hidden"));
+    let pid = fs::read_to_string(pgdata.join("postmaster.pid")).expect("it runs");
+    let pid = pid.lines().next().and_then(|pid| pid.parse().ok()).expect("a process id");
+    fs::rename(&pgdata, &hidden).expect("our own directory");
+    kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it runs");
+    eventually("the hub notices", || {
+        echo();
+        hub.log().contains("the database is away")
+    });
+    let target = service.address().to_string();
+    pair.workspace.founder.fails(&["expose", &target, "--name", "late"], 6, "database");
+    for _ in 0..100 {
+        echo();
+    }
+    fs::rename(&hidden, &pgdata).expect("our own directory");
+    eventually("the database is back", || {
+        echo();
+        hub.log().contains("the database is back")
+    });
+    pair.workspace.founder.ok(&["expose", &target, "--name", "late"]);
+    echo();
+    assert_eq!(tunnels(&hub), before, "a tunnel was replaced");
 }
 
 /// An exposer that was restarted knows nothing of the connection: its client hears of it by RST.

@@ -7,6 +7,7 @@ use connect_spec::{
 };
 
 use super::{StoreError, WorkspaceTx, fixed, unsigned};
+use crate::limits::MAX_AGENTS_PER_WORKSPACE;
 
 /// What an agent shows at login, verified.
 #[derive(Debug)]
@@ -53,6 +54,8 @@ pub enum Upserted {
     Done,
     /// Another session of the same agent was faster: read it again.
     Raced,
+    /// The workspace has as many agents as it may; the transaction must not be committed.
+    TooMany,
 }
 
 impl WorkspaceTx {
@@ -110,7 +113,16 @@ impl WorkspaceTx {
         .bind(login.address)
         .execute(self.connection())
         .await?;
-        Ok(if done.rows_affected() == 1 { Upserted::Done } else { Upserted::Raced })
+        if done.rows_affected() == 0 {
+            return Ok(Upserted::Raced);
+        }
+        let workspace = self.id();
+        let (agents,): (i64,) =
+            sqlx::query_as("SELECT count(*) FROM connect.agents WHERE workspace_id = $1")
+                .bind(workspace)
+                .fetch_one(self.connection())
+                .await?;
+        Ok(if agents > MAX_AGENTS_PER_WORKSPACE { Upserted::TooMany } else { Upserted::Done })
     }
 
     /// Leaves a certificate for an agent until it logs in with it.

@@ -8,6 +8,9 @@ use connect_spec::{
 
 use super::{StoreError, WorkspaceTx, fixed, unsigned};
 
+/// Rows that are looked at to count the open ones among them.
+const MAX_USABLE_ROWS: i64 = 65_536;
+
 /// A credential to store, verified.
 #[derive(Debug)]
 pub struct NewCredential<'a> {
@@ -89,6 +92,24 @@ impl WorkspaceTx {
         .execute(self.connection())
         .await?;
         Ok(true)
+    }
+
+    /// Those of which a use is left and whose time is not over, closed ones among them; of very many a part.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`], [`StoreError::Corrupt`].
+    pub async fn usable_credentials(&mut self, now: i64) -> Result<Vec<CredentialId>, StoreError> {
+        let workspace = self.id();
+        let rows: Vec<(Vec<u8>,)> = sqlx::query_as(
+            "SELECT credential_id FROM connect.credentials
+             WHERE workspace_id = $1 AND used < uses AND join_until >= $2 LIMIT $3",
+        )
+        .bind(workspace)
+        .bind(now)
+        .bind(MAX_USABLE_ROWS)
+        .fetch_all(self.connection())
+        .await?;
+        rows.iter().map(|(id,)| Ok(CredentialId(fixed(id, "credential_id")?))).collect()
     }
 
     /// The credential of this id.

@@ -8,10 +8,15 @@
 mod agents;
 mod api_keys;
 mod audit;
+pub mod catalog;
+mod connection;
 mod credentials;
+mod health;
 mod log;
 mod registration;
+mod schema;
 mod services;
+mod turns;
 mod workspaces;
 mod wraps;
 
@@ -21,23 +26,30 @@ pub use agents::{AgentLogin, KnownAgent, Upserted};
 pub use api_keys::{Authorized, key_id};
 pub use audit::{AuditBounds, AuditFilter};
 use connect_spec::ids::WorkspaceId;
+pub use connection::open;
 pub use credentials::{CredentialRow, NewCredential};
 pub use registration::create_token;
+pub use schema::{latest_version, migrate, migrate_to, version};
 pub use services::Exposed;
 use sqlx::{
-    Postgres, Transaction,
-    migrate::{MigrateError, Migrator},
+    Connection as _, Postgres, Transaction,
+    migrate::MigrateError,
     postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions},
 };
+use tokio::sync::watch;
+use turns::{Turn, Turns};
 pub use workspaces::WorkspaceRow;
 pub use wraps::UnwrappedRow;
 
+use crate::limits::MAX_CONNECTIONS;
+
 /// The role that the hub serves as.
 pub const APP_ROLE: &str = "connect_app";
+/// The role that owns the functions that must see a row before the workspace is known.
+pub const LOOKUP_ROLE: &str = "connect_lookup";
+/// The role that reads everything, for backups.
+pub const BACKUP_ROLE: &str = "connect_backup";
 
-/// Connections of the pool: a hub on few cores gains nothing from more, and `max_connections` of a
-/// small server leaves room for `psql` and for a second hub during an upgrade.
-const MAX_CONNECTIONS: u32 = 16;
 /// A caller that waits longer than this for the database is told that the hub is busy.
 const ACQUIRE_LIMIT: Duration = Duration::from_secs(5);
 /// No statement of ours takes long: one that does, or a transaction that nobody ends, must not hold locks.
@@ -50,6 +62,22 @@ pub enum StoreError {
     /// The database is away, or refused the statement.
     #[error("database")]
     Database(#[from] sqlx::Error),
+    /// There is no connection to the database.
+    #[error("the database cannot be used: {what}")]
+    Connect {
+        /// In words.
+        what: &'static str,
+        /// What a person can do about it.
+        hint: &'static str,
+        /// As the driver says it.
+        source: sqlx::Error,
+    },
+    /// The database is away, and nobody waits for it.
+    #[error("the database is away")]
+    Away,
+    /// The workspace has as many transactions under way as it may.
+    #[error("the workspace has too many transactions under way")]
+    Crowded,
     /// The schema could not be brought up to date.
     #[error("schema")]
     Migrate(#[from] MigrateError),
@@ -75,15 +103,16 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// Whether the same may succeed later: the database is away, or has too much to do.
+    /// Whether the same may succeed later, with nothing changed but the time.
     #[must_use]
-    pub fn is_retryable(&self) -> bool {
+    pub fn is_passing(&self) -> bool {
         match self {
-            Self::Database(error) => error.as_database_error().is_none_or(|error| {
-                // Classes of SQLSTATE: connection, conflict, resources, operator.
+            // Classes of SQLSTATE: connection, conflict, resources, operator. All else is about the statement.
+            Self::Database(sqlx::Error::Database(error)) => {
                 let code = error.code().unwrap_or_default();
                 ["08", "40", "53", "57"].iter().any(|class| code.starts_with(class))
-            }),
+            }
+            Self::Database(_) | Self::Connect { .. } | Self::Away | Self::Crowded => true,
             Self::Migrate(_)
             | Self::Corrupt(_)
             | Self::Privileged { .. }
@@ -96,7 +125,7 @@ impl StoreError {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Privileged { .. } => Some(
-                "give `serve` the URL of role `connect_app`, which `connect-hub migrate` creates; only `migrate` gets the owner's",
+                "give `serve` the URL of role `connect_app`, which `connect-hub migrate` creates; only `migrate` gets the owner's. `connect-hub doctor` says what else is wrong",
             ),
             Self::Version { found, wanted } if found < wanted => {
                 Some("run `connect-hub migrate --database-url OWNER_URL`")
@@ -104,32 +133,22 @@ impl StoreError {
             Self::Version { .. } => {
                 Some("this database belongs to a newer connect-hub: upgrade this one")
             }
-            Self::Database(_) | Self::Migrate(_) | Self::Corrupt(_) => None,
+            Self::Connect { hint, .. } => Some(hint),
+            Self::Database(_)
+            | Self::Away
+            | Self::Crowded
+            | Self::Migrate(_)
+            | Self::Corrupt(_) => None,
         }
     }
-}
-
-/// The migrations, in a schema of their own so that a shared database stays tidy.
-fn migrator() -> Migrator {
-    let mut migrator = sqlx::migrate!();
-    migrator.create_schema("connect");
-    migrator.dangerous_set_table_name("connect.schema_history");
-    migrator
-}
-
-/// Brings the schema up to date and creates the roles. `owner` may create schemas and roles.
-///
-/// # Errors
-/// [`StoreError::Database`], [`StoreError::Migrate`].
-pub async fn migrate(owner: &mut PgConnection) -> Result<(), StoreError> {
-    migrator().run(owner).await?;
-    Ok(())
 }
 
 /// A pool of connections as [`APP_ROLE`].
 #[derive(Debug, Clone)]
 pub struct Store {
     pool: PgPool,
+    up: watch::Sender<bool>,
+    turns: Turns,
 }
 
 impl Store {
@@ -138,6 +157,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Privileged`], [`StoreError::Version`], [`StoreError::Database`].
     pub async fn connect(options: PgConnectOptions) -> Result<Self, StoreError> {
+        open(&options).await?.close().await?;
         let pool = PgPoolOptions::new()
             .max_connections(MAX_CONNECTIONS)
             .acquire_timeout(ACQUIRE_LIMIT)
@@ -149,57 +169,50 @@ impl Store {
             })
             .connect_with(options)
             .await?;
-        let store = Self { pool };
+        let store = Self { pool, up: watch::Sender::new(true), turns: Turns::default() };
         store.check_role().await?;
-        store.check_version().await?;
+        let (found, wanted) = (version(&mut *store.pool.acquire().await?).await?, latest_version());
+        if found != wanted {
+            return Err(StoreError::Version { found, wanted });
+        }
         Ok(store)
     }
 
     async fn check_role(&self) -> Result<(), StoreError> {
         // A role may also become any role that it is a member of, so those count as much as itself.
-        let (role, over_everything, creates_roles, owns): (String, bool, bool, bool) = sqlx::query_as(
+        let (role, over_everything, creates_roles, owns, reads_all): (
+            String,
+            bool,
+            bool,
+            bool,
+            bool,
+        ) = sqlx::query_as(
             "SELECT current_user::text,
-                    bool_or(r.rolsuper OR r.rolbypassrls),
+                    bool_or(r.rolsuper OR r.rolbypassrls OR r.rolreplication),
                     bool_or(r.rolcreaterole),
                     EXISTS (SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
                             WHERE n.nspname = 'connect' AND pg_has_role(current_user, c.relowner, 'MEMBER'))
                     OR EXISTS (SELECT FROM pg_namespace n
                                WHERE n.nspname = 'connect' AND pg_has_role(current_user, n.nspowner, 'MEMBER'))
                     OR EXISTS (SELECT FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-                               WHERE n.nspname = 'connect' AND pg_has_role(current_user, p.proowner, 'MEMBER'))
+                               WHERE n.nspname = 'connect' AND pg_has_role(current_user, p.proowner, 'MEMBER')),
+                    bool_or(r.rolname = 'connect_backup')
              FROM pg_roles r WHERE pg_has_role(current_user, r.oid, 'MEMBER')",
         )
         .fetch_one(&self.pool)
         .await?;
         let why = if over_everything {
-            "it is a superuser or bypasses row security"
+            "it is a superuser, may replicate, or bypasses row security"
         } else if creates_roles {
             "it can create roles and so become another one"
         } else if owns {
             "it owns a part of the schema"
+        } else if reads_all {
+            "it can become connect_backup, which reads all workspaces"
         } else {
             return Ok(());
         };
         Err(StoreError::Privileged { role, why })
-    }
-
-    async fn check_version(&self) -> Result<(), StoreError> {
-        let wanted = migrator().iter().map(|migration| migration.version).max().unwrap_or(0);
-        let there: (bool,) =
-            sqlx::query_as("SELECT to_regclass('connect.schema_history') IS NOT NULL")
-                .fetch_one(&self.pool)
-                .await?;
-        let found = if there.0 {
-            sqlx::query_as::<_, (i64,)>(
-                "SELECT coalesce(max(version), 0) FROM connect.schema_history WHERE success",
-            )
-            .fetch_one(&self.pool)
-            .await?
-            .0
-        } else {
-            0
-        };
-        if found == wanted { Ok(()) } else { Err(StoreError::Version { found, wanted }) }
     }
 
     /// Whether PostgreSQL answers.
@@ -217,12 +230,14 @@ impl Store {
         (self.pool.size(), self.pool.num_idle())
     }
 
-    /// Opens the door to one workspace.
+    /// Opens the door to one workspace. Whoever has one open must not open another of the same workspace:
+    /// both would wait for a turn that neither gives back.
     ///
     /// # Errors
-    /// [`StoreError::Database`].
+    /// [`StoreError::Database`], [`StoreError::Away`], [`StoreError::Crowded`].
     pub async fn workspace(&self, workspace: WorkspaceId) -> Result<WorkspaceTx, StoreError> {
-        Self::enter(self.begin("BEGIN").await?, workspace).await
+        let turn = self.turns.take(workspace).await?;
+        Self::enter(self.begin("BEGIN").await?, workspace, turn).await
     }
 
     /// Begins a transaction, on a task of its own. A caller that goes away while `BEGIN` is on its way
@@ -232,6 +247,9 @@ impl Store {
         &self,
         statement: &'static str,
     ) -> Result<Transaction<'static, Postgres>, StoreError> {
+        if !self.is_up() {
+            return Err(StoreError::Away);
+        }
         let pool = self.pool.clone();
         let begun = tokio::spawn(async move { pool.begin_with(statement).await }).await;
         Ok(begun.map_err(|error| sqlx::Error::Io(std::io::Error::other(error)))??)
@@ -240,13 +258,14 @@ impl Store {
     async fn enter(
         mut tx: Transaction<'static, Postgres>,
         workspace: WorkspaceId,
+        turn: Turn,
     ) -> Result<WorkspaceTx, StoreError> {
         // Local to the transaction: the pooled session forgets it at its end, however that comes.
         sqlx::query("SELECT set_config('connect.workspace_id', $1, true)")
             .bind(workspace.to_string())
             .execute(&mut *tx)
             .await?;
-        Ok(WorkspaceTx { tx, workspace })
+        Ok(WorkspaceTx { tx, workspace, _turn: turn })
     }
 
     /// Opens the door to one workspace to look only, at one moment of it.
@@ -254,8 +273,9 @@ impl Store {
     /// # Errors
     /// [`StoreError::Database`].
     pub async fn snapshot(&self, workspace: WorkspaceId) -> Result<WorkspaceTx, StoreError> {
+        let turn = self.turns.take(workspace).await?;
         let tx = self.begin("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
-        Self::enter(tx, workspace).await
+        Self::enter(tx, workspace, turn).await
     }
 
     /// Ends all connections.
@@ -269,6 +289,7 @@ impl Store {
 pub struct WorkspaceTx {
     tx: Transaction<'static, Postgres>,
     workspace: WorkspaceId,
+    _turn: Turn,
 }
 
 impl WorkspaceTx {

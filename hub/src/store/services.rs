@@ -8,6 +8,7 @@ use connect_spec::{
 };
 
 use super::{StoreError, WorkspaceTx, fixed, unsigned};
+use crate::limits::{MAX_SERVICES_PER_AGENT, MAX_SERVICES_PER_WORKSPACE};
 
 /// What came of [`WorkspaceTx::expose`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,6 +21,8 @@ pub enum Exposed {
     TakenBy(AgentId),
     /// The hub holds a newer record of this service.
     Stale,
+    /// It would be one too many of this agent or workspace; the transaction must not be committed.
+    TooMany(&'static str),
 }
 
 type Row = (Vec<u8>, Vec<u8>, i64, i64, Vec<u8>);
@@ -80,7 +83,7 @@ impl WorkspaceTx {
         .execute(self.connection())
         .await?;
         if inserted.rows_affected() == 1 {
-            return Ok(Exposed::New);
+            return self.count_services(agent).await;
         }
         let holder: Option<(Vec<u8>,)> = sqlx::query_as(
             "SELECT agent_id FROM connect.services
@@ -110,6 +113,27 @@ impl WorkspaceTx {
         .execute(self.connection())
         .await?;
         Ok(if updated.rows_affected() == 1 { Exposed::Renewed } else { Exposed::Stale })
+    }
+
+    /// Whether what was inserted is within the limits. Those who insert at the same moment do not see each
+    /// other, so a limit is passed by a few at most.
+    async fn count_services(&mut self, agent: AgentId) -> Result<Exposed, StoreError> {
+        let workspace = self.id();
+        let (all, own): (i64, i64) = sqlx::query_as(
+            "SELECT count(*), count(*) FILTER (WHERE agent_id = $2)
+             FROM connect.services WHERE workspace_id = $1",
+        )
+        .bind(workspace)
+        .bind(agent.0.as_slice())
+        .fetch_one(self.connection())
+        .await?;
+        Ok(if own > MAX_SERVICES_PER_AGENT {
+            Exposed::TooMany("this agent")
+        } else if all > MAX_SERVICES_PER_WORKSPACE {
+            Exposed::TooMany("this workspace")
+        } else {
+            Exposed::New
+        })
     }
 
     /// Removes a service of `agent`; false when it has none of this id.

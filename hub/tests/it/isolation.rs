@@ -5,9 +5,13 @@ use std::{future::Future, panic::AssertUnwindSafe, time::Duration};
 use connect_hub::{
     audit::now,
     cluster::{Cluster, DataDir},
+    limits::{
+        MAX_AGENTS_PER_WORKSPACE, MAX_SERVICES_PER_AGENT, MAX_SERVICES_PER_WORKSPACE,
+        TRANSACTIONS_PER_WORKSPACE,
+    },
     store::{
         APP_ROLE, AgentLogin, Exposed, NewCredential, Store, StoreError, Upserted, WorkspaceTx,
-        create_token, migrate,
+        create_token, latest_version, migrate,
     },
 };
 use connect_spec::{
@@ -39,28 +43,48 @@ const TAG: LookupTag = LookupTag([5; 16]);
 pub(crate) async fn with_cluster<T: Future<Output = ()>>(
     test: impl FnOnce(PgConnectOptions, PgConnectOptions) -> T,
 ) {
+    with_bare_cluster(async |cluster| {
+        let owner = cluster.connect_options("postgres");
+        let mut connection = PgConnection::connect_with(&owner).await.unwrap();
+        migrate(&mut connection).await.unwrap();
+        test(owner, cluster.connect_options(APP_ROLE)).await;
+    })
+    .await;
+}
+
+/// The same without a schema.
+pub(crate) async fn with_bare_cluster(test: impl AsyncFnOnce(&Cluster)) {
     let (_dir, data_dir) = place().await;
     let cluster = Cluster::start(DataDir::lock(&data_dir).unwrap()).await.unwrap();
-    let owner = cluster.connect_options("postgres");
-    let mut connection = PgConnection::connect_with(&owner).await.unwrap();
-    migrate(&mut connection).await.unwrap();
-    let outcome =
-        AssertUnwindSafe(test(owner, cluster.connect_options(APP_ROLE))).catch_unwind().await;
+    let outcome = AssertUnwindSafe(test(&cluster)).catch_unwind().await;
     cluster.stop().await;
     if let Err(panic) = outcome {
         std::panic::resume_unwind(panic);
     }
 }
 
+/// An owner as managed databases have it: no superuser, no BYPASSRLS.
+pub(crate) async fn managed_owner(cluster: &Cluster) -> PgConnectOptions {
+    let superuser = cluster.connect_options("postgres");
+    let mut superuser = PgConnection::connect_with(&superuser).await.unwrap();
+    sqlx::raw_sql(
+        "CREATE ROLE hub_owner LOGIN CREATEROLE; GRANT CREATE ON DATABASE connect TO hub_owner",
+    )
+    .execute(&mut superuser)
+    .await
+    .unwrap();
+    cluster.connect_options("hub_owner")
+}
+
 fn record(counter: u32) -> SealedRecord {
     SealedRecord { epoch: 0, counter, sealed: vec![7; 40].into() }
 }
 
-async fn insert_agent(
+async fn try_insert_agent(
     tx: &mut WorkspaceTx,
     agent_id: AgentId,
     credential_id: Option<CredentialId>,
-) {
+) -> Upserted {
     let presented =
         PresentedBlobs { certificate: vec![1].into(), credential: None, noise_key: vec![2].into() };
     let login = AgentLogin {
@@ -73,11 +97,19 @@ async fn insert_agent(
         wrap_key: &[3],
         address: "192.0.2.0/24",
     };
-    assert_eq!(tx.insert_agent(&login).await.unwrap(), Upserted::Done);
+    tx.insert_agent(&login).await.unwrap()
+}
+
+async fn insert_agent(
+    tx: &mut WorkspaceTx,
+    agent_id: AgentId,
+    credential_id: Option<CredentialId>,
+) {
+    assert_eq!(try_insert_agent(tx, agent_id, credential_id).await, Upserted::Done);
 }
 
 /// A row in every table.
-async fn populate(store: &Store, workspace: WorkspaceId) {
+pub(crate) async fn populate(store: &Store, workspace: WorkspaceId) {
     let mut tx = store.workspace(workspace).await.unwrap();
     assert!(tx.insert_workspace(b"genesis").await.unwrap());
     let wrap = EpochWrap { epoch: 0, sealed: vec![6].into() };
@@ -220,79 +252,6 @@ async fn a_row_cannot_point_or_move_into_another_workspace() {
 }
 
 #[tokio::test]
-async fn the_catalog_has_no_hole() {
-    with_cluster(|owner, _| async move {
-        let mut owner = PgConnection::connect_with(&owner).await.unwrap();
-        for table in tables(&mut owner).await {
-            let (secured, forced, commands): (bool, bool, String) = sqlx::query_as(
-                "SELECT c.relrowsecurity, c.relforcerowsecurity,
-                        (SELECT string_agg(p.polcmd::text, '' ORDER BY p.polcmd) FROM pg_policy p
-                         WHERE p.polrelid = c.oid
-                           AND coalesce(pg_get_expr(p.polqual, p.polrelid), '') || coalesce(pg_get_expr(p.polwithcheck, p.polrelid), '')
-                               LIKE '%connect.workspace_id%')
-                 FROM pg_class c WHERE c.oid = $1::regclass",
-            )
-            .bind(&table)
-            .fetch_one(&mut owner)
-            .await
-            .unwrap();
-            assert!(secured && forced, "{table}");
-            assert_eq!(commands, "adrw", "{table}: one policy for each command");
-            let (foreign_keys_without,): (i64,) = sqlx::query_as(
-                "SELECT count(*) FROM pg_constraint k WHERE k.conrelid = $1::regclass AND k.contype = 'f'
-                 AND NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = k.conrelid
-                                 AND a.attnum = ANY (k.conkey) AND a.attname = 'workspace_id')",
-            )
-            .bind(&table)
-            .fetch_one(&mut owner)
-            .await
-            .unwrap();
-            assert_eq!(foreign_keys_without, 0, "{table}: references name the workspace");
-        }
-        // Tables without a workspace: the ones named here, and closed as well.
-        let others: Vec<(String, bool)> = sqlx::query_as(
-            "SELECT c.relname::text, c.relrowsecurity AND c.relforcerowsecurity FROM pg_class c
-             JOIN pg_namespace n ON n.oid = c.relnamespace
-             WHERE n.nspname = 'connect' AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
-               AND NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attname = 'workspace_id')
-             ORDER BY 1",
-        )
-        .fetch_all(&mut owner)
-        .await
-        .unwrap();
-        assert_eq!(others, [("registration_tokens".to_owned(), true), ("schema_history".to_owned(), false)]);
-        // Functions that see more than their caller: the ones named here, with a pinned search path.
-        let definers: Vec<(String, String, bool)> = sqlx::query_as(
-            "SELECT p.proname::text, p.proowner::regrole::text,
-                    coalesce(p.proconfig @> ARRAY['search_path=pg_catalog, pg_temp'], false)
-             FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-             WHERE n.nspname = 'connect' AND p.prosecdef ORDER BY 1",
-        )
-        .fetch_all(&mut owner)
-        .await
-        .unwrap();
-        let expected = [
-            ("append_audit", "connect_audit"),
-            ("expire_audit", "connect_audit"),
-            ("spend_registration_token", "connect_lookup"),
-            ("workspace_of_api_key", "connect_lookup"),
-        ];
-        let expected = expected.map(|(name, owner)| (name.to_owned(), owner.to_owned(), true));
-        assert_eq!(definers, expected);
-        let (login, members): (bool, i64) = sqlx::query_as(
-            "SELECT r.rolcanlogin, (SELECT count(*) FROM pg_auth_members m WHERE m.roleid = r.oid)
-             FROM pg_roles r WHERE r.rolname = 'connect_lookup'",
-        )
-        .fetch_one(&mut owner)
-        .await
-        .unwrap();
-        assert!(!login);
-        assert_eq!(members, 0);
-    })
-    .await;
-}
-
-#[tokio::test]
 async fn a_role_that_could_see_more_is_refused() {
     with_cluster(|owner_options, app| async move {
         let refused = |options: PgConnectOptions| async move {
@@ -309,6 +268,11 @@ async fn a_role_that_could_see_more_is_refused() {
                 "ALTER ROLE connect_app CREATEROLE",
                 "ALTER ROLE connect_app NOCREATEROLE",
                 "create roles",
+            ),
+            (
+                "GRANT connect_backup TO connect_app",
+                "REVOKE connect_backup FROM connect_app",
+                "connect_backup",
             ),
             (
                 "GRANT connect_lookup TO connect_app",
@@ -331,13 +295,13 @@ async fn a_role_that_could_see_more_is_refused() {
             .unwrap();
         Store::connect(app.clone()).await.unwrap();
 
-        sqlx::query("DELETE FROM connect.schema_history WHERE version = 7")
+        sqlx::query("DELETE FROM connect.schema_history WHERE version = (SELECT max(version) FROM connect.schema_history)")
             .execute(&mut owner)
             .await
             .unwrap();
         assert!(matches!(
             Store::connect(app).await,
-            Err(StoreError::Version { found: 6, wanted: 7 })
+            Err(StoreError::Version { found, wanted }) if found < wanted && wanted == latest_version()
         ));
     })
     .await;
@@ -437,6 +401,96 @@ async fn the_last_use_of_an_invite_has_one_taker() {
         // The second waits for the first to decide.
         let (second, ()) = tokio::join!(second, async { first.commit().await.unwrap() });
         assert!(!second);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_workspace_cannot_take_every_connection() {
+    with_cluster(|_, app| async move {
+        let store = Store::connect(app).await.unwrap();
+        let mut held = Vec::new();
+        for _ in 0..TRANSACTIONS_PER_WORKSPACE {
+            held.push(store.workspace(A).await.unwrap());
+        }
+        // One more waits; meanwhile another workspace is served as if nothing were.
+        let crowded = store.workspace(A);
+        let beside = async {
+            for _ in 0..20 {
+                store.workspace(B).await.unwrap().commit().await.unwrap();
+            }
+            store.snapshot(B).await.unwrap();
+        };
+        let (crowded, ()) = tokio::join!(crowded, beside);
+        assert!(matches!(crowded, Err(StoreError::Crowded)), "{crowded:?}");
+        held.pop();
+        store.workspace(A).await.unwrap().commit().await.unwrap();
+    })
+    .await;
+}
+
+/// Fills a table by a statement without telling the hub, as years of use would.
+async fn fill(owner: &PgConnectOptions, sql: &str, rows: i64) {
+    let mut connection = PgConnection::connect_with(owner).await.unwrap();
+    let done = sqlx::query(sqlx::AssertSqlSafe(sql.to_owned()))
+        .bind(A.0.as_slice())
+        .bind(rows)
+        .execute(&mut connection)
+        .await
+        .unwrap();
+    assert_eq!(done.rows_affected(), u64::try_from(rows).unwrap());
+}
+
+#[tokio::test]
+async fn a_workspace_holds_so_much_and_no_more() {
+    with_cluster(|owner, app| async move {
+        let store = Store::connect(app).await.unwrap();
+        populate(&store, A).await;
+        populate(&store, B).await;
+        let expose = async |workspace, agent, id: u8| {
+            let mut tx = store.workspace(workspace).await.unwrap();
+            let (service, tag) = (ServiceId([id; 16]), LookupTag([id; 16]));
+            let exposed = tx.expose(agent, service, tag, &record(1)).await.unwrap();
+            if matches!(exposed, Exposed::New | Exposed::Renewed) {
+                tx.commit().await.unwrap();
+            }
+            exposed
+        };
+        let id = |kind: &str| format!("substr(sha256(convert_to('{kind}' || n, 'UTF8')), 1, 16)");
+        let services = |agent: &str, kind: &str| {
+            format!(
+                "INSERT INTO connect.services (workspace_id, service_id, agent_id, tag, record_epoch, record_counter, record)
+                 SELECT $1, {id}, {agent}, {id}, 0, 1, '' FROM generate_series(1, $2) n",
+                id = id(kind)
+            )
+        };
+        // One service is there.
+        let mine = services("decode(repeat('01', 16), 'hex')", "mine");
+        fill(&owner, &mine, MAX_SERVICES_PER_AGENT - 2).await;
+        assert_eq!(expose(A, AGENT, 7).await, Exposed::New);
+        assert_eq!(expose(A, AGENT, 8).await, Exposed::TooMany("this agent"));
+        // What is there already is published anew, and another workspace goes on.
+        assert_eq!(expose(A, AGENT, 7).await, Exposed::Renewed);
+        assert_eq!(expose(B, AGENT, 8).await, Exposed::New);
+
+        // One agent is there, too.
+        let agents = format!(
+            "INSERT INTO connect.agents (workspace_id, agent_id, identity_key, certificate, noise_key,
+                                         noise_key_counter, static_key, wrap_key, last_address)
+             SELECT $1, {}, sha256('x'), '', '', 1, sha256('x'), '', '' FROM generate_series(1, $2) n",
+            id("agent")
+        );
+        fill(&owner, &agents, MAX_AGENTS_PER_WORKSPACE - 2).await;
+        let theirs = services(&id("agent"), "theirs");
+        let room = MAX_SERVICES_PER_WORKSPACE - MAX_SERVICES_PER_AGENT;
+        fill(&owner, &theirs, room).await;
+        let mut tx = store.workspace(A).await.unwrap();
+        insert_agent(&mut tx, OTHER_AGENT, None).await;
+        tx.commit().await.unwrap();
+        assert_eq!(expose(A, OTHER_AGENT, 9).await, Exposed::TooMany("this workspace"));
+        let mut tx = store.workspace(A).await.unwrap();
+        let one_more = try_insert_agent(&mut tx, AgentId([9; 16]), None).await;
+        assert_eq!(one_more, Upserted::TooMany);
     })
     .await;
 }

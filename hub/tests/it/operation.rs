@@ -7,7 +7,11 @@ use std::{
     path::Path,
 };
 
-use connect_spec::control::{ErrorCode, FromHub, RegistrationToken};
+use connect_spec::{
+    control::{ErrorCode, FromHub, RegistrationToken, Reply, Request},
+    encoding::Encoding,
+};
+use futures_util::{SinkExt as _, StreamExt as _};
 use nix::{
     pty::openpty,
     sys::signal::Signal,
@@ -19,15 +23,22 @@ use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
 };
+use tokio_tungstenite::tungstenite::Message;
 
 use crate::{
     client::{Control, Dialer, Workspace, error_code},
     process::{HubProcess, run, stderr},
     template::{empty_place, place},
+    tunnels::{Data, SERVICE, TAG, World, open},
 };
 
-async fn get(hub: &HubProcess, path: &str) -> String {
-    let mut stream = TcpStream::connect(hub.admin).await.unwrap();
+/// The status of an answer of the admin listener.
+pub(crate) async fn status(admin: SocketAddr, path: &str) -> u16 {
+    get(admin, path).await.split(' ').nth(1).unwrap().parse().unwrap()
+}
+
+async fn get(admin: SocketAddr, path: &str) -> String {
+    let mut stream = TcpStream::connect(admin).await.unwrap();
     let request = format!("GET {path} HTTP/1.1\r\nhost: hub\r\nconnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut answer = String::new();
@@ -90,17 +101,15 @@ async fn a_killed_hub_leaves_its_database_to_the_next() {
 async fn a_database_that_dies_is_brought_back() {
     let (_dir, data_dir) = place().await;
     let hub = HubProcess::start(&data_dir).await;
-    assert!(get(&hub, "/healthz").await.starts_with("HTTP/1.1 200"));
-    assert!(get(&hub, "/readyz").await.starts_with("HTTP/1.1 200"));
+    assert!(status(hub.admin, "/healthz").await == 200);
+    assert!(status(hub.admin, "/readyz").await == 200);
     let workspace = Workspace::new();
     let mut control = Control::log_in(hub.agents, &workspace, &workspace.founder()).await;
     let database = postmaster(&data_dir);
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(database), Signal::SIGKILL).unwrap();
     // Either the hub says that it is away, or it is back already; then all is as before.
-    while !get(&hub, "/readyz").await.starts_with("HTTP/1.1 200")
-        || postmaster(&data_dir) == database
-    {
-        assert!(get(&hub, "/healthz").await.starts_with("HTTP/1.1 200"));
+    while status(hub.admin, "/readyz").await != 200 || postmaster(&data_dir) == database {
+        assert!(status(hub.admin, "/healthz").await == 200);
     }
     control
         .done(connect_spec::control::Request::PublishAgent { record: crate::client::record(1) })
@@ -116,8 +125,8 @@ async fn a_hub_that_drains_says_so_and_serves_until_it_is_told_again() {
     let workspace = Workspace::new();
     let mut control = Control::log_in(hub.agents, &workspace, &workspace.founder()).await;
     hub.signal(Signal::SIGTERM);
-    while !get(&hub, "/readyz").await.ends_with("draining\n") {}
-    assert!(get(&hub, "/healthz").await.starts_with("HTTP/1.1 200"));
+    while !get(hub.admin, "/readyz").await.ends_with("draining\n") {}
+    assert!(get(hub.admin, "/healthz").await.starts_with("HTTP/1.1 200"));
     // Whoever is here stays, and newcomers are taken.
     control
         .done(connect_spec::control::Request::PublishAgent { record: crate::client::record(1) })
@@ -135,7 +144,7 @@ async fn health_checks_are_answered_until_the_last_agent_is_gone() {
     // It reads nothing, so it is not gone before the hub's patience is over.
     let control = Control::log_in(hub.agents, &workspace, &workspace.founder()).await;
     hub.signal(Signal::SIGTERM);
-    while !get(&hub, "/readyz").await.ends_with("draining\n") {}
+    while !get(hub.admin, "/readyz").await.ends_with("draining\n") {}
     let (status, log) = hub.wait().await;
     assert!(status.success(), "{log}");
     drop(control);
@@ -147,7 +156,7 @@ async fn a_hangup_ends_a_hub_on_a_terminal_and_no_other() {
     let hub = HubProcess::start(&data_dir).await;
     hub.signal(Signal::SIGHUP);
     hub.logged("no certificate of yours").await;
-    assert!(get(&hub, "/healthz").await.starts_with("HTTP/1.1 200"));
+    assert!(get(hub.admin, "/healthz").await.starts_with("HTTP/1.1 200"));
     hub.stop().await;
 
     let terminal = openpty(None, None).unwrap();
@@ -160,6 +169,60 @@ async fn a_hangup_ends_a_hub_on_a_terminal_and_no_other() {
     let (status, log) = hub.wait().await;
     assert!(status.success(), "{log}");
     assert!(!data_dir.join("postgres/postmaster.pid").exists(), "the database still runs");
+}
+
+#[tokio::test]
+async fn while_the_database_is_away_open_tunnels_go_on_and_nothing_begins() {
+    let (_dir, data_dir) = place().await;
+    let mut world = World::start(&data_dir).await;
+    let (mut reacher, mut exposer) = world.tunnel(Encoding::Base64).await;
+    let pass = async |reacher: &mut Data, exposer: &mut Data, text: &'static str| {
+        reacher.send(Message::text(text)).await.unwrap();
+        assert_eq!(exposer.next().await.unwrap().unwrap(), Message::text(text));
+    };
+    pass(&mut reacher, &mut exposer, "AAAA").await;
+
+    // Where the supervisor looks for it there is no database until we put it back.
+    let (pgdata, hidden) = (data_dir.join("postgres"), data_dir.join("hidden"));
+    let database = postmaster(&data_dir);
+    fs::rename(&pgdata, &hidden).unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(database), Signal::SIGKILL).unwrap();
+    while status(world.hub.admin, "/readyz").await == 200 {}
+    assert!(status(world.hub.admin, "/readyz").await == 503);
+    assert!(status(world.hub.admin, "/healthz").await == 200);
+
+    pass(&mut reacher, &mut exposer, "BBBB").await;
+    // A new tunnel, a request and a login are refused at once, with a reason and a time.
+    let refused = |reply: Reply| match reply {
+        Reply::Error(report) => {
+            assert_eq!(report.code, ErrorCode::Busy);
+            assert!(report.message.contains("database"), "{}", report.message);
+            assert!(report.retry_in_ms.is_some());
+        }
+        other => panic!("{other:?}"),
+    };
+    let began = std::time::Instant::now();
+    let tunnel = open(99, SERVICE, world.exposer.id);
+    refused(world.reaching.request(Request::OpenTunnel(tunnel.clone())).await);
+    refused(world.reaching.request(Request::Lookup { tag: TAG }).await);
+    let mut late = Control::connect(world.hub.agents).await;
+    match late.try_log_in(&world.exposer, |_| ()).await {
+        FromHub::Error(report) => refused(Reply::Error(report)),
+        other => panic!("{other:?}"),
+    }
+    assert!(began.elapsed() < std::time::Duration::from_secs(4), "somebody waited for a database");
+    pass(&mut reacher, &mut exposer, "CCCC").await;
+
+    fs::rename(&hidden, &pgdata).unwrap();
+    while status(world.hub.admin, "/readyz").await != 200 {}
+    pass(&mut reacher, &mut exposer, "DDDD").await;
+    world.tickets(Encoding::Base64).await;
+    assert!(matches!(
+        world.reaching.request(Request::Lookup { tag: TAG }).await,
+        Reply::Services { .. }
+    ));
+    let log = world.hub.stop().await;
+    assert!(log.contains("the database is away") && log.contains("the database is back"), "{log}");
 }
 
 #[tokio::test]

@@ -1,10 +1,12 @@
 //! Enrolment, login, the directory, and what is refused.
 
+use connect_hub::limits::{MAX_OPEN_CREDENTIALS, MAX_SESSIONS_PER_AGENT};
 use connect_spec::{
     control::{ErrorCode, FromAgent, FromHub, Reply, Request, SessionKind, close},
     ids::{AgentId, LookupTag, ServiceId, WorkspaceId},
 };
 use futures_util::SinkExt as _;
+use sqlx::Connection as _;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
@@ -344,5 +346,60 @@ async fn garbage_closes_its_own_connection_only() {
     let _ = raw_stream.read_to_end(&mut answer).await;
 
     bystander.done(expose(SERVICE, TAG, 1)).await;
+    hub.stop().await;
+}
+
+#[tokio::test]
+async fn an_agent_has_so_many_sessions_and_a_workspace_so_many_open_invites() {
+    let (_dir, data_dir) = place().await;
+    let hub = HubProcess::start(&data_dir).await;
+    let workspace = Workspace::new();
+    let agent = workspace.founder();
+    let _founder = Control::log_in(hub.agents, &workspace, &agent).await;
+    let command = async || {
+        let mut control = Control::connect(hub.agents).await;
+        let said = control.try_log_in(&agent, |login| login.session = SessionKind::Command).await;
+        (control, said)
+    };
+    let mut commands = Vec::new();
+    for _ in 1..MAX_SESSIONS_PER_AGENT {
+        let (control, said) = command().await;
+        assert!(matches!(said, FromHub::Welcome { .. }), "{said:?}");
+        commands.push(control);
+    }
+    let (refused, said) = command().await;
+    assert_eq!(error_code(said), ErrorCode::Busy);
+    refused.expect_close(close::BUSY).await;
+    // The agent itself comes in: its newer session takes the place of the older one.
+    let mut again = Control::connect(hub.agents).await;
+    let welcome = again.try_log_in(&agent, |_| ()).await;
+    assert!(matches!(welcome, FromHub::Welcome { displaced: true, .. }), "{welcome:?}");
+    drop(commands);
+
+    let superuser = connect_hub::cluster::connect_options(&data_dir, "postgres").unwrap();
+    let mut superuser = sqlx::PgConnection::connect_with(&superuser).await.unwrap();
+    let rows = i64::try_from(MAX_OPEN_CREDENTIALS).unwrap() - 1;
+    for (left, said) in [(1, "open"), (0, "used up, so it does not count")] {
+        sqlx::query(
+            "INSERT INTO connect.credentials (workspace_id, credential_id, credential, kind, uses, used, join_until, certs_end)
+             SELECT $1, substr(sha256(convert_to($3 || n, 'UTF8')), 1, 16), '', 1, 1, 1 - $4, 9999999999, 9999999999
+             FROM generate_series(1, $2) n",
+        )
+        .bind(workspace.id.0.as_slice())
+        .bind(rows)
+        .bind(said)
+        .bind(left)
+        .execute(&mut superuser)
+        .await
+        .unwrap();
+    }
+    again.done(workspace.invite(1, None).request()).await;
+    assert_eq!(again.refused(workspace.invite(1, None).request()).await, ErrorCode::Busy);
+    // One that nobody can use any more makes room.
+    sqlx::query("UPDATE connect.credentials SET join_until = 1 WHERE credential_id = (SELECT credential_id FROM connect.credentials WHERE credential = '' AND used = 0 LIMIT 1)")
+        .execute(&mut superuser)
+        .await
+        .unwrap();
+    again.done(workspace.invite(1, None).request()).await;
     hub.stop().await;
 }

@@ -22,15 +22,18 @@ pub(crate) fn empty_place() -> (TempDir, PathBuf) {
 /// The same with a fresh cluster in it.
 pub(crate) async fn place() -> (TempDir, PathBuf) {
     let exe = std::env::current_exe().unwrap();
-    let template =
-        exe.parent().unwrap().join(format!("hub-test-cluster-{}", nix::unistd::Uid::effective()));
-    let lock = File::create(template.with_extension("lock")).unwrap();
+    // One for each installation of PostgreSQL that the tests were run with.
+    let server = std::env::var("CONNECT_HUB_PG_BIN").unwrap_or_default().replace('/', "-");
+    let name = format!("hub-test-cluster-{}{server}", nix::unistd::Uid::effective());
+    let template = exe.parent().unwrap().join(&name);
+    let named = |end: &str| template.with_file_name(format!("{name}.{end}"));
+    let lock = File::create(named("lock")).unwrap();
     // Blocks this test's own thread; whoever holds it makes the template or is done with it.
     lock.lock().unwrap();
     if !template.exists() {
         let (_dir, data_dir) = empty_place();
         Cluster::start(DataDir::lock(&data_dir).unwrap()).await.unwrap().stop().await;
-        let unfinished = template.with_extension("new");
+        let unfinished = named("new");
         copy(&data_dir.join("postgres"), &unfinished);
         fs::rename(unfinished, &template).unwrap();
     }

@@ -87,7 +87,12 @@ async fn run(call: Call) -> Result<ExitCode, HubError> {
         Command::Serve(args) => {
             let config = args.resolve()?;
             let registration = config.registration;
-            let mut signals = None;
+            // From here on a signal waits until the hub serves, and then ends it in good order.
+            let mut signals = Signals::new()
+                .inspect_err(|error| {
+                    tracing::error!(%error, "signals cannot be received; stop me with SIGKILL");
+                })
+                .ok();
             let announce = |listening: &Listening| {
                 announce(listening, registration);
                 notify("READY=1");
@@ -248,16 +253,8 @@ impl Signals {
     }
 }
 
-/// Waits for the next signal. The first call takes them over: until then they end the program.
+/// Waits for the next signal.
 async fn next_order(signals: &mut Option<Signals>) -> Order {
-    if signals.is_none() {
-        match Signals::new() {
-            Ok(taken_over) => *signals = Some(taken_over),
-            Err(error) => {
-                tracing::error!(%error, "signals cannot be received; stop me with SIGKILL");
-            }
-        }
-    }
     match signals {
         Some(signals) => signals.next().await,
         None => std::future::pending().await,

@@ -416,7 +416,7 @@ fn intrusion(
             signature: proof(REDEEM_KIND, id.as_bytes()),
             invite_key,
             authority: authority.clone(),
-            agent_nonce: agent_nonce.clone(),
+            agent_nonce,
             workspace_id: workspace,
         });
     }

@@ -167,17 +167,16 @@ pub async fn redeem(context: Context<'_>, redeem: &Redeem) -> Result<FromHub, De
         .map_err(|_| Denied::new(ErrorCode::Unauthorized, "the proof does not hold"))?;
 
     let mut tx = context.store.workspace(redeem.workspace_id).await?;
-    let (Some(trust), Some(workspace)) =
-        (context.trust.current(&mut tx).await?, tx.find_workspace().await?)
-    else {
-        return Err(unknown_workspace());
+    // Asked of every workspace: whether there is one shows neither in the answer nor in its time.
+    let (trust, workspace) = (context.trust.current(&mut tx).await?, tx.find_workspace().await?);
+    let (credential, wrap) = (tx.find_credential(id).await?, tx.newest_credential_wrap(id).await?);
+    let (Some(trust), Some(workspace)) = (trust, workspace) else {
+        return Err(invite_unknown());
     };
     if trust.state.is_closed(&id) {
         return Err(invite_closed());
     }
-    let (Some(credential), Some(wrap)) =
-        (tx.find_credential(id).await?, tx.newest_credential_wrap(id).await?)
-    else {
+    let (Some(credential), Some(wrap)) = (credential, wrap) else {
         return Err(invite_unknown());
     };
     let signed =
@@ -214,15 +213,17 @@ pub async fn login(context: Context<'_>, login: &Login) -> Result<Admission, Den
     };
     verify_proof(context, login, presented.certificate.object())?;
     let agent_id = presented.certificate.object().agent_id();
+    let genesis = login.create.as_ref().map(|create| verify_genesis(login.workspace_id, create));
+    let genesis = genesis.transpose()?;
     loop {
         let mut tx = context.store.workspace(login.workspace_id).await?;
-        let trust = match (context.trust.current(&mut tx).await?, &login.create) {
-            // Created before, perhaps by this very agent, whose answer got lost.
-            (Some(known), _) => known.state,
-            (None, Some(create)) => verify_genesis(login.workspace_id, create)?.into(),
-            (None, None) => return Err(unknown_workspace()),
-        };
+        let trust = context.trust.current(&mut tx).await?.map(|known| known.state);
         let known = tx.lock_agent(agent_id).await?;
+        // If it is there, it was created before, perhaps by this very agent, whose answer got lost.
+        let Some(trust) = trust.or_else(|| genesis.clone().map(Into::into)) else {
+            pretend_to_judge(login.workspace_id, &presented);
+            return Err(stranger());
+        };
         if let Some(certificate) = newer_certificate(&trust, known.as_ref(), &presented)? {
             return Ok(Admission::Renewed(certificate));
         }
@@ -287,8 +288,22 @@ fn check_authority(context: Context<'_>, authority: &str) -> Result<(), Denied> 
     ))
 }
 
-fn unknown_workspace() -> Denied {
-    Denied::new(ErrorCode::UnknownWorkspace, "this hub does not know the workspace")
+/// For whom a workspace does not know, as for everybody where there is none: one answer, so that nobody
+/// can ask which workspaces there are.
+fn stranger() -> Denied {
+    Denied::new(
+        ErrorCode::UnknownWorkspace,
+        "this hub does not know the workspace, or the workspace does not know this agent",
+    )
+}
+
+/// Takes the time that [`TrustState::verify_peer`] takes with a stranger.
+fn pretend_to_judge(workspace: WorkspaceId, presented: &Presented) {
+    let (certificate, noise_key) = (presented.certificate.object(), presented.noise_key.object());
+    if certificate.workspace_id == workspace && noise_key.workspace_id == workspace {
+        // Nobody is admitted by it, whatever comes of it.
+        let _ = presented.noise_key.verify_by(&certificate.identity_key);
+    }
 }
 
 fn invite_unknown() -> Denied {
@@ -299,10 +314,18 @@ fn invite_closed() -> Denied {
     Denied::new(ErrorCode::InviteExpired, "the invite is closed")
 }
 
-/// What an agent is told that does not pass. One that was never here learns it of its invite.
+/// What an agent is told that does not pass. One that was never here learns it of its invite, and nothing
+/// unless its chain led to the workspace.
 fn not_a_member(error: TrustError, was_member: bool) -> Denied {
     if error == TrustError::Closed && !was_member {
         return invite_closed();
+    }
+    let is_chained = matches!(
+        error,
+        TrustError::Closed | TrustError::Revoked | TrustError::Expired | TrustError::Exceeds
+    );
+    if !was_member && !is_chained {
+        return stranger();
     }
     let ended = matches!(error, TrustError::Closed | TrustError::Revoked);
     let code = if ended { ErrorCode::Revoked } else { ErrorCode::Unauthorized };

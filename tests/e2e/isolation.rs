@@ -1,7 +1,11 @@
 //! Workspaces, held apart: what an agent of B can do to A with a client made by hand, and tickets in the
 //! wrong hands.
 
-use std::net::SocketAddr;
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
 use connect_crypto::{
     epoch::EpochSecrets,
@@ -9,10 +13,15 @@ use connect_crypto::{
 };
 use connect_spec::{
     bytes::Blob,
-    control::{ErrorCode, FromAgent, FromHub, Nonce, Reply, Request, SessionKind, close},
+    control::{
+        self, AddressedWrap, CreateWorkspace, EpochWrap, ErrorCode, FromAgent, FromHub, LOGIN_KIND,
+        Nonce, REDEEM_KIND, Recipient, Redeem, Reply, Request, SessionKind, close,
+    },
     encoding::Encoding,
-    ids::{AgentId, ServiceId, TunnelId},
+    ids::{AgentId, CredentialId, LookupTag, ServiceId, TunnelId, WorkspaceId},
+    log::{Beat, EntryHash, Head, LogEntry},
     objects::{AgentRole, Credential, CredentialKind},
+    signed::Signed,
 };
 use connect_tests::{
     client::{Client, Keys, data_socket, rng, sealed, tickets, tunnel_request},
@@ -34,7 +43,7 @@ struct Stage {
     probed: usize,
     b_keys: Keys,
     hub: SocketAddr,
-    _b: Workspace,
+    b: Workspace,
     _agent: Process,
 }
 
@@ -55,7 +64,7 @@ impl Stage {
             service,
             hub: hub.address(),
             a,
-            _b: b,
+            b,
             _agent: agent,
         }
     }
@@ -255,6 +264,269 @@ fn nothing_is_answered_before_the_login() {
             assert_eq!(client.close_code().await, Some(close::BAD_REQUEST));
         });
     }
+}
+
+/// Ids of workspace A, or ones that are nowhere.
+struct Ids {
+    workspace: WorkspaceId,
+    agent: AgentId,
+    service: ServiceId,
+    tag: LookupTag,
+    credential: CredentialId,
+    head: Head,
+    entries: Vec<Blob>,
+    certificate: Blob,
+    signed_credential: Blob,
+    beat: Blob,
+}
+
+/// The same id but for its last byte, so that it sorts where the other one does.
+fn beside<const N: usize>(id: [u8; N], probe: u8) -> [u8; N] {
+    let mut id = id;
+    id[N - 1] ^= probe.max(1);
+    id
+}
+
+impl Ids {
+    /// Those of A, taken from its agent's own view.
+    async fn of_a(stage: &Stage) -> Self {
+        let a = &stage.a_keys;
+        let mut client = Client::login(stage.hub, a, SessionKind::Command).await;
+        let Reply::Credentials { credentials, .. } =
+            client.request(Request::Credentials { after: None }).await
+        else {
+            panic!("A has an invite");
+        };
+        let signed_credential = credentials.first().expect("A has an invite").credential.clone();
+        let credential: Signed<Credential> =
+            Signed::decode(&signed_credential.0).expect("what the hub verified");
+        let Reply::Log { entries, .. } = client.request(Request::Log { have: Vec::new() }).await
+        else {
+            panic!("A has a log");
+        };
+        Self {
+            workspace: a.workspace_id,
+            agent: a.agent_id,
+            service: stage.a_service,
+            tag: a.names.tag(&"prod-db".parse().expect("a name")),
+            credential: credential.object().id(),
+            head: a.trust.head(),
+            entries,
+            certificate: Blob(a.presented.certificate.encode()),
+            signed_credential,
+            beat: beat(a, a.workspace_id, a.agent_id),
+        }
+    }
+
+    /// As well-formed, and nobody's.
+    fn nowhere(&self, a: &Keys, probe: u8) -> Self {
+        let signer = a.signer.as_ref().expect("a founder's");
+        let workspace = WorkspaceId(beside(self.workspace.0, probe));
+        let mut certificate = a.presented.certificate.object().clone();
+        certificate.workspace_id = workspace;
+        let credential: Signed<Credential> =
+            Signed::decode(&self.signed_credential.0).expect("sound");
+        let mut credential = credential.object().clone();
+        credential.workspace_id = workspace;
+        let entries = self.entries.iter().map(|wire| {
+            let LogEntry::Entry(entry) = LogEntry::decode(&wire.0).expect("sound") else {
+                panic!("nothing was recovered");
+            };
+            let mut entry = entry.object().clone();
+            entry.workspace_id = workspace;
+            Blob(LogEntry::Entry(signer.sign(&entry)).encode())
+        });
+        let agent = AgentId(beside(self.agent.0, probe));
+        Self {
+            workspace,
+            agent,
+            service: ServiceId(beside(self.service.0, probe)),
+            tag: LookupTag(beside(self.tag.0, probe)),
+            credential: CredentialId(beside(self.credential.0, probe)),
+            head: Head { hash: EntryHash(beside(self.head.hash.0, probe)), ..self.head },
+            entries: entries.collect(),
+            certificate: Blob(signer.sign(&certificate).encode()),
+            signed_credential: Blob(signer.sign(&credential).encode()),
+            beat: beat(a, workspace, agent),
+        }
+    }
+
+    /// Every request that can name something, by a member of B.
+    fn requests(&self, b: &Keys) -> Vec<Request> {
+        let wrap = || EpochWrap { epoch: 0, sealed: Blob(vec![5; 64]) };
+        let store = |recipient| Request::StoreWraps {
+            wraps: vec![AddressedWrap { recipient, wrap: wrap() }],
+        };
+        let open = |service, agent| Request::OpenTunnel(tunnel_request(service, agent));
+        vec![
+            Request::Lookup { tag: self.tag },
+            Request::Services { after: Some(self.service) },
+            Request::Agents { after: Some(self.agent) },
+            Request::Credentials { after: Some(self.credential) },
+            open(self.service, self.agent),
+            open(self.service, b.agent_id),
+            open(ServiceId([8; 16]), self.agent),
+            Request::Unexpose { service_id: self.service },
+            Request::Expose {
+                service_id: self.service,
+                tag: self.tag,
+                record: sealed(1),
+                take_over: true,
+            },
+            Request::Unexpose { service_id: self.service },
+            Request::Log { have: vec![self.head] },
+            Request::Append { entries: self.entries.clone() },
+            Request::Beats { mine: Some(self.beat.clone()) },
+            store(Recipient::Agent(self.agent)),
+            store(Recipient::Credential(self.credential)),
+            Request::Certify { certificate: self.certificate.clone() },
+            Request::CreateCredential {
+                credential: self.signed_credential.clone(),
+                wrap_key: Blob(b.wrap.public().encode()),
+                wrap: wrap(),
+            },
+        ]
+    }
+}
+
+fn beat(keys: &Keys, workspace_id: WorkspaceId, agent_id: AgentId) -> Blob {
+    let beat = Beat { workspace_id, agent_id, head: keys.trust.head(), time: 1_700_000_000 };
+    Blob(keys.signing.sign(&beat).encode())
+}
+
+/// What B says to get into a workspace that it is no member of: everything that it can sign itself.
+fn intrusion(
+    b: &Keys,
+    genesis: &Blob,
+    hub: SocketAddr,
+    nonce: &Nonce,
+    workspace: WorkspaceId,
+    kind: usize,
+) -> FromAgent {
+    let (authority, agent_nonce) = (hub.to_string(), Nonce([7; 32]));
+    let agent_id = AgentId::of(&workspace, &b.signing.public());
+    let proof = |kind, id: &[u8; 16]| {
+        let text = control::proof_text(&authority, nonce, &agent_nonce, id, &workspace);
+        b.signing.sign_text(kind, &text)
+    };
+    if kind == 0 {
+        let invite_key = b.signing.public();
+        let id = CredentialId::of(&invite_key);
+        return FromAgent::Redeem(Redeem {
+            signature: proof(REDEEM_KIND, id.as_bytes()),
+            invite_key,
+            authority: authority.clone(),
+            agent_nonce,
+            workspace_id: workspace,
+        });
+    }
+    let mut login = b.login(hub, nonce, SessionKind::Agent);
+    login.workspace_id = workspace;
+    if kind == 1 {
+        // B's own objects, with a proof for the other workspace.
+        login.signature = proof(LOGIN_KIND, b.agent_id.as_bytes());
+        return FromAgent::Login(Box::new(login));
+    }
+    // Objects made for the other workspace, by whom it does not know.
+    let signer = b.signer.as_ref().expect("a founder's");
+    let mut certificate = b.presented.certificate.object().clone();
+    certificate.workspace_id = workspace;
+    let mut noise_key = b.presented.noise_key.object().clone();
+    (noise_key.workspace_id, noise_key.agent_id) = (workspace, agent_id);
+    login.presented.certificate = Blob(signer.sign(&certificate).encode());
+    login.presented.noise_key = Blob(b.signing.sign(&noise_key).encode());
+    login.signature = proof(LOGIN_KIND, agent_id.as_bytes());
+    if kind == 3 {
+        let genesis = genesis.clone();
+        login.create = Some(CreateWorkspace { genesis, registration_token: None });
+    }
+    FromAgent::Login(Box::new(login))
+}
+
+/// Two sets of times that nobody can tell apart: their medians differ by less than by a factor.
+#[track_caller]
+fn check_alike(what: &str, there: &mut [Duration], nowhere: &mut [Duration]) {
+    let median = |times: &mut [Duration]| {
+        times.sort();
+        times[times.len() / 2].as_secs_f64()
+    };
+    let (there, nowhere) = (median(there), median(nowhere));
+    assert!(there < nowhere * 2.0 && nowhere < there * 2.0, "{what}: {there} s and {nowhere} s");
+}
+
+/// Ten thousand questions about A, each beside the same about what is nowhere.
+#[test]
+fn other_workspace_hears_the_same_of_what_exists_and_what_does_not() {
+    const PROBES: usize = 10_000;
+    const INTRUSIONS: usize = 100;
+    let stage = Stage::set();
+    stage.a.founder.ok(&["invite"]);
+    let (b, hub) = (&stage.b_keys, stage.hub);
+    let genesis = std::fs::read(stage.b.founder.dir().join("trust/genesis")).expect("enrolled");
+    let genesis = Blob(genesis);
+    let mut asked = 0;
+    let mut times: BTreeMap<String, [Vec<Duration>; 2]> = BTreeMap::new();
+    runtime().block_on(async {
+        let there = Ids::of_a(&stage).await;
+        let mut client = Client::login(hub, b, SessionKind::Agent).await;
+        let mut round = 0_u8;
+        while asked < PROBES - 8 * INTRUSIONS {
+            round = round.wrapping_add(1);
+            let nowhere = there.nowhere(&stage.a_keys, round);
+            let pairs = there.requests(b).into_iter().zip(nowhere.requests(b));
+            for (number, (one, other)) in pairs.enumerate() {
+                let mut answers = Vec::new();
+                // Neither is always the first.
+                let order = if round.is_multiple_of(2) { [0, 1] } else { [1, 0] };
+                let both = [one, other];
+                for which in order {
+                    let began = Instant::now();
+                    let reply = client.request(both[which].clone()).await;
+                    let name = format!("request {number}");
+                    times.entry(name).or_default()[which].push(began.elapsed());
+                    answers.push(control::encode(&FromHub::Reply { id: 0, reply }));
+                    asked += 1;
+                }
+                assert_eq!(answers[0], answers[1], "request {number}: {:?}", both[0]);
+            }
+            // Answers for tunnels that were asked of others are heard by nobody.
+            for ids in [&there, &nowhere] {
+                let tunnel_id = TunnelId(ids.service.0);
+                let message = Blob(vec![0; 2000]);
+                client.send(&FromAgent::AcceptTunnel { tunnel_id, message }).await;
+                let code = ErrorCode::Refused;
+                client.send(&FromAgent::RefuseTunnel { tunnel_id, code }).await;
+            }
+        }
+
+        for round in 0..INTRUSIONS {
+            let probe = u8::try_from(round % 255).expect("below 255") + 1;
+            let nowhere = WorkspaceId(beside(there.workspace.0, probe));
+            for kind in 0..4 {
+                let mut answers = Vec::new();
+                let order = if round % 2 == 0 { [0, 1] } else { [1, 0] };
+                for which in order {
+                    let mut client = Client::dial(hub).await;
+                    let workspace = [there.workspace, nowhere][which];
+                    let message = intrusion(b, &genesis, hub, &client.nonce, workspace, kind);
+                    let began = Instant::now();
+                    client.send(&message).await;
+                    let answer = client.next().await.expect("an answer");
+                    let name = format!("intrusion {kind}");
+                    times.entry(name).or_default()[which].push(began.elapsed());
+                    assert!(matches!(answer, FromHub::Error(_)), "{answer:?}");
+                    answers.push((control::encode(&answer), client.close_code().await));
+                    asked += 1;
+                }
+                assert_eq!(answers[0], answers[1], "intrusion {kind}");
+            }
+        }
+    });
+    assert!(asked >= PROBES, "{asked}");
+    for (what, [there, nowhere]) in &mut times {
+        check_alike(what, there, nowhere);
+    }
+    stage.check_unharmed();
 }
 
 #[test]

@@ -203,6 +203,7 @@ impl Client {
     /// Opens a control socket and reads the challenge.
     pub async fn dial(hub: SocketAddr) -> Self {
         let tcp = TcpStream::connect(hub).await.expect("the hub listens");
+        tcp.set_nodelay(true).expect("our own socket");
         let (socket, _) = client_async(format!("ws://{hub}{AGENT_PATH}"), tcp)
             .await
             .expect("it speaks WebSocket");

@@ -22,28 +22,31 @@ pub async fn open(options: &PgConnectOptions) -> Result<PgConnection, StoreError
 
 /// What is wrong, and what a person can do about it. Neither repeats anything of the URL.
 fn explain(error: &sqlx::Error) -> (&'static str, &'static str) {
-    match error {
-        sqlx::Error::Database(error) => refused(error.code().as_deref()),
-        sqlx::Error::Tls(error) => match rustls_error(error.as_ref()) {
+    if let sqlx::Error::Database(error) = error {
+        return refused(error.code().as_deref());
+    }
+    if let sqlx::Error::Tls(error) = error {
+        return match rustls_error(error.as_ref()) {
             Some(error) => distrusted(error),
             None => (
                 "it speaks no TLS, or the file of `sslrootcert` holds no certificate",
                 "turn TLS on at the server (`ssl = on`), or add `sslmode=disable` to the URL if the network is yours alone",
             ),
-        },
-        sqlx::Error::Io(error) => match error.get_ref().and_then(|inner| rustls_error(inner)) {
+        };
+    }
+    if let sqlx::Error::Io(error) = error {
+        return match error.get_ref().and_then(|inner| rustls_error(inner)) {
             Some(error) => distrusted(error),
             None => unreachable_because(error.kind()),
-        },
-        sqlx::Error::Configuration(_) => (
+        };
+    }
+    if matches!(error, sqlx::Error::Configuration(_)) {
+        return (
             "its URL cannot be used",
             "see which parameters of the URL are meant, such as sslcert with sslkey",
-        ),
-        _ => (
-            "it does not answer as PostgreSQL does",
-            "see whether the URL names a PostgreSQL server",
-        ),
+        );
     }
+    ("it does not answer as PostgreSQL does", "see whether the URL names a PostgreSQL server")
 }
 
 /// The TLS library's own error among the causes.

@@ -185,7 +185,7 @@ async fn a_signer_that_is_removed_takes_along_what_is_not_kept() {
     let kept = workspace.renewed(&kept, &admin, 0);
     let dropped = workspace.renewed(&dropped, &admin, 0);
     let mut control = Control::log_in(hub.agents, &workspace, &workspace.founder()).await;
-    assert_eq!(denied(&hub, &kept).await, ErrorCode::Unauthorized);
+    assert_eq!(denied(&hub, &kept).await, ErrorCode::UnknownWorkspace);
     let add = Change::AddSigner { key: public(&admin), role: SignerRole::Admin };
     let entry = append(&mut control, &workspace, workspace.head(), add).await;
     let mut staying = log_in(&hub, &kept).await;

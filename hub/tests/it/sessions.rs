@@ -285,7 +285,7 @@ async fn workspaces_do_not_see_each_other() {
     // A member of one workspace is nobody in another.
     let mut intruder = Control::connect(hub.agents).await;
     let refusal = intruder.try_log_in(&stranger, |login| login.workspace_id = ours.id).await;
-    assert_eq!(error_code(refusal), ErrorCode::Unauthorized);
+    assert_eq!(error_code(refusal), ErrorCode::Unauthorized, "the proof is for another");
     hub.stop().await;
 }
 

@@ -41,8 +41,12 @@ CREATE INDEX audit_events_by_time ON connect.audit_events (workspace_id, at);
 CALL connect.isolate('connect.audit_events');
 
 GRANT SELECT ON connect.audit_heads, connect.audit_events TO connect_app;
-CREATE POLICY audit_all ON connect.audit_heads TO connect_audit USING (true) WITH CHECK (true);
-CREATE POLICY audit_all ON connect.audit_events TO connect_audit USING (true) WITH CHECK (true);
+CREATE POLICY audit_select ON connect.audit_heads FOR SELECT TO connect_audit USING (true);
+CREATE POLICY audit_insert ON connect.audit_heads FOR INSERT TO connect_audit WITH CHECK (true);
+CREATE POLICY audit_update ON connect.audit_heads FOR UPDATE TO connect_audit USING (true) WITH CHECK (true);
+CREATE POLICY audit_select ON connect.audit_events FOR SELECT TO connect_audit USING (true);
+CREATE POLICY audit_insert ON connect.audit_events FOR INSERT TO connect_audit WITH CHECK (true);
+CREATE POLICY audit_delete ON connect.audit_events FOR DELETE TO connect_audit USING (true);
 GRANT SELECT, INSERT, UPDATE ON connect.audit_heads TO connect_audit;
 GRANT SELECT, INSERT, DELETE ON connect.audit_events TO connect_audit;
 

@@ -5,8 +5,8 @@ CREATE TABLE connect.api_keys (
     workspace_id bytea NOT NULL REFERENCES connect.workspaces,
     -- The first 16 bytes of the hash.
     key_id       bytea NOT NULL CHECK (octet_length(key_id) = 16),
-    -- SHA-256 of 256 random bits, which the hub chose: nobody can have made another with the same.
-    key_hash     bytea NOT NULL UNIQUE CHECK (octet_length(key_hash) = 32),
+    -- SHA-256 of 256 random bits, which the hub chose.
+    key_hash     bytea NOT NULL CHECK (octet_length(key_hash) = 32),
     agent_id     bytea NOT NULL,
     scopes       text[] NOT NULL CHECK (scopes <@ ARRAY['read', 'audit', 'write']),
     created_at   timestamptz NOT NULL DEFAULT now(),
@@ -15,6 +15,7 @@ CREATE TABLE connect.api_keys (
     PRIMARY KEY (workspace_id, key_id),
     FOREIGN KEY (workspace_id, agent_id) REFERENCES connect.agents ON DELETE CASCADE
 );
+CREATE INDEX api_keys_by_hash ON connect.api_keys (key_hash);
 CREATE INDEX api_keys_by_agent ON connect.api_keys (workspace_id, agent_id);
 CALL connect.isolate('connect.api_keys');
 GRANT SELECT, INSERT, UPDATE (last_used_at), DELETE ON connect.api_keys TO connect_app;

@@ -63,7 +63,10 @@ fn log_is_read_with_names_and_an_edit_is_found() {
     }
     assert!(rows(founder, &["--since", "1h"]).len() == text.lines().count());
     // In the hub's own text there is no name.
-    edit(&hub, "DO $$ BEGIN ASSERT NOT EXISTS (SELECT FROM connect.audit_events WHERE event LIKE '%ledger%'); END $$");
+    edit(
+        &hub,
+        "DO $$ BEGIN ASSERT NOT EXISTS (SELECT FROM connect.audit_events WHERE event LIKE '%ledger%'); END $$",
+    );
 
     let verdict = founder.json(&["audit", "verify"]);
     let last = verdict["head"]["seq"].as_u64().expect("a number");
@@ -72,7 +75,12 @@ fn log_is_read_with_names_and_an_edit_is_found() {
 
     // Changed, put back, removed, and written anew with a chain that holds.
     let change = |from: &str, to: &str| {
-        edit(&hub, &format!("UPDATE connect.audit_events SET event = replace(event, '{from}', '{to}') WHERE seq = 2"));
+        edit(
+            &hub,
+            &format!(
+                "UPDATE connect.audit_events SET event = replace(event, '{from}', '{to}') WHERE seq = 2"
+            ),
+        );
     };
     change("\"role\":\"member\"", "\"role\":\"exposer\"");
     founder.fails(&["audit", "verify"], 7, "row 2 was changed");
@@ -158,7 +166,10 @@ fn api_key_reads_ids_and_sealed_records_until_it_is_revoked() {
     assert!(!listed.to_string().contains("canary"));
     assert_eq!(get(&hub, "/v1/agents", &key).1["items"].as_array().map(Vec::len), Some(2));
     assert_eq!(get(&hub, "/v1/tunnels", &key).1["items"].as_array().map(Vec::len), Some(1));
-    assert_eq!(get(&hub, "/v1/audit?kind=api_key_created", &key).1["items"].as_array().map(Vec::len), Some(2));
+    assert_eq!(
+        get(&hub, "/v1/audit?kind=api_key_created", &key).1["items"].as_array().map(Vec::len),
+        Some(2)
+    );
 
     let keys = pair.reacher.json(&["api-key", "list"]);
     assert_eq!(keys.as_array().map(Vec::len), Some(2));

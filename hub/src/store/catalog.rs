@@ -2,12 +2,12 @@
 //! the migrations make, and for each difference the SQL that mends it.
 //!
 //! Everything that it needs is open to every role, so the hub's own role sees as much as the owner. A new
-//! table needs a line in [`TABLES`], a function that sees more than its caller one in [`DEFINERS`].
+//! table needs a line in [`TABLES`], a function that sees more than its caller one in [`FUNCTIONS`].
 
 use serde::Serialize;
 use sqlx::{Connection as _, postgres::PgConnection};
 
-use super::{APP_ROLE, BACKUP_ROLE, LOOKUP_ROLE, StoreError, latest_version, version};
+use super::{APP_ROLE, AUDIT_ROLE, BACKUP_ROLE, LOOKUP_ROLE, StoreError, latest_version, version};
 use crate::limits::OLDEST_POSTGRES;
 
 /// A privilege, on some columns or with an empty list on the whole table.
@@ -23,8 +23,12 @@ struct Table {
     app: &'static [Grant],
     /// What [`LOOKUP_ROLE`] may.
     lookup: &'static [Grant],
-    /// `None`: it belongs to a workspace, and `connect.isolate` closes it.
-    policies: Option<&'static [Policy]>,
+    /// What [`AUDIT_ROLE`] may.
+    audit: &'static [Grant],
+    /// Whether it belongs to a workspace: then `connect.isolate` closes it.
+    isolated: bool,
+    /// Policies besides those that `connect.isolate` makes.
+    policies: &'static [Policy],
 }
 
 /// A policy, with its expressions as the catalogue prints them.
@@ -61,7 +65,7 @@ const fn policy(
 
 /// A table of workspaces, of which `connect_app` may do so much.
 const fn isolated(name: &'static str, app: &'static [Grant]) -> Table {
-    Table { name, app, lookup: &[], policies: None }
+    Table { name, app, lookup: &[], audit: &[], isolated: true, policies: &[] }
 }
 
 /// Every table of the schema.
@@ -83,19 +87,85 @@ const TABLES: &[Table] = &[
         name: "registration_tokens",
         app: &[("INSERT", &["token_hash", "expires_at"])],
         lookup: &[("SELECT", ALL), ("UPDATE", &["used_at"])],
-        policies: Some(&[
+        audit: &[],
+        isolated: false,
+        policies: &[
             policy("add", "INSERT", APP_ROLE, None, Some("(used_at IS NULL)")),
             policy("find", "SELECT", LOOKUP_ROLE, Some("true"), None),
             policy("spend", "UPDATE", LOOKUP_ROLE, Some("true"), None),
             policy("backup_select", "SELECT", BACKUP_ROLE, Some("true"), None),
-        ]),
+        ],
     },
     // Which migrations ran: nothing of a workspace, and open to those who are granted it.
-    Table { name: "schema_history", app: &[("SELECT", ALL)], lookup: &[], policies: Some(&[]) },
+    Table {
+        name: "schema_history",
+        app: &[("SELECT", ALL)],
+        lookup: &[],
+        audit: &[],
+        isolated: false,
+        policies: &[],
+    },
+    Table {
+        name: "api_keys",
+        app: &[("SELECT", ALL), ("INSERT", ALL), ("UPDATE", &["last_used_at"]), ("DELETE", ALL)],
+        lookup: &[("SELECT", &["workspace_id", "key_hash"])],
+        audit: &[],
+        isolated: true,
+        policies: &[policy("find", "SELECT", LOOKUP_ROLE, Some("true"), None)],
+    },
+    Table {
+        name: "audit_heads",
+        app: &[("SELECT", ALL)],
+        lookup: &[],
+        audit: &[("SELECT", ALL), ("INSERT", ALL), ("UPDATE", ALL)],
+        isolated: true,
+        policies: &[
+            policy("audit_select", "SELECT", AUDIT_ROLE, Some("true"), None),
+            policy("audit_insert", "INSERT", AUDIT_ROLE, None, Some("true")),
+            policy("audit_update", "UPDATE", AUDIT_ROLE, Some("true"), Some("true")),
+        ],
+    },
+    Table {
+        name: "audit_events",
+        app: &[("SELECT", ALL)],
+        lookup: &[],
+        audit: &[("SELECT", ALL), ("INSERT", ALL), ("DELETE", ALL)],
+        isolated: true,
+        policies: &[
+            policy("audit_select", "SELECT", AUDIT_ROLE, Some("true"), None),
+            policy("audit_insert", "INSERT", AUDIT_ROLE, None, Some("true")),
+            policy("audit_delete", "DELETE", AUDIT_ROLE, Some("true"), None),
+        ],
+    },
 ];
 
-/// Functions that see more than their caller. Each is [`LOOKUP_ROLE`]'s, and [`APP_ROLE`] may call it.
-const DEFINERS: &[&str] = &["connect.spend_registration_token(bytea)"];
+/// A function that somebody besides its owner may call.
+struct Function {
+    signature: &'static str,
+    /// The role whose rows it sees, whoever calls it; `None`: it sees what its caller sees.
+    definer: Option<&'static str>,
+    caller: &'static str,
+}
+
+const fn definer(signature: &'static str, role: &'static str) -> Function {
+    Function { signature, definer: Some(role), caller: APP_ROLE }
+}
+
+/// All of them.
+const FUNCTIONS: &[Function] = &[
+    definer("connect.spend_registration_token(bytea)", LOOKUP_ROLE),
+    definer("connect.workspace_of_api_key(bytea)", LOOKUP_ROLE),
+    definer("connect.append_audit(text[])", AUDIT_ROLE),
+    definer("connect.expire_audit(interval)", AUDIT_ROLE),
+    Function {
+        signature: "connect.audit_link(bytea,bytea,bigint,text)",
+        definer: None,
+        caller: AUDIT_ROLE,
+    },
+];
+
+/// The roles of the schema besides its owner.
+const ROLES: [&str; 4] = [APP_ROLE, AUDIT_ROLE, BACKUP_ROLE, LOOKUP_ROLE];
 
 /// The search path that such a function must pin: a table or operator of the caller could stand in its way.
 const PINNED: &str = "search_path=pg_catalog, pg_temp";
@@ -326,7 +396,7 @@ async fn check_roles(
     report: &mut Report,
     server: i32,
 ) -> Result<(), StoreError> {
-    let ours = [APP_ROLE, BACKUP_ROLE, LOOKUP_ROLE];
+    let ours = ROLES;
     type Attributes = (String, bool, bool, bool, bool, bool, bool);
     let roles: Vec<Attributes> = sqlx::query_as(
         "SELECT rolname::text, rolcanlogin, rolsuper, rolbypassrls, rolcreaterole, rolcreatedb, rolreplication
@@ -385,11 +455,9 @@ async fn check_roles(
         if !owned.is_empty() {
             let owned: Vec<_> = owned.into_iter().map(|(name,)| name).collect();
             let mut sql = format!("REASSIGN OWNED BY {role} TO CURRENT_USER;");
-            if role == LOOKUP_ROLE {
-                for name in DEFINERS {
-                    sql.push('\n');
-                    sql.push_str(&give_to_lookup(name));
-                }
+            for function in FUNCTIONS.iter().filter(|function| function.definer == Some(role)) {
+                sql.push('\n');
+                sql.push_str(&give_away(function.signature, role));
             }
             report.sql(
                 Kind::Owner,
@@ -407,12 +475,11 @@ async fn check_roles(
                 OR coalesce((to_jsonb(m) ->> 'inherit_option')::bool, true)
          FROM pg_auth_members m
          WHERE m.member IN (SELECT oid FROM pg_roles WHERE rolname = ANY ($1))
-            OR m.roleid IN (SELECT oid FROM pg_roles WHERE rolname IN ($2, $3))
+            OR m.roleid IN (SELECT oid FROM pg_roles WHERE rolname = ANY ($1) AND rolname <> $2)
          ORDER BY 1, 2",
     )
     .bind(ours.map(str::to_owned).to_vec())
-    .bind(LOOKUP_ROLE)
-    .bind(BACKUP_ROLE)
+    .bind(APP_ROLE)
     .fetch_all(&mut *connection)
     .await?;
     let mut readers = Vec::new();
@@ -574,7 +641,7 @@ async fn check_schema_grants(
     )
     .fetch_all(connection)
     .await?;
-    let roles = [APP_ROLE, BACKUP_ROLE, LOOKUP_ROLE];
+    let roles = ROLES;
     for (grantee, privilege) in &grants {
         if privilege != "USAGE" || !roles.contains(&grantee.as_str()) {
             report.sql(
@@ -601,7 +668,9 @@ async fn check_schema_grants(
 /// The privileges that a table should give: to whom, which, on which column.
 fn expected_grants(table: &Table) -> Vec<(&'static str, &'static str, Option<&'static str>)> {
     let mut expected = vec![(BACKUP_ROLE, "SELECT", None)];
-    for (role, grants) in [(APP_ROLE, table.app), (LOOKUP_ROLE, table.lookup)] {
+    for (role, grants) in
+        [(APP_ROLE, table.app), (LOOKUP_ROLE, table.lookup), (AUDIT_ROLE, table.audit)]
+    {
         for (privilege, columns) in grants {
             if columns.is_empty() {
                 expected.push((role, privilege, None));
@@ -619,8 +688,7 @@ fn privilege_on(privilege: &str, column: Option<&str>) -> String {
 
 /// Statements that leave a table with the grants that it should have.
 fn grants_sql(path: &str, table: Option<&Table>) -> String {
-    let mut sql =
-        format!("REVOKE ALL ON {path} FROM PUBLIC, {APP_ROLE}, {LOOKUP_ROLE}, {BACKUP_ROLE};");
+    let mut sql = format!("REVOKE ALL ON {path} FROM PUBLIC, {};", ROLES.join(", "));
     for (role, privilege, column) in table.map(expected_grants).unwrap_or_default() {
         let privilege = privilege_on(privilege, column);
         sql.push_str(&format!("\nGRANT {privilege} ON {path} TO {role};"));
@@ -714,8 +782,9 @@ async fn check_table(
     }
     let policies = policies_of(connection, relation).await?;
     let expected = match known {
-        Some(table) => table.policies.unwrap_or(ISOLATED),
-        None if relation.has_workspace => ISOLATED,
+        Some(table) if table.isolated => [ISOLATED, table.policies].concat(),
+        Some(table) => table.policies.to_vec(),
+        None if relation.has_workspace => ISOLATED.to_vec(),
         None => {
             report.sql(
                 Kind::TableUnknown,
@@ -756,7 +825,7 @@ async fn check_table(
             format!("ALTER TABLE {path} FORCE ROW LEVEL SECURITY;"),
         );
     }
-    for wanted in expected {
+    for wanted in &expected {
         match policies.iter().find(|policy| policy.name == wanted.name) {
             None => report.sql(
                 Kind::PolicyMissing,
@@ -983,15 +1052,15 @@ async fn check_keys(connection: &mut PgConnection, report: &mut Report) -> Resul
     Ok(())
 }
 
-/// Statements that give a function to [`LOOKUP_ROLE`]: whoever does it must be a member of the role, and
-/// the role able to create in the schema, for this moment.
-fn give_to_lookup(function: &str) -> String {
+/// Statements that give a function to a role: whoever does it must be a member of the role, and the role
+/// able to create in the schema, for this moment.
+fn give_away(function: &str, role: &str) -> String {
     format!(
-        "GRANT {LOOKUP_ROLE} TO CURRENT_USER;\n\
-         GRANT CREATE ON SCHEMA connect TO {LOOKUP_ROLE};\n\
-         ALTER ROUTINE {function} OWNER TO {LOOKUP_ROLE};\n\
-         REVOKE CREATE ON SCHEMA connect FROM {LOOKUP_ROLE};\n\
-         REVOKE {LOOKUP_ROLE} FROM CURRENT_USER;"
+        "GRANT {role} TO CURRENT_USER;\n\
+         GRANT CREATE ON SCHEMA connect TO {role};\n\
+         ALTER ROUTINE {function} OWNER TO {role};\n\
+         REVOKE CREATE ON SCHEMA connect FROM {role};\n\
+         REVOKE {role} FROM CURRENT_USER;"
     )
 }
 
@@ -1022,11 +1091,11 @@ async fn check_functions(
     .bind(PINNED)
     .fetch_all(connection)
     .await?;
-    for name in DEFINERS {
-        if !routines.iter().any(|routine| routine.signature == *name) {
+    for Function { signature, .. } in FUNCTIONS {
+        if !routines.iter().any(|routine| routine.signature == *signature) {
             report.find(
                 Kind::Function,
-                *name,
+                *signature,
                 "is not there",
                 Mend::Advice("restore it from a backup: `connect-hub restore`".to_owned()),
             );
@@ -1034,8 +1103,9 @@ async fn check_functions(
     }
     for routine in &routines {
         let name = routine.signature.as_str();
-        let listed = DEFINERS.contains(&name);
-        if routine.definer && !listed {
+        let listed = FUNCTIONS.iter().find(|function| function.signature == name);
+        let definer = listed.and_then(|function| function.definer);
+        if routine.definer && definer.is_none() {
             report.sql(
                 Kind::Function,
                 name,
@@ -1044,23 +1114,25 @@ async fn check_functions(
             );
             continue;
         }
-        if listed && !routine.definer {
-            report.sql(
-                Kind::Function,
-                name,
-                "sees only what its caller sees",
-                format!("ALTER ROUTINE {name} SECURITY DEFINER;"),
-            );
+        if let Some(role) = definer {
+            if !routine.definer {
+                report.sql(
+                    Kind::Function,
+                    name,
+                    "sees only what its caller sees",
+                    format!("ALTER ROUTINE {name} SECURITY DEFINER;"),
+                );
+            }
+            if routine.owner != role {
+                report.sql(
+                    Kind::Function,
+                    name,
+                    format!("belongs to {} and not to {role}", routine.owner),
+                    give_away(name, role),
+                );
+            }
         }
-        if listed && routine.owner != LOOKUP_ROLE {
-            report.sql(
-                Kind::Function,
-                name,
-                format!("belongs to {} and not to {LOOKUP_ROLE}", routine.owner),
-                give_to_lookup(name),
-            );
-        }
-        if listed && !routine.pinned {
+        if listed.is_some() && !routine.pinned {
             report.sql(
                 Kind::Function,
                 name,
@@ -1068,8 +1140,9 @@ async fn check_functions(
                 format!("ALTER ROUTINE {name} SET search_path = pg_catalog, pg_temp;"),
             );
         }
+        let allowed = listed.map(|function| function.caller);
         for caller in &routine.callers {
-            if !listed || caller != APP_ROLE {
+            if Some(caller.as_str()) != allowed {
                 report.sql(
                     Kind::Function,
                     name,
@@ -1078,17 +1151,24 @@ async fn check_functions(
                 );
             }
         }
-        if listed && !routine.callers.iter().any(|caller| caller == APP_ROLE) {
+        if let Some(allowed) = allowed
+            && !routine.callers.iter().any(|caller| caller == allowed)
+        {
             report.sql(
                 Kind::Function,
                 name,
-                format!("{APP_ROLE} may not call it"),
-                format!("GRANT EXECUTE ON ROUTINE {name} TO {APP_ROLE};"),
+                format!("{allowed} may not call it"),
+                format!("GRANT EXECUTE ON ROUTINE {name} TO {allowed};"),
             );
         }
     }
+    let definers: Vec<&str> = FUNCTIONS
+        .iter()
+        .filter(|function| function.definer.is_some())
+        .map(|function| function.signature)
+        .collect();
     report
         .checked
-        .push(format!("functions that see more than their caller: {}", DEFINERS.join(", ")));
+        .push(format!("functions that see more than their caller: {}", definers.join(", ")));
     Ok(())
 }

@@ -47,6 +47,8 @@ use crate::limits::MAX_CONNECTIONS;
 pub const APP_ROLE: &str = "connect_app";
 /// The role that owns the functions that must see a row before the workspace is known.
 pub const LOOKUP_ROLE: &str = "connect_lookup";
+/// The role that owns the functions which write audit logs; nobody can log in as it.
+pub const AUDIT_ROLE: &str = "connect_audit";
 /// The role that reads everything, for backups.
 pub const BACKUP_ROLE: &str = "connect_backup";
 

@@ -165,17 +165,21 @@ pub async fn judge(
     for (agent, shown) in tx.presented_by(agents).await? {
         if let Err(error) = verify(&known.state, agent, &shown, now) {
             tracing::info!(%agent, %error, "an agent is a member no more");
-            ended.push(agent);
-            let report = ErrorReport::new(ErrorCode::Revoked, error.to_string());
-            hub.route(|router, out| {
-                router.handle_end((workspace, agent), &report, Instant::now(), out);
-            });
+            ended.push((agent, ErrorReport::new(ErrorCode::Revoked, error.to_string())));
         }
     }
     if !ended.is_empty() {
-        tx.withdraw_services_of(&ended).await?;
+        let agents: Vec<AgentId> = ended.iter().map(|(agent, _)| *agent).collect();
+        tx.withdraw_services_of(&agents).await?;
     }
-    tx.commit().await
+    tx.commit().await?;
+    // Last: whoever sees the end finds the names free.
+    for (agent, report) in ended {
+        hub.route(|router, out| {
+            router.handle_end((workspace, agent), &report, Instant::now(), out);
+        });
+    }
+    Ok(())
 }
 
 /// Judges what an agent showed at its last login.

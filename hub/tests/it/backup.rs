@@ -109,8 +109,8 @@ async fn a_managed_owner_backs_up_and_restores_every_row() {
     with_bare_cluster(async |cluster| {
         managed_owner(cluster).await;
         let superuser = cluster.connect_options("postgres");
-        let roles =
-            "CREATE ROLE connect_app LOGIN; CREATE ROLE connect_lookup; CREATE ROLE connect_backup";
+        let roles = "CREATE ROLE connect_app LOGIN; CREATE ROLE connect_lookup;
+             CREATE ROLE connect_backup; CREATE ROLE connect_audit";
         let mut connection = PgConnection::connect_with(&superuser).await.unwrap();
         sqlx::raw_sql(roles).execute(&mut connection).await.unwrap();
         let program = connect_hub::cluster::client_program("pg_restore", 0).await.unwrap();

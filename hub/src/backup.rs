@@ -499,7 +499,17 @@ impl Archive {
             let message = self.complaint().await;
             return Err(BackupError::Program { program: "pg_restore", message });
         }
-        Ok(if self.line == b"\\.\n" { None } else { Some(&self.line) })
+        if self.line != b"\\.\n" {
+            return Ok(Some(&self.line));
+        }
+        // The rows are there; whether they are all that was saved, its status says.
+        while self.read_line().await? {}
+        let status = self.program.wait().await.map_err(at(Path::new("pg_restore")))?;
+        if status.success() {
+            return Ok(None);
+        }
+        let message = self.complaint().await;
+        Err(BackupError::Program { program: "pg_restore", message })
     }
 
     /// What the program says about its early end.

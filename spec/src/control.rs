@@ -705,7 +705,7 @@ pub enum ErrorCode {
     WrongAuthority,
     /// The proof or the objects do not verify.
     Unauthorized,
-    /// The workspace is not known here.
+    /// The workspace is not known here, or does not know the agent.
     UnknownWorkspace,
     /// Creating a workspace needs a valid registration token.
     RegistrationClosed,

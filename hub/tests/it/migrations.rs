@@ -1,6 +1,9 @@
 //! Migrations over data, by an owner whom row security binds.
 
-use connect_hub::store::{self, APP_ROLE, Store, catalog};
+use connect_hub::{
+    backup::{backup, restore},
+    store::{self, APP_ROLE, Store, catalog},
+};
 use sqlx::{
     AssertSqlSafe, Connection as _,
     postgres::{PgConnectOptions, PgConnection},
@@ -10,6 +13,9 @@ use crate::isolation::{A, B, managed_owner, with_bare_cluster};
 
 /// The version of the first schema that hubs in use have.
 const OLD: i64 = 4;
+
+/// The first version whose data can be backed up.
+const FIRST_SAVED: i64 = 5;
 
 /// Statements that put a row into each table of version [`OLD`], as the hub did then.
 const ROWS: &str = "
@@ -87,6 +93,12 @@ async fn an_owner_whom_row_security_binds_migrates_and_loses_nothing() {
         let counts: Vec<i64> = before.iter().map(|(_, count, _)| *count).collect();
         assert_eq!(counts, [2, 2, 2, 2, 2, 2, 1]);
 
+        // A backup of the oldest version that can be saved, for later.
+        store::migrate_to(&mut connection, FIRST_SAVED).await.unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("old.backup");
+        backup(&owner, &file).await.unwrap();
+
         store::migrate(&mut connection).await.unwrap();
         assert_eq!(rows(&superuser).await, before);
         // FORCE is back wherever a migration lifted it.
@@ -95,6 +107,15 @@ async fn an_owner_whom_row_security_binds_migrates_and_loses_nothing() {
         let store = Store::connect(app).await.unwrap();
         let mut tx = store.workspace(A).await.unwrap();
         assert_eq!(tx.find_workspace().await.unwrap().unwrap().genesis, b"genesis");
+        drop(tx);
+        store.close().await;
+        hub.close().await.unwrap();
+
+        // The old backup is brought up to date on its way back.
+        restore(&owner, &file, true).await.unwrap();
+        assert_eq!(rows(&superuser).await, before);
+        assert_eq!(store::version(&mut connection).await.unwrap(), store::latest_version());
+        assert_eq!(catalog::inspect(&mut connection).await.unwrap().findings, []);
     })
     .await;
 }

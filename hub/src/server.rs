@@ -335,7 +335,8 @@ async fn connection(hub: Arc<Hub>, stream: TcpStream, visitor: Visitor, service:
             }
         },
     };
-    let must_authenticate = service.must_authenticate;
+    // A trusted proxy keeps connections for requests to come, and has time limits of its own.
+    let must_authenticate = service.must_authenticate && !visitor.connection.proxied;
     // Boxed: HTTP is over when the sockets' long life begins, and its state should not stay for it.
     let serving = Box::pin(http(conn, visitor.clone(), service, &hub));
     tokio::select! {

@@ -379,7 +379,10 @@ async fn http(conn: Conn, visitor: Visitor, service: Service, hub: &Hub) {
         let refused = match visitor.enter() {
             Ok(()) => too_large(&request),
             Err(refusal) => {
-                hub.metrics().note_refused(refusal.reason);
+                // What was refused when it came was counted then.
+                if visitor.connection.refused.is_none() {
+                    hub.metrics().note_refused(refusal.reason);
+                }
                 Some(come_later(&refusal))
             }
         };

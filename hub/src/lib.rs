@@ -163,15 +163,14 @@ pub enum Order {
 
 /// Runs the hub until the first [`Order::Stop`], then drains it and stops the private database.
 ///
-/// `listening` is called once, when connections are taken. `orders` gives the next order, and is asked
-/// first when the hub runs.
+/// `listening` is called once, when connections are taken; what it returns is asked for one order after the
+/// other.
 ///
 /// # Errors
 /// [`HubError`], before anything is served.
-pub async fn serve(
+pub async fn serve<Orders: AsyncFnMut() -> Order>(
     config: ServeConfig,
-    listening: impl FnOnce(&Listening),
-    orders: impl AsyncFnMut() -> Order,
+    listening: impl FnOnce(&Listening) -> Orders,
 ) -> Result<(), HubError> {
     raise_file_limit();
     let lock = if config.uses_data_dir() { Some(DataDir::lock(config.data_dir())?) } else { None };
@@ -193,7 +192,7 @@ pub async fn serve(
             let served = async {
                 migrate_as(&cluster.connect_options(OWNER_ROLE)).await?;
                 let store = Store::connect(cluster.connect_options(APP_ROLE)).await?;
-                run(&config, store, tls, listeners, listening, orders).await
+                run(&config, store, tls, listeners, listening).await
             }
             .await;
             cluster.stop().await;
@@ -201,7 +200,7 @@ pub async fn serve(
         }
         Database::Url(url) => {
             let store = Store::connect(url.connect_options()).await?;
-            run(&config, store, tls, listeners, listening, orders).await
+            run(&config, store, tls, listeners, listening).await
         }
     }
 }
@@ -217,13 +216,12 @@ async fn listen(address: SocketAddr) -> Result<TcpListener, HubError> {
 }
 
 /// Serves with everything in place.
-async fn run(
+async fn run<Orders: AsyncFnMut() -> Order>(
     config: &ServeConfig,
     store: Store,
     tls: Option<Tls>,
     listeners: Listeners,
-    listening: impl FnOnce(&Listening),
-    mut orders: impl AsyncFnMut() -> Order,
+    listening: impl FnOnce(&Listening) -> Orders,
 ) -> Result<(), HubError> {
     let bound = |listener: &TcpListener, address| {
         listener.local_addr().map_err(|source| HubError::Listen { address, source })
@@ -259,7 +257,8 @@ async fn run(
     let mut serving_admin = JoinSet::new();
     serving_admin.spawn(server.run(Arc::clone(&hub)));
 
-    listening(&Listening { agents, admin, init_url: config.init_url(agents, pin.as_ref()) });
+    let mut orders =
+        listening(&Listening { agents, admin, init_url: config.init_url(agents, pin.as_ref()) });
     tokio::select! {
         () = supervise(&hub, tls.as_deref(), config.drain, &mut serving_agents, &mut orders) => {}
         () = hub.run_clock() => {}

@@ -9,7 +9,8 @@ pub const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// has no more than half of what is left of them: alone a third.
 pub const MAX_UNAUTHENTICATED: usize = 4096;
 /// Whoever has not asked for an upgrade, or shown a key, by this time after the connection was accepted is cut
-/// off, whatever it sends meanwhile. A control socket has `LOGIN_TIMEOUT` more.
+/// off, whatever it sends meanwhile. A control socket has `LOGIN_TIMEOUT` more; a trusted proxy has
+/// [`HEAD_TIMEOUT`] for each request.
 pub const ENTRY_LIMIT: Duration = Duration::from_secs(10);
 /// New connections of one address. At once: 10,000 agents behind one NAT whose hub restarted. A second: half
 /// of the TLS handshakes that one core makes.

@@ -87,24 +87,20 @@ async fn run(call: Call) -> Result<ExitCode, HubError> {
         Command::Serve(args) => {
             let config = args.resolve()?;
             let registration = config.registration;
-            // From here on a signal waits until the hub serves, and then ends it in good order.
-            let mut signals = Signals::new()
-                .inspect_err(|error| {
-                    tracing::error!(%error, "signals cannot be received; stop me with SIGKILL");
-                })
-                .ok();
-            let announce = |listening: &Listening| {
+            let listening = |listening: &Listening| {
+                // Before anybody can know that the hub is there: from then on signals are orders.
+                let mut signals = Signals::take_over();
                 announce(listening, registration);
                 notify("READY=1");
-            };
-            let orders = async || {
-                let order = next_order(&mut signals).await;
-                if order == Order::Stop {
-                    notify("STOPPING=1");
+                async move || {
+                    let order = signals.next().await;
+                    if order == Order::Stop {
+                        notify("STOPPING=1");
+                    }
+                    order
                 }
-                order
             };
-            connect_hub::serve(config, announce, orders).await?;
+            connect_hub::serve(config, listening).await?;
         }
         Command::Config(args) => {
             let _ = write!(io::stdout(), "{}", call.show(&args.resolve()?));
@@ -224,7 +220,7 @@ fn notify(state: &str) {
     }
 }
 
-/// The signals that the hub obeys.
+/// The signals that the hub obeys. Until they are taken over they end the program.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
@@ -244,19 +240,27 @@ impl Signals {
         })
     }
 
-    async fn next(&mut self) -> Order {
-        tokio::select! {
-            _ = self.terminate.recv() => Order::Stop,
-            _ = self.interrupt.recv() => Order::Stop,
-            _ = self.hangup.recv() => self.on_hangup,
+    fn take_over() -> TakenOver {
+        let signals = Self::new();
+        if let Err(error) = &signals {
+            tracing::error!(%error, "signals cannot be received; stop me with SIGKILL");
         }
+        TakenOver(signals.ok())
     }
 }
 
-/// Waits for the next signal.
-async fn next_order(signals: &mut Option<Signals>) -> Order {
-    match signals {
-        Some(signals) => signals.next().await,
-        None => std::future::pending().await,
+/// The signals, if the system lets us have them.
+struct TakenOver(Option<Signals>);
+
+impl TakenOver {
+    async fn next(&mut self) -> Order {
+        let Some(signals) = &mut self.0 else {
+            return std::future::pending().await;
+        };
+        tokio::select! {
+            _ = signals.terminate.recv() => Order::Stop,
+            _ = signals.interrupt.recv() => Order::Stop,
+            _ = signals.hangup.recv() => signals.on_hangup,
+        }
     }
 }

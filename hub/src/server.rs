@@ -333,7 +333,8 @@ async fn connection(hub: Arc<Hub>, stream: TcpStream, visitor: Visitor, service:
             }
         },
     };
-    let must_authenticate = service.must_authenticate;
+    // A trusted proxy keeps connections for requests to come, and has time limits of its own.
+    let must_authenticate = service.must_authenticate && !visitor.connection.proxied;
     // Boxed: HTTP is over when the sockets' long life begins, and its state should not stay for it.
     let serving = Box::pin(http(conn, visitor.clone(), service, &hub));
     tokio::select! {
@@ -376,7 +377,10 @@ async fn http(conn: Conn, visitor: Visitor, service: Service, hub: &Hub) {
         let refused = match visitor.enter() {
             Ok(()) => too_large(&request),
             Err(refusal) => {
-                hub.metrics().note_refused(refusal.reason);
+                // What was refused when it came was counted then.
+                if visitor.connection.refused.is_none() {
+                    hub.metrics().note_refused(refusal.reason);
+                }
                 Some(come_later(&refusal))
             }
         };

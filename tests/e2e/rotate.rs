@@ -166,8 +166,10 @@ fn copies_of_a_home_that_both_rotate_are_found_out() {
     assert_eq!(outcome.code, Some(6), "{}", outcome.stderr);
     assert!(outcome.stderr.contains("event=\"clone\""), "{}", outcome.stderr);
     assert!(outcome.stderr.contains("hint: stop the copy"), "{}", outcome.stderr);
-    let log = hub.log();
-    assert!(log.lines().any(|line| line.contains("event=\"clone\"") && line.contains("stop")));
+    eventually("the hub logged it", || {
+        let log = hub.log();
+        log.lines().any(|line| line.contains("event=\"clone\"") && line.contains("stop"))
+    });
     let service = Service::echo();
     let exposer_agent = workspace.founder.up();
     workspace.founder.ok(&["expose", &service.address().to_string(), "--name", "echo"]);

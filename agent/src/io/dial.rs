@@ -364,6 +364,28 @@ mod tests {
         )
     }
 
+    #[tokio::test]
+    async fn a_hub_says_when_to_come_again() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("it is bound");
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let answer =
+                    b"HTTP/1.1 429 Too Many\r\nretry-after: 7\r\ncontent-length: 0\r\n\r\n";
+                let mut request = [0; 1024];
+                let _ = stream.read(&mut request).await;
+                tokio::io::AsyncWriteExt::write_all(&mut stream, answer).await.expect("it reads");
+            }
+        });
+        let url = HubAddress { url: format!("http://{address}"), pin: None };
+        let hub = HubUrl::parse(&url, None).expect("a URL");
+        let opened = hub.open("/v1/agent", &[], WebSocketConfig::default()).await;
+        let error = opened.err().expect("it is refused");
+        assert_eq!(error.kind, ErrorKind::HubUnreachable);
+        assert_eq!(error.retry_in, Some(Duration::from_secs(7)));
+        assert!(error.busy && error.message.contains("too many"), "{error}");
+    }
+
     #[test]
     fn hub_urls_are_checked_before_they_are_dialled() {
         check("http://127.0.0.1:7420", Ok("127.0.0.1:7420"));

@@ -108,7 +108,7 @@ impl Verification {
             return unreachable(&format_args!(
                 "the connection ended in the TLS handshake: {error}"
             ))
-            .hint("is this a hub, and does a proxy on the way let it through?");
+            .hint("the other end hung up: has it too much to do just now, or is it no hub?");
         };
         tracing::debug!(%error, "TLS");
         if let rustls::Error::InvalidCertificate(wrong) = error {

@@ -327,7 +327,8 @@ async fn metrics_count_what_happens_and_name_nobody() {
     }
     assert_eq!(now["connect_hub_database_up"], 1.0);
     assert_eq!(now["connect_hub_draining"], 0.0);
-    let connections = |state| now[&format!("connect_hub_database_connections{{state=\"{state}\"}}")];
+    let connections =
+        |state| now[&format!("connect_hub_database_connections{{state=\"{state}\"}}")];
     assert!(connections("idle") + connections("used") >= 1.0);
     assert!(now["process_resident_memory_bytes"] > 1e6);
     assert!(now["process_open_fds"] > 10.0);

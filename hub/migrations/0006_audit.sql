@@ -88,9 +88,9 @@ $$;
 REVOKE ALL ON FUNCTION connect.append_audit(text[]) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION connect.append_audit(text[]) TO connect_app;
 
--- Removes the rows, of all workspaces, that are older than `keep`, and says so in each log. How many it
--- removed is all that its caller learns. Whoever serves as the hub cannot remove what is younger than
--- 30 days with it.
+-- Removes rows, of all workspaces, that are older than `keep`, and says so in each log: as many as are
+-- quickly done, so call it until it removes none. How many it removed is all that its caller learns.
+-- Whoever serves as the hub cannot remove what is younger than 30 days with it.
 CREATE FUNCTION connect.expire_audit(keep interval) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
@@ -111,12 +111,13 @@ BEGIN
         SELECT * FROM connect.audit_heads h
         WHERE EXISTS (SELECT FROM connect.audit_events e
                       WHERE e.workspace_id = h.workspace_id AND e.seq = h.base_seq + 1 AND e.at < before)
-        ORDER BY h.workspace_id
+        ORDER BY h.workspace_id LIMIT 16
         FOR UPDATE SKIP LOCKED
     LOOP
         -- Up to the first that is younger: what is left has no gap, whatever the clock did.
         SELECT coalesce(min(e.seq) - 1, head.seq) INTO STRICT last FROM connect.audit_events e
         WHERE e.workspace_id = head.workspace_id AND e.at >= before;
+        last := least(last, head.base_seq + 4096);
         SELECT e.hash INTO last_hash FROM connect.audit_events e
         WHERE e.workspace_id = head.workspace_id AND e.seq = last;
         -- A log that was tampered with stays as it is, for whoever looks into it.

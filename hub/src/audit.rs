@@ -20,14 +20,15 @@ use connect_spec::{
 };
 use tokio::{
     sync::Notify,
-    time::{sleep, timeout},
+    time::{interval, sleep, timeout},
 };
 
 use crate::{
+    config::Retention,
     hub::Hub,
     limits::{
-        AUDIT_BATCH, AUDIT_DELAY, AUDIT_LOOK_BACK, DRAIN_LIMIT, EFFECTS_PAUSE, MAX_AUDIT_QUEUE,
-        PAGE_ROWS,
+        AUDIT_BATCH, AUDIT_DELAY, AUDIT_EXPIRY_INTERVAL, AUDIT_LOOK_BACK, DRAIN_LIMIT,
+        EFFECTS_PAUSE, MAX_AUDIT_QUEUE, PAGE_ROWS,
     },
     relay::{Ended, Side},
     requests::{Failure, Page, no, store_trouble},
@@ -196,6 +197,32 @@ async fn store_batch(
     let mut tx = store.workspace(workspace).await?;
     tx.record(batch).await?;
     tx.commit().await
+}
+
+/// Removes rows that are older than they are kept, every now and then; never returns.
+pub async fn expire(store: &Store, retention: Retention) {
+    let Retention::For(keep) = retention else {
+        return std::future::pending().await;
+    };
+    let mut due = interval(AUDIT_EXPIRY_INTERVAL);
+    loop {
+        due.tick().await;
+        let mut removed = 0;
+        let failed = loop {
+            match store.expire_audit(keep).await {
+                Ok(0) => break None,
+                Ok(rows) => removed += rows,
+                Err(error) => break Some(error),
+            }
+        };
+        if removed > 0 {
+            tracing::info!(rows = removed, "rows of audit logs were removed for their age");
+        }
+        if let Some(error) = failed {
+            // Logs it.
+            store_trouble(&error);
+        }
+    }
 }
 
 /// Why a tunnel ended, as the audit log has it.

@@ -18,6 +18,7 @@ use sqlx::postgres::{PgConnectOptions, PgSslMode};
 use crate::{
     auth::{Authorities, is_loopback_name},
     forwarded::{TrustedProxies, parse_network},
+    limits::MIN_AUDIT_RETENTION,
 };
 
 /// The relay of Private Connect ZK: it finds peers, isolates workspaces and forwards ciphertext.
@@ -186,6 +187,38 @@ pub struct ServeArgs {
         value_name = "TIME"
     )]
     pub drain: Duration,
+    /// How long rows of the audit logs are kept: `forever`, or at least 30d
+    #[arg(
+        long,
+        env = "CONNECT_HUB_AUDIT_RETENTION",
+        default_value = "forever",
+        value_name = "TIME"
+    )]
+    pub audit_retention: Retention,
+}
+
+/// How long something is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Retention {
+    /// Until somebody removes it by hand.
+    Forever,
+    /// For this long.
+    For(Duration),
+}
+
+impl FromStr for Retention {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text == "forever" {
+            return Ok(Self::Forever);
+        }
+        let time = parse_duration(text)?;
+        if time < MIN_AUDIT_RETENTION {
+            return Err("must be `forever` or at least 30d".to_owned());
+        }
+        Ok(Self::For(time))
+    }
 }
 
 /// Who may create a workspace.
@@ -348,6 +381,8 @@ pub struct ServeConfig {
     pub registration: Registration,
     /// How long `/readyz` fails before agents are told to go.
     pub drain: Duration,
+    /// How long rows of the audit logs are kept.
+    pub audit_retention: Retention,
 }
 
 impl DatabaseArgs {
@@ -452,6 +487,7 @@ impl ServeArgs {
             trusted_proxies: TrustedProxies(self.trusted_proxies),
             registration,
             drain: self.drain,
+            audit_retention: self.audit_retention,
         })
     }
 }
@@ -614,6 +650,15 @@ mod tests {
         ] {
             let url: DatabaseUrl = url.parse().unwrap();
             assert_eq!(format!("{:?}", url.0.get_ssl_mode()), mode);
+        }
+    }
+
+    #[test]
+    fn audit_logs_are_kept_for_a_month_at_least() {
+        assert_eq!("forever".parse(), Ok(Retention::Forever));
+        assert_eq!("400d".parse(), Ok(Retention::For(Duration::from_secs(400 * 86_400))));
+        for wrong in ["29d", "0s", "", "always"] {
+            assert!(wrong.parse::<Retention>().is_err(), "{wrong}");
         }
     }
 

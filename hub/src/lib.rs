@@ -264,6 +264,7 @@ async fn run<Orders: AsyncFnMut() -> Order>(
         () = hub.run_clock() => {}
         () = effects::run(&hub) => {}
         () = store.watch() => {}
+        () = audit::expire(&store, config.audit_retention) => {}
     }
     // The ends of the tunnels are recorded too.
     hub.audit().finish();

@@ -111,7 +111,8 @@ impl WorkspaceTx {
 }
 
 impl Store {
-    /// Removes the rows of all audit logs that are older than `keep`; says how many.
+    /// Removes rows of all audit logs that are older than `keep`, as many as are quickly done; says how
+    /// many. None are left when it says 0.
     ///
     /// # Errors
     /// [`StoreError::Database`]; also when `keep` is less than 30 days.

@@ -102,6 +102,8 @@ enum Route {
     Tunnel(TunnelId),
     Shares,
     Audit,
+    /// The WebSockets, which are served elsewhere when they are asked for as they should be.
+    Socket,
 }
 
 impl Route {
@@ -113,6 +115,7 @@ impl Route {
             "tunnels" => Self::Tunnels,
             "shares" => Self::Shares,
             "audit" => Self::Audit,
+            "agent" | "tunnel" => Self::Socket,
             other => Self::Tunnel(other.strip_prefix("tunnels/")?.parse().ok()?),
         })
     }
@@ -123,6 +126,7 @@ impl Route {
             Self::OpenApi | Self::Services | Self::Agents | Self::Tunnels | Self::Shares => {
                 ("GET, HEAD", Scope::Read)
             }
+            Self::Socket => ("GET", Scope::Read),
             Self::Audit => ("GET, HEAD", Scope::Audit),
             Self::Tunnel(_) => ("DELETE", Scope::Write),
         }
@@ -168,7 +172,7 @@ async fn answer(hub: &Hub, request: Request<'_>) -> Result<Response, Problem> {
         Route::Tunnel(tunnel) => cut(hub, workspace, key.key_id, tunnel, query),
         Route::Shares => shares(hub, workspace, query).await,
         Route::Audit => audit_rows(hub, workspace, query).await,
-        Route::OpenApi => Err(Problem::not_found()),
+        Route::OpenApi | Route::Socket => Err(Problem::not_found()),
     }
 }
 

@@ -16,7 +16,7 @@ use serde_json::Value;
 
 /// What the owner of the hub's database does to it.
 fn edit(hub: &Hub, sql: &str) {
-    let mut psql = Command::new(postgres::bin_dir().join("psql"));
+    let mut psql = Command::new(postgres::psql());
     let socket = hub.data_dir().join("socket");
     psql.args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-d", "connect", "-c", sql]);
     let output = psql.arg("-h").arg(socket).output().expect("psql runs");

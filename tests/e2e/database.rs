@@ -10,15 +10,13 @@ use connect_tests::{
     PATIENCE,
     home::Pair,
     hub::Hub,
-    postgres::{Postgres, bin_dir},
+    postgres::{self, Postgres},
     process::Process,
 };
 
 /// The answer to a query, by `psql`.
 fn psql(address: SocketAddr, query: &str) -> String {
-    let beside = bin_dir().join("psql");
-    let program = if beside.is_file() { beside } else { "psql".into() };
-    let mut command = Command::new(program);
+    let mut command = Command::new(postgres::psql());
     command.args([
         "-X",
         "-q",
@@ -82,7 +80,7 @@ fn postgresql_is_queried_through_the_tunnel() {
     tcp.read_to_end(&mut end).expect("a clean end");
     assert!(end.is_empty());
 
-    if bin_dir().join("psql").is_file() {
+    if postgres::psql().is_absolute() {
         psql(address, "create table orders (id int, note text)");
         psql(
             address,

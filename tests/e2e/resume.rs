@@ -130,7 +130,9 @@ fn open_connection_does_not_notice_that_the_database_dies() {
     });
     pair.workspace.founder.ok(&["expose", &target, "--name", "late"]);
     echo();
-    assert_eq!(tunnels(&hub), before, "a tunnel was replaced");
+    let log = hub.log();
+    let ends: Vec<_> = log.lines().filter(|line| line.contains("tunnel")).collect();
+    assert_eq!(tunnels(&hub), before, "a tunnel was replaced: {ends:#?}");
 }
 
 /// An exposer that was restarted knows nothing of the connection: its client hears of it by RST.

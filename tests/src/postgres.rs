@@ -49,6 +49,16 @@ pub fn bin_dir() -> PathBuf {
         .expect("PostgreSQL's server programs: run `make test`")
 }
 
+/// The program `psql`: beside the server's programs, else in `PATH`.
+///
+/// # Panics
+/// When there are no server programs.
+#[must_use]
+pub fn psql() -> PathBuf {
+    let beside = bin_dir().join("psql");
+    if beside.is_file() { beside } else { "psql".into() }
+}
+
 impl Postgres {
     /// Makes a cluster and starts its server on a port of 127.0.0.1.
     #[must_use]

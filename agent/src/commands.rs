@@ -97,8 +97,13 @@ async fn run_audit(home: &Home, audit: cli::Audit, output: Output) -> Result<()>
     });
     let mut reader = AuditReader::new(directory, since).await?;
     loop {
+        // Shown once all of them hold.
+        let mut rows = Vec::new();
         while let Some(row) = reader.next().await? {
-            output.audit_row(&row);
+            rows.push(row);
+        }
+        for row in &rows {
+            output.audit_row(row);
         }
         output::flush();
         if !audit.follow {

@@ -6,8 +6,10 @@
 mod trust_log;
 
 use connect_spec::{
-    control::{self, FromAgent, FromHub},
+    audit::{AuditFault, AuditHead, AuditRow, Chain, link},
+    control::{self, FromAgent, FromHub, Reply},
     encoding::{decode_base64, encode_base64},
+    ids::WorkspaceId,
     log::{Beat, Entry, LogEntry, Recovery},
     objects::{AgentRecord, Certificate, Credential, Genesis, NoiseKey, ServiceRecord},
     record::{Record, put_trust_entry, trust_entries},
@@ -18,7 +20,8 @@ use connect_spec::{
 pub type Target = fn(&[u8]);
 
 /// Each target by the name of its program and of its directory under `corpus/`.
-pub const TARGETS: [(&str, Target); 6] = [
+pub const TARGETS: [(&str, Target); 7] = [
+    ("audit_rows", audit_rows),
     ("base64_packet", base64_packet),
     ("control_frame", control_frame),
     ("log_entry", log_entry),
@@ -26,6 +29,64 @@ pub const TARGETS: [(&str, Target); 6] = [
     ("signed_object", signed_object),
     ("trust_log", trust_log),
 ];
+
+/// A workspace for what belongs to one.
+const WORKSPACE: WorkspaceId = WorkspaceId([0x11; 32]);
+
+/// An audit log, as a reply of the hub, or as events of which each line is one.
+pub fn audit_rows(input: &[u8]) {
+    let Ok(text) = std::str::from_utf8(input) else { return };
+    if let Ok(FromHub::Reply { reply: Reply::Audit { base, head, rows, .. }, .. }) =
+        control::decode(text)
+    {
+        follow(base, head, &rows, Vec::new());
+        follow(base, head, &rows, vec![head, base]);
+    }
+    chain_events(text);
+}
+
+/// Whatever the hub sends, it is taken up to a head that is its own, or refused.
+fn follow(base: AuditHead, head: AuditHead, rows: &[AuditRow], seen: Vec<AuditHead>) {
+    let Ok(mut chain) = Chain::new(WORKSPACE, base, seen) else { return };
+    for row in rows {
+        if chain.next(row).is_err() {
+            return;
+        }
+        assert_eq!(chain.head(), AuditHead { seq: row.seq, hash: row.hash });
+    }
+    if chain.check_end(head).is_ok() {
+        assert_eq!(chain.head(), head);
+    }
+}
+
+/// A log of which each row is chained to the one before it is taken as far as its rows are events, and with
+/// no other hash.
+fn chain_events(text: &str) {
+    let mut chain =
+        Chain::new(WORKSPACE, AuditHead::EMPTY, Vec::new()).expect("nothing was seen before");
+    for event in text.lines() {
+        let before = chain.clone();
+        let last = before.head();
+        let chained = |event: String| {
+            let hash = link(&WORKSPACE, &last.hash, last.seq + 1, &event);
+            AuditRow { seq: last.seq + 1, hash, event }
+        };
+        let row = chained(event.to_owned());
+        let mut bent = row.clone();
+        bent.hash.0[0] ^= 1;
+        assert_eq!(before.clone().next(&bent), Err(AuditFault::Changed(row.seq)));
+        let Ok(recorded) = chain.next(&row) else {
+            assert_eq!(chain.head(), last);
+            continue;
+        };
+        assert_eq!(chain.head(), AuditHead { seq: row.seq, hash: row.hash });
+        // Written by this version, it means the same.
+        assert_eq!(before.clone().next(&chained(recorded.encode())).as_ref(), Ok(&recorded));
+        // Whatever the ids are, looking for them does no harm.
+        let _ = recorded.event.ids();
+    }
+    assert_eq!(chain.check_end(chain.head()), Ok(()));
+}
 
 /// A text frame has one spelling: what decodes is spelled the same again.
 pub fn base64_packet(input: &[u8]) {

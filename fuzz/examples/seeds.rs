@@ -6,11 +6,12 @@
 use std::{fs, io, path::Path};
 
 use connect_spec::{
+    audit::{ApiKeyId, AuditHead, AuditRow, Event, Recorded, Scope, TunnelEnd, link},
     bytes::Blob,
     control::{
-        self, AddressedWrap, EpochWrap, ErrorCode, ErrorReport, FromAgent, FromHub, Login, Nonce,
-        PresentedBlobs, Recipient, Redeem, Reply, Request, SealedRecord, SessionKind, Ticket,
-        TunnelRequest,
+        self, AddressedWrap, ApiKey, EpochWrap, ErrorCode, ErrorReport, FromAgent, FromHub,
+        ListedApiKey, Login, Nonce, PresentedBlobs, Recipient, Redeem, Reply, Request,
+        SealedRecord, SessionKind, Ticket, TunnelRequest,
     },
     encoding::{Encoding, encode_base64},
     ids::{AgentId, ChannelId, CredentialId, LookupTag, ServiceId, TunnelId, WorkspaceId},
@@ -31,6 +32,7 @@ const WORKSPACE: WorkspaceId = WorkspaceId([0x11; 32]);
 const AGENT: AgentId = AgentId([0x22; 16]);
 const SERVICE: ServiceId = ServiceId([0x33; 16]);
 const IDENTITY: IdentityKey = IdentityKey([0x44; 32]);
+const API_KEY: ApiKeyId = ApiKeyId([0x12; 16]);
 const STREAM: StreamId = StreamId::FIRST;
 
 fn signed<T: Body>(object: &T) -> Signed<T> {
@@ -211,6 +213,65 @@ fn tunnel() -> TunnelRequest {
     }
 }
 
+/// One of each shape: ids, lists, numbers, enums, and what may be absent.
+fn events() -> Vec<String> {
+    let (agent_id, peer_id, service_id) = (AGENT, AgentId([0x23; 16]), SERVICE);
+    let (tunnel_id, key_id) = (TunnelId([0xcc; 16]), API_KEY);
+    let share = CredentialId([4; 16]);
+    let address = "192.0.2.0/24".to_owned();
+    let events = [
+        Event::AuditExpired { through: 0 },
+        Event::AgentEnrolled {
+            agent_id,
+            role: AgentRole::Guest,
+            credential_id: Some(share),
+            address,
+        },
+        Event::ShareCreated {
+            agent_id,
+            credential_id: share,
+            service_ids: vec![service_id],
+            certs_end: 1_800_000_000,
+        },
+        Event::TunnelRefused { agent_id, peer_id, service_id, code: ErrorCode::Offline, count: 2 },
+        Event::TunnelClosed {
+            agent_id,
+            peer_id,
+            service_id,
+            tunnel_id,
+            duration_ms: 1,
+            bytes_from_agent: u64::MAX,
+            bytes_from_peer: 0,
+            reason: TunnelEnd::Cut,
+        },
+        Event::SignerAdded { key: IDENTITY, role: SignerRole::Owner, entry: 7 },
+        Event::ApiKeyCreated {
+            agent_id,
+            key_id,
+            scopes: vec![Scope::Read, Scope::Write],
+            expires_at: 1_800_000_000,
+        },
+        Event::Unknown,
+    ];
+    let at = 1_800_000_000_000;
+    events.into_iter().map(|event| Recorded { at, event }.encode()).collect()
+}
+
+fn audit_reply() -> FromHub {
+    let base = AuditHead::EMPTY;
+    let (mut head, mut rows) = (base, Vec::new());
+    for event in events() {
+        let seq = head.seq + 1;
+        head = AuditHead { seq, hash: link(&WORKSPACE, &head.hash, seq, &event) };
+        rows.push(AuditRow { seq, hash: head.hash, event });
+    }
+    FromHub::Reply { id: 6, reply: Reply::Audit { base, head, rows, more: false } }
+}
+
+fn audit_rows() -> Vec<(&'static str, String)> {
+    vec![("events", events().join("\n")), ("reply", control::encode(&audit_reply()))]
+}
+
 fn control_frames() -> Vec<(&'static str, String)> {
     let nonce = Nonce([0xff; 32]);
     let authority = "127.0.0.1:7420".to_owned();
@@ -285,6 +346,28 @@ fn control_frames() -> Vec<(&'static str, String)> {
             },
         ),
         ("open_tunnel", FromAgent::Request { id: 2, request: Request::OpenTunnel(tunnel()) }),
+        (
+            "audit",
+            FromAgent::Request {
+                id: 6,
+                request: Request::Audit { after: 7, since: Some(1_800_000_000_000) },
+            },
+        ),
+        (
+            "create_api_key",
+            FromAgent::Request {
+                id: 7,
+                request: Request::CreateApiKey {
+                    scopes: vec![Scope::Read, Scope::Audit, Scope::Write],
+                    valid_for: 3600,
+                },
+            },
+        ),
+        ("api_keys", FromAgent::Request { id: 8, request: Request::ApiKeys }),
+        (
+            "revoke_api_key",
+            FromAgent::Request { id: 9, request: Request::RevokeApiKey { key_id: API_KEY } },
+        ),
     ];
     let from_hub = [
         ("challenge", FromHub::Challenge { version: control::CONTROL_VERSION, nonce }),
@@ -312,6 +395,41 @@ fn control_frames() -> Vec<(&'static str, String)> {
                     after: Head::genesis(WORKSPACE),
                     entries: vec![Blob(log_entries()[2].1.clone())],
                     more: true,
+                },
+            },
+        ),
+        ("reply_audit", audit_reply()),
+        (
+            "reply_beats",
+            FromHub::Reply {
+                id: 10,
+                reply: Reply::Beats { beats: Vec::new(), audit: Some(AuditHead::EMPTY) },
+            },
+        ),
+        (
+            "reply_api_key_created",
+            FromHub::Reply {
+                id: 7,
+                reply: Reply::ApiKeyCreated {
+                    key: ApiKey::new([0x13; 32]),
+                    key_id: API_KEY,
+                    expires_at: 1_800_000_000,
+                },
+            },
+        ),
+        (
+            "reply_api_keys",
+            FromHub::Reply {
+                id: 8,
+                reply: Reply::ApiKeys {
+                    keys: vec![ListedApiKey {
+                        key_id: API_KEY,
+                        agent_id: AGENT,
+                        scopes: vec![Scope::Read],
+                        created_at: 1_700_000_000,
+                        expires_at: 1_800_000_000,
+                        last_used_at: Some(1_750_000_000),
+                    }],
                 },
             },
         ),
@@ -389,6 +507,9 @@ fn main() -> io::Result<()> {
     }
     for (name, seed) in trust_logs() {
         write("trust_log", name, &seed)?;
+    }
+    for (name, seed) in audit_rows() {
+        write("audit_rows", name, seed.as_bytes())?;
     }
     for (name, seed) in control_frames() {
         write("control_frame", name, seed.as_bytes())?;

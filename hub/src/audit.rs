@@ -151,7 +151,7 @@ pub async fn write(queue: &Queue, store: &Store) {
             () = queue.finishing.notified() => true,
         };
         if finishing {
-            if timeout(DRAIN_LIMIT, flush(queue, store)).await.is_err() {
+            if timeout(DRAIN_LIMIT, flush(queue, store)).await != Ok(true) {
                 tracing::error!("the last events could not be written into the audit logs");
             }
             return;

@@ -256,8 +256,15 @@ pub async fn login(context: Context<'_>, login: &Login) -> Result<Admission, Den
                 context.audit.add(login.workspace_id, refused);
             }
         })?;
-        if stored == Upserted::Raced {
-            continue;
+        match stored {
+            Upserted::Done => {}
+            Upserted::Raced => continue,
+            Upserted::TooMany => {
+                return Err(Denied::new(
+                    ErrorCode::Busy,
+                    "the workspace has as many agents as this hub keeps for it",
+                ));
+            }
         }
         let services = match login.session {
             SessionKind::Agent => tx.services_of(agent_id).await?,

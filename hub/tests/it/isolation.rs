@@ -4,7 +4,7 @@ use std::{future::Future, panic::AssertUnwindSafe, time::Duration};
 
 use connect_hub::{
     audit::now,
-    cluster::{Cluster, DataDir},
+    cluster::{Cluster, DataDir, connect_options},
     limits::{
         MAX_AGENTS_PER_WORKSPACE, MAX_SERVICES_PER_AGENT, MAX_SERVICES_PER_WORKSPACE,
         TRANSACTIONS_PER_WORKSPACE,
@@ -16,7 +16,7 @@ use connect_hub::{
 };
 use connect_spec::{
     audit::{Event, Scope},
-    control::{ApiKey, EpochWrap, PresentedBlobs, RegistrationToken, SealedRecord},
+    control::{ApiKey, EpochWrap, ErrorCode, PresentedBlobs, RegistrationToken, SealedRecord},
     ids::{AgentId, CredentialId, LookupTag, ServiceId, WorkspaceId},
     keys::{IdentityKey, Signature, StaticPublicKey},
     log::{Change, Entry, EntryHash, LogEntry, Policy},
@@ -29,7 +29,11 @@ use sqlx::{
     postgres::{PgConnectOptions, PgConnection},
 };
 
-use crate::template::place;
+use crate::{
+    client::{Control, error_code},
+    template::place,
+    tunnels::World,
+};
 
 pub(crate) const A: WorkspaceId = WorkspaceId([0xaa; 32]);
 pub(crate) const B: WorkspaceId = WorkspaceId([0xbb; 32]);
@@ -430,15 +434,43 @@ async fn a_workspace_cannot_take_every_connection() {
 }
 
 /// Fills a table by a statement without telling the hub, as years of use would.
-async fn fill(owner: &PgConnectOptions, sql: &str, rows: i64) {
+async fn fill(owner: &PgConnectOptions, workspace: WorkspaceId, sql: &str, rows: i64) {
     let mut connection = PgConnection::connect_with(owner).await.unwrap();
     let done = sqlx::query(sqlx::AssertSqlSafe(sql.to_owned()))
-        .bind(A.0.as_slice())
+        .bind(workspace.0.as_slice())
         .bind(rows)
         .execute(&mut connection)
         .await
         .unwrap();
     assert_eq!(done.rows_affected(), u64::try_from(rows).unwrap());
+}
+
+/// The number `n` of a kind, as 16 bytes.
+fn id(kind: &str) -> String {
+    format!("substr(sha256(convert_to('{kind}' || n, 'UTF8')), 1, 16)")
+}
+
+/// Inserts agents that never log in.
+fn agents() -> String {
+    format!(
+        "INSERT INTO connect.agents (workspace_id, agent_id, identity_key, certificate, noise_key,
+                                     noise_key_counter, static_key, wrap_key, last_address)
+         SELECT $1, {}, sha256('x'), '', '', 1, sha256('x'), '', '' FROM generate_series(1, $2) n",
+        id("agent")
+    )
+}
+
+#[tokio::test]
+async fn a_full_workspace_takes_no_newcomer() {
+    let (_dir, data_dir) = place().await;
+    let world = World::start(&data_dir).await;
+    let owner = connect_options(&data_dir, "postgres").unwrap();
+    fill(&owner, world.workspace.id, &agents(), MAX_AGENTS_PER_WORKSPACE - 2).await;
+    let mut newcomer = Control::connect(world.hub.agents).await;
+    let refusal = newcomer.try_log_in(&world.workspace.founder(), |_| ()).await;
+    assert_eq!(error_code(refusal), ErrorCode::Busy);
+    drop(Control::log_in(world.hub.agents, &world.workspace, &world.reacher).await);
+    world.hub.stop().await;
 }
 
 #[tokio::test]
@@ -456,7 +488,6 @@ async fn a_workspace_holds_so_much_and_no_more() {
             }
             exposed
         };
-        let id = |kind: &str| format!("substr(sha256(convert_to('{kind}' || n, 'UTF8')), 1, 16)");
         let services = |agent: &str, kind: &str| {
             format!(
                 "INSERT INTO connect.services (workspace_id, service_id, agent_id, tag, record_epoch, record_counter, record)
@@ -466,7 +497,7 @@ async fn a_workspace_holds_so_much_and_no_more() {
         };
         // One service is there.
         let mine = services("decode(repeat('01', 16), 'hex')", "mine");
-        fill(&owner, &mine, MAX_SERVICES_PER_AGENT - 2).await;
+        fill(&owner, A, &mine, MAX_SERVICES_PER_AGENT - 2).await;
         assert_eq!(expose(A, AGENT, 7).await, Exposed::New);
         assert_eq!(expose(A, AGENT, 8).await, Exposed::TooMany("this agent"));
         // What is there already is published anew, and another workspace goes on.
@@ -474,16 +505,10 @@ async fn a_workspace_holds_so_much_and_no_more() {
         assert_eq!(expose(B, AGENT, 8).await, Exposed::New);
 
         // One agent is there, too.
-        let agents = format!(
-            "INSERT INTO connect.agents (workspace_id, agent_id, identity_key, certificate, noise_key,
-                                         noise_key_counter, static_key, wrap_key, last_address)
-             SELECT $1, {}, sha256('x'), '', '', 1, sha256('x'), '', '' FROM generate_series(1, $2) n",
-            id("agent")
-        );
-        fill(&owner, &agents, MAX_AGENTS_PER_WORKSPACE - 2).await;
+        fill(&owner, A, &agents(), MAX_AGENTS_PER_WORKSPACE - 2).await;
         let theirs = services(&id("agent"), "theirs");
         let room = MAX_SERVICES_PER_WORKSPACE - MAX_SERVICES_PER_AGENT;
-        fill(&owner, &theirs, room).await;
+        fill(&owner, A, &theirs, room).await;
         let mut tx = store.workspace(A).await.unwrap();
         insert_agent(&mut tx, OTHER_AGENT, None).await;
         tx.commit().await.unwrap();

@@ -125,6 +125,8 @@ pub const MAX_REST_KEYS: usize = 10_000;
 pub const DEFAULT_REST_PAGE: usize = 100;
 /// Items of a page: at a few KiB each, about a megabyte.
 pub const MAX_REST_PAGE: usize = 500;
+/// Name of a kind of event that is asked for: twice what the longest has.
+pub const MAX_KIND_BYTES: usize = 64;
 /// Bytes of one workspace that wait at the hub for slow ends, before it gets no new tunnel: a thousand
 /// directions that stand still.
 pub const MAX_WORKSPACE_HELD_BYTES: usize = 1024 * RELAY_BUFFER_BYTES;

@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashMap,
+    str::FromStr,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -31,7 +32,10 @@ use crate::{
     auth::unix_now,
     bucket::Bucket,
     hub::{Hub, LiveTunnel},
-    limits::{API_KEY_BURST, API_KEY_RATE, DEFAULT_REST_PAGE, MAX_REST_KEYS, MAX_REST_PAGE},
+    limits::{
+        API_KEY_BURST, API_KEY_RATE, DEFAULT_REST_PAGE, MAX_KIND_BYTES, MAX_REST_KEYS,
+        MAX_REST_PAGE,
+    },
     metrics,
     problem::{Problem, document, json},
     requests::store_trouble,
@@ -209,14 +213,20 @@ impl Query {
         Ok(Self(parameters))
     }
 
-    fn take<T: std::str::FromStr>(&mut self, name: &'static str) -> Result<Option<T>, Problem> {
+    fn take<T: FromStr>(&mut self, name: &'static str) -> Result<Option<T>, Problem> {
         let value = self.0.remove(name).map(|value| value.parse());
         let wrong = |_| Problem::bad_request(format!("the parameter `{name}` is malformed"));
         value.transpose().map_err(wrong)
     }
 
+    /// As it is in JSON, where Rust's parser would take a sign and zeros before it.
+    fn number(&mut self, name: &'static str) -> Result<Option<u64>, Problem> {
+        Ok(self.take(name)?.map(|Number(number)| number))
+    }
+
     fn limit(&mut self) -> Result<usize, Problem> {
-        let limit = self.take("limit")?.unwrap_or(DEFAULT_REST_PAGE);
+        let limit = self.number("limit")?.map(usize::try_from);
+        let limit = limit.unwrap_or(Ok(DEFAULT_REST_PAGE)).unwrap_or(usize::MAX);
         if !(1..=MAX_REST_PAGE).contains(&limit) {
             let detail = format!("the parameter `limit` is from 1 to {MAX_REST_PAGE}");
             return Err(Problem::bad_request(detail));
@@ -231,6 +241,36 @@ impl Query {
         Err(Problem::bad_request("the query has a parameter that this resource does not know"))
     }
 }
+
+/// A number that is not negative, in its one spelling.
+struct Number(u64);
+
+impl FromStr for Number {
+    type Err = Malformed;
+
+    fn from_str(text: &str) -> Result<Self, Malformed> {
+        let number: u64 = text.parse().map_err(|_| Malformed)?;
+        if number.to_string() == text { Ok(Self(number)) } else { Err(Malformed) }
+    }
+}
+
+/// What a kind of event can be called; whether there is such a kind, a later version may see otherwise.
+struct Kind(String);
+
+impl FromStr for Kind {
+    type Err = Malformed;
+
+    fn from_str(text: &str) -> Result<Self, Malformed> {
+        let name = text.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_');
+        if name && (1..=MAX_KIND_BYTES).contains(&text.len()) {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(Malformed)
+        }
+    }
+}
+
+struct Malformed;
 
 /// A page of a list.
 #[derive(Serialize)]
@@ -421,10 +461,10 @@ async fn audit_rows(
 ) -> Result<Response, Problem> {
     let limit = query.limit()?;
     let filter = AuditFilter {
-        after: query.take("cursor")?.unwrap_or(0),
-        since: query.take("since")?,
-        until: query.take("until")?,
-        kind: query.take("kind")?,
+        after: query.number("cursor")?.unwrap_or(0),
+        since: query.number("since")?,
+        until: query.number("until")?,
+        kind: query.take("kind")?.map(|Kind(kind)| kind),
         agent: query.take("agent_id")?,
     };
     query.end()?;

@@ -221,6 +221,16 @@ async fn lists_come_in_pages_and_filters_hold() {
         "=",
         "&",
         "limit",
+        "limit=%2B1",
+        "limit=01",
+        "cursor=%2B1",
+        "since=-0",
+        "until=1e3",
+        "kind=",
+        "kind=A",
+        "kind=%00",
+        "kind=%FF",
+        &format!("kind={}", "k".repeat(65)),
     ] {
         let answer = call(hub, "GET", &format!("/v1/audit?{wrong}"), Some(key)).await;
         let expected = if wrong == "&" { StatusCode::OK } else { StatusCode::BAD_REQUEST };

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034,SC2154
-# Sourced by `demo`, `acceptance` and `soak`: a hub and two agents in a directory of their own, and their end.
+# Sourced by `demo`, `acceptance`, `rest` and `soak`: a hub and two agents in a directory of their own, and their end.
 
 set -euo pipefail
 

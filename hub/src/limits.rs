@@ -127,6 +127,9 @@ pub const DEFAULT_REST_PAGE: usize = 100;
 pub const MAX_REST_PAGE: usize = 500;
 /// Name of a kind of event that is asked for: twice what the longest has.
 pub const MAX_KIND_BYTES: usize = 64;
+/// Digits of a number that is asked for: every reader of JSON keeps so many exactly, and milliseconds last for
+/// thirty thousand years.
+pub const MAX_NUMBER_DIGITS: usize = 15;
 /// Bytes of one workspace that wait at the hub for slow ends, before it gets no new tunnel: a thousand
 /// directions that stand still.
 pub const MAX_WORKSPACE_HELD_BYTES: usize = 1024 * RELAY_BUFFER_BYTES;

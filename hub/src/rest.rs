@@ -7,7 +7,7 @@ use std::{
     collections::HashMap,
     str::FromStr,
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use connect_spec::{
@@ -29,12 +29,11 @@ use warp::{
 
 use crate::{
     api_keys,
-    auth::unix_now,
     bucket::Bucket,
     hub::{Hub, LiveTunnel},
     limits::{
-        API_KEY_BURST, API_KEY_RATE, DEFAULT_REST_PAGE, MAX_KIND_BYTES, MAX_REST_KEYS,
-        MAX_REST_PAGE,
+        API_KEY_BURST, API_KEY_RATE, DEFAULT_REST_PAGE, MAX_KIND_BYTES, MAX_NUMBER_DIGITS,
+        MAX_REST_KEYS, MAX_REST_PAGE,
     },
     metrics,
     problem::{Problem, document, json},
@@ -250,7 +249,11 @@ impl FromStr for Number {
 
     fn from_str(text: &str) -> Result<Self, Malformed> {
         let number: u64 = text.parse().map_err(|_| Malformed)?;
-        if number.to_string() == text { Ok(Self(number)) } else { Err(Malformed) }
+        if number.to_string() == text && text.len() <= MAX_NUMBER_DIGITS {
+            Ok(Self(number))
+        } else {
+            Err(Malformed)
+        }
     }
 }
 
@@ -371,7 +374,13 @@ struct Tunnel {
 fn tunnels(hub: &Hub, workspace: WorkspaceId, mut query: Query) -> Result<Response, Problem> {
     let (after, limit) = (query.take::<TunnelId>("cursor")?, query.limit()?);
     query.end()?;
-    let now = unix_now();
+    // Taken in full precision: the difference of two numbers of whole seconds would be another one from
+    // request to request.
+    let now = SystemTime::now();
+    let opened_at = |since: Instant| {
+        let opened = now.checked_sub(since.elapsed()).unwrap_or(UNIX_EPOCH);
+        opened.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+    };
     let found = hub.live_tunnels(workspace, after, limit);
     let page = Page::new(
         found,
@@ -384,7 +393,7 @@ fn tunnels(hub: &Hub, workspace: WorkspaceId, mut query: Query) -> Result<Respon
             peer_id: row.joined.parties.exposer,
             share_id: row.joined.parties.share,
             encoding: row.joined.encoding,
-            opened_at: now.saturating_sub(row.joined.since.elapsed().as_secs()),
+            opened_at: opened_at(row.joined.since),
             bytes_from_agent: row.from_reacher,
             bytes_from_peer: row.from_exposer,
         },

@@ -2,7 +2,7 @@
 //! wrong hands.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     time::{Duration, Instant},
 };
@@ -12,11 +12,11 @@ use connect_crypto::{
     invite::{InviteKeys, InviteSeed},
 };
 use connect_spec::{
+    audit::{ApiKeyId, Scope},
     bytes::Blob,
     control::{
-        self, AddressedWrap, CreateWorkspace, EpochWrap, ErrorCode, ErrorReport, FromAgent,
-        FromHub, LOGIN_KIND, Nonce, REDEEM_KIND, Recipient, Redeem, Reply, Request, SessionKind,
-        close,
+        self, AddressedWrap, ApiKey, CreateWorkspace, EpochWrap, ErrorCode, FromAgent, FromHub,
+        LOGIN_KIND, Nonce, REDEEM_KIND, Recipient, Redeem, Reply, Request, SessionKind, close,
     },
     encoding::Encoding,
     ids::{AgentId, CredentialId, LookupTag, ServiceId, TunnelId, WorkspaceId},
@@ -33,6 +33,11 @@ use connect_tests::{
     services::Service,
 };
 use futures_util::StreamExt;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    time::sleep,
+};
 use tokio_tungstenite::tungstenite::Message;
 
 /// Workspace A with an exposed service, and an agent of workspace B with a client made by hand.
@@ -279,6 +284,7 @@ struct Ids {
     certificate: Blob,
     signed_credential: Blob,
     beat: Blob,
+    api_key: ApiKeyId,
 }
 
 /// The same id but for its last byte, so that it sorts where the other one does.
@@ -305,6 +311,7 @@ impl Ids {
         else {
             panic!("A has a log");
         };
+        let (_, api_key) = new_api_key(&mut client, Duration::from_secs(3600)).await;
         Self {
             workspace: a.workspace_id,
             agent: a.agent_id,
@@ -316,6 +323,7 @@ impl Ids {
             certificate: Blob(a.presented.certificate.encode()),
             signed_credential,
             beat: beat(a, a.workspace_id, a.agent_id),
+            api_key,
         }
     }
 
@@ -349,6 +357,7 @@ impl Ids {
             certificate: Blob(signer.sign(&certificate).encode()),
             signed_credential: Blob(signer.sign(&credential).encode()),
             beat: beat(a, workspace, agent),
+            api_key: ApiKeyId(beside(self.api_key.0, probe)),
         }
     }
 
@@ -381,6 +390,7 @@ impl Ids {
             store(Recipient::Agent(self.agent)),
             store(Recipient::Credential(self.credential)),
             Request::Certify { certificate: self.certificate.clone() },
+            Request::RevokeApiKey { key_id: self.api_key },
             Request::CreateCredential {
                 credential: self.signed_credential.clone(),
                 wrap_key: Blob(b.wrap.public().encode()),
@@ -388,6 +398,23 @@ impl Ids {
             },
         ]
     }
+}
+
+/// A key that may do everything.
+async fn new_api_key(client: &mut Client, valid_for: Duration) -> (ApiKey, ApiKeyId) {
+    let scopes = vec![Scope::Read, Scope::Audit, Scope::Write];
+    let valid_for = valid_for.as_secs();
+    match client.request(Request::CreateApiKey { scopes, valid_for }).await {
+        Reply::ApiKeyCreated { key, key_id, .. } => (key, key_id),
+        other => panic!("{other:?}"),
+    }
+}
+
+async fn api_keys(client: &mut Client) -> BTreeSet<String> {
+    let Reply::ApiKeys { keys } = client.request(Request::ApiKeys).await else {
+        panic!("members list keys");
+    };
+    keys.iter().map(|key| key.key_id.to_string()).collect()
 }
 
 fn beat(keys: &Keys, workspace_id: WorkspaceId, agent_id: AgentId) -> Blob {
@@ -444,21 +471,6 @@ fn intrusion(
     FromAgent::Login(Box::new(login))
 }
 
-/// Asks, and asks again as long as the hub says that it was too soon; how long the answer took.
-async fn ask(client: &mut Client, request: &Request) -> (Reply, Duration) {
-    loop {
-        let began = Instant::now();
-        let reply = client.request(request.clone()).await;
-        let time = began.elapsed();
-        let Reply::Error(ErrorReport { code: ErrorCode::RateLimited, retry_in_ms, .. }) = reply
-        else {
-            return (reply, time);
-        };
-        let wait = retry_in_ms.expect("a time to come back");
-        tokio::time::sleep(Duration::from_millis(wait.into())).await;
-    }
-}
-
 /// Two sets of times that nobody can tell apart: their medians differ by less than by a factor.
 #[track_caller]
 fn check_alike(what: &str, there: &mut [Duration], nowhere: &mut [Duration]) {
@@ -468,6 +480,21 @@ fn check_alike(what: &str, there: &mut [Duration], nowhere: &mut [Duration]) {
     };
     let (there, nowhere) = (median(there), median(nowhere));
     assert!(there < nowhere * 2.0 && nowhere < there * 2.0, "{what}: {there} s and {nowhere} s");
+}
+
+/// The answer to a request that did not come too early, and how long it took.
+async fn ask_in_time(client: &mut Client, request: &Request) -> (Reply, Duration) {
+    loop {
+        let began = Instant::now();
+        let reply = client.request(request.clone()).await;
+        let time = began.elapsed();
+        let Reply::Error(report) = &reply else { return (reply, time) };
+        // A fast machine asks for more tunnels in a second than an agent may.
+        if report.code != ErrorCode::RateLimited {
+            return (reply, time);
+        }
+        sleep(Duration::from_millis(report.retry_in_ms.expect("it says when").into())).await;
+    }
 }
 
 /// Ten thousand questions about A, each beside the same about what is nowhere.
@@ -496,7 +523,7 @@ fn other_workspace_hears_the_same_of_what_exists_and_what_does_not() {
                 let order = if round.is_multiple_of(2) { [0, 1] } else { [1, 0] };
                 let both = [one, other];
                 for which in order {
-                    let (reply, time) = ask(&mut client, &both[which]).await;
+                    let (reply, time) = ask_in_time(&mut client, &both[which]).await;
                     let name = format!("request {number}");
                     times.entry(name).or_default()[which].push(time);
                     answers.push(control::encode(&FromHub::Reply { id: 0, reply }));
@@ -542,6 +569,154 @@ fn other_workspace_hears_the_same_of_what_exists_and_what_does_not() {
         check_alike(what, there, nowhere);
     }
     stage.check_unharmed();
+}
+
+#[test]
+fn other_workspace_sees_no_key_and_no_event_and_ends_no_key() {
+    let stage = Stage::set();
+    runtime().block_on(async {
+        let mut a = Client::login(stage.hub, &stage.a_keys, SessionKind::Command).await;
+        let mut b = Client::login(stage.hub, &stage.b_keys, SessionKind::Command).await;
+        let (_, of_a) = new_api_key(&mut a, Duration::from_secs(60)).await;
+        assert!(api_keys(&mut b).await.is_empty());
+        let (_, of_b) = new_api_key(&mut b, Duration::from_secs(60)).await;
+        assert_eq!(api_keys(&mut b).await, BTreeSet::from([of_b.to_string()]));
+        let there = b.request(Request::RevokeApiKey { key_id: of_a }).await;
+        let nowhere = b.request(Request::RevokeApiKey { key_id: ApiKeyId([8; 16]) }).await;
+        assert!(refused_with(&there, ErrorCode::NotFound), "{there:?}");
+        assert_eq!(there, nowhere);
+        assert_eq!(api_keys(&mut a).await, BTreeSet::from([of_a.to_string()]));
+
+        for after in [0, 1, 1_000_000] {
+            let Reply::Audit { rows, .. } = b.request(Request::Audit { after, since: None }).await
+            else {
+                panic!("members read the audit log");
+            };
+            assert_eq!(rows.is_empty(), after == 1_000_000);
+            let a = [stage.a_keys.agent_id.to_string(), of_a.to_string()];
+            for row in rows {
+                assert!(!a.iter().any(|id| row.event.contains(id)), "{}", row.event);
+            }
+        }
+    });
+    stage.check_unharmed();
+}
+
+/// What the REST interface answers, but for the time of day.
+async fn rest(hub: SocketAddr, method: &str, path: &str, key: &ApiKey) -> String {
+    let mut socket = TcpStream::connect(hub).await.expect("a hub");
+    let request = format!(
+        "{method} {path} HTTP/1.1\r\nHost: hub\r\nAuthorization: Bearer {}\r\nConnection: close\r\n\r\n",
+        key.reveal()
+    );
+    socket.write_all(request.as_bytes()).await.expect("sent");
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).await.expect("answered");
+    let lines = answer.split_inclusive('\n').filter(|line| !line.starts_with("date:"));
+    lines.collect()
+}
+
+/// What B asks over HTTP with its own keys, and strangers with what were keys of A, each beside the same
+/// about what is nowhere.
+#[test]
+fn rest_interface_answers_the_same_of_what_exists_and_what_does_not() {
+    const ROUNDS: u8 = 100;
+    // So many that none asks more often than it may.
+    const KEYS: usize = 20;
+    const UNAUTHORIZED: &str = "HTTP/1.1 401 ";
+    let hub = Hub::shared();
+    let (a, b) = (Workspace::found(hub), Workspace::found(hub));
+    a.founder.ok(&["invite"]);
+    let reacher = Keys::of(&a.join("reacher"));
+    let (a, b) = (Keys::of(&a.founder), Keys::of(&b.founder));
+    let hub = hub.address();
+    let mut times: BTreeMap<String, [Vec<Duration>; 2]> = BTreeMap::new();
+    runtime().block_on(async {
+        let (exposers, reachers, _sessions) = tickets(hub, &a, &reacher).await;
+        let _far = data_socket(hub, &exposers, Encoding::Base64).await.expect("admitted");
+        let _near = data_socket(hub, &reachers, Encoding::Base64).await.expect("admitted");
+        let mut member = Client::login(hub, &a, SessionKind::Command).await;
+        let hour = Duration::from_secs(3600);
+        let (of_a, _) = new_api_key(&mut member, hour).await;
+        let (revoked, key_id) = new_api_key(&mut member, hour).await;
+        assert_eq!(member.request(Request::RevokeApiKey { key_id }).await, Reply::Done);
+        let (expired, _) = new_api_key(&mut member, Duration::from_secs(1)).await;
+        while !rest(hub, "GET", "/v1/tunnels", &expired).await.starts_with(UNAUTHORIZED) {}
+        let Reply::Credentials { credentials, .. } =
+            member.request(Request::Credentials { after: None }).await
+        else {
+            panic!("A has an invite");
+        };
+        let credential: Signed<Credential> =
+            Signed::decode(&credentials[0].credential.0).expect("what the hub verified");
+        let listed = |page: &str, id: &str| -> String {
+            let (_, body) = page.split_once("\r\n\r\n").expect("a head");
+            let body: serde_json::Value = serde_json::from_str(body).expect("JSON");
+            body["items"][0][id].as_str().expect("A has one").to_owned()
+        };
+        let tunnels = rest(hub, "GET", "/v1/tunnels", &of_a).await;
+        let tunnel: TunnelId = listed(&tunnels, "tunnel_id").parse().expect("an id");
+        let services = rest(hub, "GET", "/v1/services", &of_a).await;
+        let service: ServiceId = listed(&services, "service_id").parse().expect("an id");
+
+        let mut client = Client::login(hub, &b, SessionKind::Command).await;
+        let mut keys = Vec::new();
+        for _ in 0..KEYS {
+            keys.push(new_api_key(&mut client, hour).await.0);
+        }
+        let mut keys = keys.iter().cycle();
+        let paths = |probe: u8| {
+            let spell = |id: [u8; 16]| if probe == 0 { id } else { beside(id, probe) };
+            let tunnel = TunnelId(spell(tunnel.0));
+            let service = ServiceId(spell(service.0));
+            let agent = AgentId(spell(a.agent_id.0));
+            let credential = CredentialId(spell(credential.object().id().0));
+            [
+                ("DELETE", format!("/v1/tunnels/{tunnel}")),
+                ("GET", format!("/v1/tunnels?cursor={tunnel}")),
+                ("GET", format!("/v1/services?cursor={service}")),
+                ("GET", format!("/v1/agents?cursor={agent}")),
+                ("GET", format!("/v1/shares?cursor={credential}")),
+                ("GET", format!("/v1/audit?agent_id={agent}")),
+            ]
+        };
+        for round in 1..=ROUNDS {
+            // Neither is always the first.
+            let order = if round.is_multiple_of(2) { [0, 1] } else { [1, 0] };
+            for (one, other) in paths(0).into_iter().zip(paths(round)) {
+                let both = [one, other];
+                let mut answers = [String::new(), String::new()];
+                let key = keys.next().expect("they come again");
+                for which in order {
+                    let (method, path) = &both[which];
+                    let began = Instant::now();
+                    answers[which] = rest(hub, method, path, key).await;
+                    let what = format!("{method} {}", path.trim_end_matches(char::is_alphanumeric));
+                    times.entry(what).or_default()[which].push(began.elapsed());
+                }
+                let expected = if both[0].0 == "DELETE" { "404" } else { "200" };
+                assert!(answers[0].contains(&format!("HTTP/1.1 {expected} ")), "{}", answers[0]);
+                assert_eq!(answers[0], answers[1], "{both:?}");
+            }
+            let nobodys = ApiKey::new([round; 32]);
+            for (what, key) in [("revoked", &revoked), ("expired", &expired)] {
+                let both = [key, &nobodys];
+                let mut answers = [String::new(), String::new()];
+                for which in order {
+                    let began = Instant::now();
+                    answers[which] = rest(hub, "GET", "/v1/services", both[which]).await;
+                    times.entry(what.to_owned()).or_default()[which].push(began.elapsed());
+                }
+                assert!(answers[0].starts_with(UNAUTHORIZED), "{}", answers[0]);
+                assert_eq!(answers[0], answers[1], "{what}");
+            }
+        }
+        let tunnels = rest(hub, "GET", "/v1/tunnels", &of_a).await;
+        assert_eq!(listed(&tunnels, "tunnel_id"), tunnel.to_string(), "it was not cut");
+    });
+    for (what, [there, nowhere]) in &mut times {
+        check_alike(what, there, nowhere);
+    }
 }
 
 #[test]

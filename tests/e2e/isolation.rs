@@ -404,10 +404,11 @@ impl Ids {
 async fn new_api_key(client: &mut Client, valid_for: Duration) -> (ApiKey, ApiKeyId) {
     let scopes = vec![Scope::Read, Scope::Audit, Scope::Write];
     let valid_for = valid_for.as_secs();
-    match client.request(Request::CreateApiKey { scopes, valid_for }).await {
-        Reply::ApiKeyCreated { key, key_id, .. } => (key, key_id),
-        other => panic!("{other:?}"),
-    }
+    let reply = client.request(Request::CreateApiKey { scopes, valid_for }).await;
+    let Reply::ApiKeyCreated { key, key_id, .. } = reply else {
+        panic!("{reply:?}");
+    };
+    (key, key_id)
 }
 
 async fn api_keys(client: &mut Client) -> BTreeSet<String> {

@@ -8,6 +8,7 @@
 
 use std::{
     collections::BTreeMap,
+    future::ready,
     sync::{Mutex, MutexGuard, PoisonError},
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -18,6 +19,7 @@ use connect_spec::{
     ids::WorkspaceId,
     objects::AgentRole,
 };
+use futures_util::{StreamExt as _, stream};
 use tokio::{
     sync::Notify,
     time::{interval, sleep, timeout},
@@ -27,8 +29,8 @@ use crate::{
     config::Retention,
     hub::Hub,
     limits::{
-        AUDIT_BATCH, AUDIT_DELAY, AUDIT_EXPIRY_INTERVAL, AUDIT_LOOK_BACK, DRAIN_LIMIT,
-        EFFECTS_PAUSE, MAX_AUDIT_QUEUE, PAGE_ROWS,
+        AUDIT_BATCH, AUDIT_DELAY, AUDIT_EXPIRY_INTERVAL, AUDIT_LOOK_BACK, AUDIT_WRITERS,
+        DRAIN_LIMIT, EFFECTS_PAUSE, MAX_AUDIT_QUEUE, PAGE_ROWS,
     },
     relay::{Ended, Side},
     requests::{Failure, Page, no, store_trouble},
@@ -163,30 +165,39 @@ pub async fn write(queue: &Queue, store: &Store) {
     }
 }
 
-/// Writes a batch for each workspace until nothing waits; false when something could not be written.
+/// Writes a batch for each workspace until nothing waits; false when something could not be written. One
+/// whose turn at the database does not come keeps a writer busy and not the others.
 async fn flush(queue: &Queue, store: &Store) -> bool {
-    let mut all_written = true;
     loop {
         let workspaces: Vec<WorkspaceId> = queue.lock().keys().copied().collect();
         if workspaces.is_empty() {
-            return all_written;
+            return true;
         }
-        for workspace in workspaces {
-            let batch = queue.take(workspace);
-            if let Err(error) = store_batch(store, workspace, &batch).await {
-                // Logs it.
-                store_trouble(&error);
-                // Of a commit that failed it is not known whether it was done: twice is better than never.
-                if error.is_passing() {
-                    queue.put_back(workspace, batch);
-                }
-                all_written = false;
-            }
-        }
+        // All of them are tried, whatever becomes of one.
+        let all_written = stream::iter(workspaces)
+            .map(|workspace| write_batch(queue, store, workspace))
+            .buffer_unordered(AUDIT_WRITERS)
+            .fold(true, |all, written| ready(all && written))
+            .await;
         if !all_written {
             return false;
         }
     }
+}
+
+/// Writes a batch of a workspace, or puts it back; false when it could not be written.
+async fn write_batch(queue: &Queue, store: &Store, workspace: WorkspaceId) -> bool {
+    let batch = queue.take(workspace);
+    let Err(error) = store_batch(store, workspace, &batch).await else {
+        return true;
+    };
+    // Logs it.
+    store_trouble(&error);
+    // Of a commit that failed it is not known whether it was done: twice is better than never.
+    if error.is_passing() {
+        queue.put_back(workspace, batch);
+    }
+    false
 }
 
 async fn store_batch(

@@ -98,6 +98,8 @@ pub const MAX_TRUST_CACHE_BYTES: usize = 128 * 1024 * 1024;
 pub const AUDIT_DELAY: Duration = Duration::from_millis(100);
 /// Events of one transaction: others of the workspace wait for it.
 pub const AUDIT_BATCH: usize = 512;
+/// Workspaces whose events are written at the same time: a few of the database's connections.
+pub const AUDIT_WRITERS: usize = 4;
 /// Events of one workspace that wait while the database is away: two minutes of the fastest agent's.
 /// From half of them on, no new tunnel is opened that would have to be recorded.
 pub const MAX_AUDIT_QUEUE: usize = 16_384;

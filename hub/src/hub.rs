@@ -1,7 +1,7 @@
 //! What all connections share: the store, the router and the mailboxes of the sessions.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{HashMap, HashSet, hash_map::Entry},
     net::IpAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -396,7 +396,11 @@ impl Hub {
         state.router.handle_closed(claim);
         state.tunnels.remove(&claim.serial);
         // Each tunnel of the workspace has a share in it, as long as it lives.
-        state.held.retain(|_, held| Arc::strong_count(held) > 1);
+        if let Entry::Occupied(held) = state.held.entry(claim.tunnel.0)
+            && Arc::strong_count(held.get()) == 1
+        {
+            held.remove();
+        }
     }
 
     /// Goes on to the next phase.

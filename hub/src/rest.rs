@@ -12,7 +12,7 @@ use std::{
 
 use connect_spec::{
     audit::{ApiKeyId, AuditHash, Event, Scope},
-    control::{ApiKey, ListedAgent, ListedService, PresentedBlobs, SealedRecord},
+    control::{ApiKey, ListedAgent, PresentedBlobs, SealedRecord},
     encoding::Encoding,
     ids::{AgentId, CredentialId, ServiceId, TunnelId, WorkspaceId},
     objects::{AgentRole, Certificate, Credential, UnixTime},
@@ -284,21 +284,16 @@ struct Page<T> {
     next: Option<String>,
 }
 
-impl<T: Serialize> Page<T> {
-    /// A page that was asked for with `limit`; `id` is where the next one begins.
-    fn new<R>(
-        rows: Vec<R>,
-        limit: usize,
-        id: impl Fn(&R) -> String,
-        show: impl FnMut(R) -> T,
-    ) -> Self {
-        let next = rows.last().filter(|_| rows.len() >= limit).map(id);
-        Self { items: rows.into_iter().map(show).collect(), next }
-    }
-
-    fn into_response(self) -> Response {
-        json(StatusCode::OK, "application/json", &self)
-    }
+/// Answers with a page that was asked for with `limit`; the next one begins after the `id` of its last row.
+fn page<R, I: ToString, T: Serialize>(
+    rows: Vec<R>,
+    limit: usize,
+    id: impl Fn(&R) -> I,
+    show: impl FnMut(R) -> Result<T, StoreError>,
+) -> Result<Response, Problem> {
+    let next = rows.last().filter(|_| rows.len() >= limit).map(|row| id(row).to_string());
+    let items = rows.into_iter().map(show).collect::<Result<_, _>>()?;
+    Ok(json(StatusCode::OK, "application/json", &Page { items, next }))
 }
 
 fn rows(limit: usize) -> i64 {
@@ -319,8 +314,7 @@ async fn services(
             row.online = router.is_online(&(workspace, row.agent_id));
         }
     });
-    let id = |row: &ListedService| row.service_id.to_string();
-    Ok(Page::new(found, limit, id, |row| row).into_response())
+    page(found, limit, |row| row.service_id, Ok)
 }
 
 #[derive(Serialize)]
@@ -345,16 +339,18 @@ async fn agents(hub: &Hub, workspace: WorkspaceId, mut query: Query) -> Result<R
             row.online = router.is_online(&(workspace, row.agent_id));
         }
     });
-    let next = found.last().filter(|_| found.len() >= limit).map(|row| row.agent_id.to_string());
-    let shown = found.into_iter().map(|row| {
-        let ListedAgent { agent_id, presented, record, online, joined_at } = row;
-        let certificate: Signed<Certificate> = Signed::decode(&presented.certificate.0)
-            .map_err(|_| StoreError::Corrupt("certificate"))?;
-        let role = certificate.object().role;
-        Ok(Agent { agent_id, role, online, joined_at, presented, record })
-    });
-    let items = shown.collect::<Result<_, StoreError>>()?;
-    Ok(Page { items, next }.into_response())
+    page(
+        found,
+        limit,
+        |row| row.agent_id,
+        |row| {
+            let ListedAgent { agent_id, presented, record, online, joined_at } = row;
+            let certificate: Signed<Certificate> = Signed::decode(&presented.certificate.0)
+                .map_err(|_| StoreError::Corrupt("certificate"))?;
+            let role = certificate.object().role;
+            Ok(Agent { agent_id, role, online, joined_at, presented, record })
+        },
+    )
 }
 
 #[derive(Serialize)]
@@ -382,23 +378,24 @@ fn tunnels(hub: &Hub, workspace: WorkspaceId, mut query: Query) -> Result<Respon
         opened.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
     };
     let found = hub.live_tunnels(workspace, after, limit);
-    let page = Page::new(
+    page(
         found,
         limit,
-        |row| row.joined.id.to_string(),
-        |row: LiveTunnel| Tunnel {
-            tunnel_id: row.joined.id,
-            service_id: row.joined.parties.service,
-            agent_id: row.joined.parties.reacher,
-            peer_id: row.joined.parties.exposer,
-            share_id: row.joined.parties.share,
-            encoding: row.joined.encoding,
-            opened_at: opened_at(row.joined.since),
-            bytes_from_agent: row.from_reacher,
-            bytes_from_peer: row.from_exposer,
+        |row| row.joined.id,
+        |LiveTunnel { joined, from_reacher, from_exposer }| {
+            Ok(Tunnel {
+                tunnel_id: joined.id,
+                service_id: joined.parties.service,
+                agent_id: joined.parties.reacher,
+                peer_id: joined.parties.exposer,
+                share_id: joined.parties.share,
+                encoding: joined.encoding,
+                opened_at: opened_at(joined.since),
+                bytes_from_agent: from_reacher,
+                bytes_from_peer: from_exposer,
+            })
         },
-    );
-    Ok(page.into_response())
+    )
 }
 
 /// Cuts a tunnel. Its agents may open another one: whoever is to stay out is revoked, or the service is
@@ -436,24 +433,26 @@ async fn shares(hub: &Hub, workspace: WorkspaceId, mut query: Query) -> Result<R
     let mut tx = hub.store().snapshot(workspace).await?;
     let trust = hub.trust().current(&mut tx).await?.ok_or_else(Problem::not_found)?;
     let found = tx.shares(after, rows(limit)).await?;
-    let next = found.last().filter(|_| found.len() >= limit).map(|(id, _)| id.to_string());
-    let shown = found.into_iter().map(|(share_id, row)| {
-        let credential: Signed<Credential> =
-            Signed::decode(&row.credential.0).map_err(|_| StoreError::Corrupt("credential"))?;
-        let object = credential.object();
-        Ok(Share {
-            share_id,
-            service_ids: object.services.clone().unwrap_or_default(),
-            uses: object.uses,
-            used: row.used,
-            join_until: object.join_until,
-            certs_end: object.certs_end,
-            closed: trust.state.is_closed(&share_id),
-            credential: row.credential,
-        })
-    });
-    let items = shown.collect::<Result<_, StoreError>>()?;
-    Ok(Page { items, next }.into_response())
+    page(
+        found,
+        limit,
+        |(id, _)| *id,
+        |(share_id, row)| {
+            let credential: Signed<Credential> =
+                Signed::decode(&row.credential.0).map_err(|_| StoreError::Corrupt("credential"))?;
+            let object = credential.object();
+            Ok(Share {
+                share_id,
+                service_ids: object.services.clone().unwrap_or_default(),
+                uses: object.uses,
+                used: row.used,
+                join_until: object.join_until,
+                certs_end: object.certs_end,
+                closed: trust.state.is_closed(&share_id),
+                credential: row.credential,
+            })
+        },
+    )
 }
 
 #[derive(Serialize)]
@@ -479,11 +478,14 @@ async fn audit_rows(
     query.end()?;
     let mut tx = hub.store().snapshot(workspace).await?;
     let found = tx.audit_rows(&filter, rows(limit)).await?;
-    let next = found.last().filter(|_| found.len() >= limit).map(|row| row.seq.to_string());
-    let shown = found.into_iter().map(|row| {
-        let event = serde_json::from_str(&row.event).map_err(|_| StoreError::Corrupt("event"))?;
-        Ok(AuditRow { seq: row.seq, hash: row.hash, event })
-    });
-    let items = shown.collect::<Result<_, StoreError>>()?;
-    Ok(Page { items, next }.into_response())
+    page(
+        found,
+        limit,
+        |row| row.seq,
+        |row| {
+            let event =
+                serde_json::from_str(&row.event).map_err(|_| StoreError::Corrupt("event"))?;
+            Ok(AuditRow { seq: row.seq, hash: row.hash, event })
+        },
+    )
 }

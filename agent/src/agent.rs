@@ -1,17 +1,19 @@
 //! A running agent: its link to the hub, the services that it exposes and those that it reaches.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
+use connect_crypto::names::service_id;
 use connect_spec::{
     control::{Request, SessionKind},
     encoding::Encoding,
-    ids::{AgentId, ServiceId, ServiceName},
+    ids::{AgentId, CredentialId, ServiceId, ServiceName},
     keys::StaticPublicKey,
-    objects::UnixTime,
+    objects::{CredentialKind, UnixTime},
+    signed::Signed,
     trust::VerifiedPeer,
 };
 use tokio::{
@@ -31,7 +33,7 @@ use crate::{
         tampering::Tampering,
     },
     error::{Error, ErrorKind, Result},
-    exposer::{Exposed, Exposer},
+    exposer::{Exposed, Exposer, names_service},
     home::{Home, HomeLock, Peers, SeenNoiseKey, State},
     identity::Identity,
     io::{
@@ -291,6 +293,11 @@ impl Agent {
         }
     }
 
+    /// The id under which this agent offers the service of a name.
+    pub(crate) fn service_id(&self, name: &ServiceName) -> ServiceId {
+        service_id(&self.core.identity().signing, name)
+    }
+
     /// Looks a service up: whether its exposer is online, and the port of its target.
     ///
     /// # Errors
@@ -483,13 +490,75 @@ impl Core {
     ) -> Result<()> {
         let counter = self.next_counter()?;
         let identity = self.identity();
+        let epoch = identity.epochs.current();
         let record = service
-            .record(&identity, counter, target_ok)
+            .record(&identity, epoch, counter, target_ok)
             .map_err(|error| Error::new(ErrorKind::Other, error))?;
-        let tag = identity.epochs.current().names.tag(&service.name);
+        let tag = epoch.names.tag(&service.name);
         let service_id = service.service_id;
         let expose = Request::Expose { service_id, tag, record, take_over };
-        session.request(expose).await.map(|_| ())
+        session.request(expose).await?;
+        for share_id in self.exposer.shares_of(service_id) {
+            self.publish_to_share(session, service, share_id, target_ok).await?;
+        }
+        Ok(())
+    }
+
+    /// Lets the guests of a share find a service.
+    async fn publish_to_share(
+        &self,
+        session: &Session,
+        service: &Exposed,
+        share_id: CredentialId,
+        target_ok: bool,
+    ) -> Result<()> {
+        let counter = self.next_counter()?;
+        let identity = self.identity();
+        let epoch = identity.share_epoch(&share_id);
+        let record = service
+            .record(&identity, &epoch, counter, target_ok)
+            .map_err(|error| Error::new(ErrorKind::Other, error))?;
+        let tag = epoch.names.tag(&service.name);
+        let service_id = service.service_id;
+        let publish = Request::ExposeToShare { share_id, service_id, tag, record };
+        match session.request(publish).await {
+            // Closed since it was listed.
+            Err(error) if error.kind == ErrorKind::ServiceNotFound => {
+                tracing::debug!(share = %share_id, %error, "not shared");
+                Ok(())
+            }
+            published => published.map(|_| ()),
+        }
+    }
+
+    /// Learns which shares name services of this agent, and publishes those services to the new ones.
+    ///
+    /// # Errors
+    /// As a request to the hub.
+    pub(crate) async fn look_at_shares(&self, session: &Arc<Session>) -> Result<()> {
+        if self.exposer.all().is_empty() {
+            return Ok(());
+        }
+        let services = self.exposer.all();
+        let directory = Directory::new(self.workspace.clone(), session.clone());
+        let mut open = BTreeMap::new();
+        for (share, _) in directory.shares().await? {
+            let share = share.object();
+            let mine = services.iter().any(|service| names_service(share, service.service_id));
+            if mine && share.certs_end >= clock::now() {
+                open.insert(share.id(), share.clone());
+            }
+        }
+        let known: BTreeSet<_> = self.exposer.shares().keys().copied().collect();
+        for (id, share) in open.iter().filter(|(id, _)| !known.contains(id)) {
+            for service in &services {
+                if names_service(share, service.service_id) {
+                    self.publish_to_share(session, service, *id, service.target_ok()).await?;
+                }
+            }
+        }
+        *self.exposer.shares() = open;
+        Ok(())
     }
 
     /// Compares a peer's static key with what was seen of it before (step 3 of "Verifying a peer").
@@ -523,6 +592,34 @@ impl Core {
             }
             std::cmp::Ordering::Equal | std::cmp::Ordering::Greater => Ok(()),
         }
+    }
+
+    /// Counts the guests of a share: the hub, which counts them too, could let more join.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Refused`] for one more than its signer said.
+    pub(crate) fn admit_guest(&self, peer: &VerifiedPeer) -> Result<()> {
+        let credential = peer.presented().credential.as_ref().map(Signed::object);
+        let Some(share) = credential.filter(|share| share.kind == CredentialKind::Share) else {
+            return Ok(());
+        };
+        let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        let guests = peers.guests.entry(share.id()).or_default();
+        if guests.contains(&peer.agent_id()) {
+            return Ok(());
+        }
+        if guests.len() >= usize::try_from(share.uses).unwrap_or(usize::MAX) {
+            tracing::error!(
+                event = "share_overused",
+                share = %share.id(),
+                uses = share.uses,
+                "more guests come by a share than it is for: its code is in other hands, and the hub lets \
+                 them join"
+            );
+            return Err(Error::new(ErrorKind::Refused, "the share has as many guests as it is for"));
+        }
+        guests.insert(peer.agent_id());
+        self.home.save_peers(&peers)
     }
 
     /// Whether a newer static key of a peer than the one that it shows was seen.
@@ -751,17 +848,24 @@ async fn keep_keys_fresh(core: Arc<Core>) {
     }
 }
 
-/// Judges every live peer again whenever the trust log changes.
+/// Judges every live peer again whenever the trust log changes, and guests when their time is over.
 async fn judge_again(core: Arc<Core>) {
     let mut identities = core.identity_changes();
     let mut judged = identities.borrow_and_update().trust.clone();
-    // The sender lives as long as the core, which is here.
-    while identities.changed().await.is_ok() {
-        let identity = identities.borrow_and_update().clone();
-        if identity.trust != judged {
-            judged = identity.trust.clone();
-            core.exposer.judge_again(&identity);
-            core.fresh().retain(|witness| !identity.trust.is_revoked(witness, UnixTime::MAX));
+    let mut looks = tokio::time::interval(LOOK_AROUND);
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            // The sender lives as long as the core, which is here.
+            _ = identities.changed() => {
+                let identity = identities.borrow_and_update().clone();
+                if identity.trust != judged {
+                    judged = identity.trust.clone();
+                    core.exposer.judge_again(&identity);
+                    core.fresh().retain(|witness| !identity.trust.is_revoked(witness, UnixTime::MAX));
+                }
+            }
+            _ = looks.tick() => core.exposer.end_expired(&core.identity()),
         }
     }
 }
@@ -787,7 +891,7 @@ async fn serve(
                         hint.notify_one();
                     }
                 }
-                Some(Incoming::WrapStored) => hint.notify_one(),
+                Some(Incoming::WrapStored | Incoming::ShareMade) => hint.notify_one(),
                 Some(Incoming::Tunnel { initiator, request, ticket }) => {
                     let (core, session) = (core.clone(), session.clone());
                     handshakes.spawn(async move {

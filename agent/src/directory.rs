@@ -6,10 +6,13 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use connect_spec::{
     audit::{ApiKeyId, Scope},
     control::{
-        ApiKey, ListedAgent, ListedApiKey, ListedService, Reply, Request, SealedRecord, SessionKind,
+        ApiKey, ListedAgent, ListedApiKey, ListedCredential, ListedService, Reply, Request,
+        SealedRecord, SessionKind,
     },
-    ids::{AgentId, Label, ServiceId, ServiceName},
-    objects::{AgentRecord, AgentRole, Attributes, Credential, ServiceRecord, UnixTime},
+    ids::{AgentId, CredentialId, Label, ServiceId, ServiceName},
+    objects::{
+        AgentRecord, AgentRole, Attributes, Credential, CredentialKind, ServiceRecord, UnixTime,
+    },
     signed::Signed,
     trust::{Presented, TrustError, VerifiedPeer},
     verify::SafetyNumber,
@@ -291,8 +294,11 @@ impl Directory {
     /// # Errors
     /// As a request to the hub.
     pub async fn services(&self) -> Result<Vec<ServiceInfo>> {
+        // A guest is not told who else is there.
+        let is_guest = self.workspace.identity().share_id().is_some();
+        let agents = if is_guest { Vec::new() } else { self.agents().await? };
         let labels: BTreeMap<AgentId, String> =
-            self.agents().await?.into_iter().map(|agent| (agent.agent_id, agent.label)).collect();
+            agents.into_iter().map(|agent| (agent.agent_id, agent.label)).collect();
         let mut all = Vec::new();
         let mut after = None;
         loop {
@@ -415,11 +421,26 @@ impl Directory {
 
     /// The credentials that are not closed and that a signer made, and how often each was used.
     pub(crate) async fn credentials(&self) -> Result<Vec<(Signed<Credential>, u32)>> {
+        let all = self.listed_credentials(|after| Request::Credentials { after }).await?;
+        Ok(all.into_iter().map(|(credential, listed)| (credential, listed.used)).collect())
+    }
+
+    /// The shares among them, with what the hub lists of each.
+    pub(crate) async fn shares(&self) -> Result<Vec<(Signed<Credential>, ListedCredential)>> {
+        let mut all = self.listed_credentials(|after| Request::Shares { after }).await?;
+        all.retain(|(credential, _)| credential.object().kind == CredentialKind::Share);
+        Ok(all)
+    }
+
+    async fn listed_credentials(
+        &self,
+        page: impl Fn(Option<CredentialId>) -> Request,
+    ) -> Result<Vec<(Signed<Credential>, ListedCredential)>> {
         let mut all = Vec::new();
         let mut after = None;
         loop {
             let Reply::Credentials { credentials, more } =
-                self.session().request(Request::Credentials { after }).await?
+                self.session().request(page(after)).await?
             else {
                 return Err(unexpected_reply());
             };
@@ -432,7 +453,7 @@ impl Directory {
                 let id = credential.object().id();
                 after = after.max(Some(id));
                 if trust.verify_credential(&credential).is_ok() && !trust.is_closed(&id) {
-                    all.push((credential, listed.used));
+                    all.push((credential, listed));
                 }
             }
             if !more || after == before || all.len() > MAX_LISTED {
@@ -491,12 +512,20 @@ impl Directory {
         let verified = identity.trust.verify_peer(listed.agent_id, presented.clone(), clock::now());
         let revoked = match verified {
             Ok(_) => false,
-            Err(TrustError::Revoked | TrustError::Closed) => true,
+            // Of those who have no certificate any more, guests whose share is over are the rule.
+            Err(TrustError::Revoked | TrustError::Closed | TrustError::Expired) => true,
             Err(error) => return Err(does_not_hold(&error)),
         };
+        // The record of a guest is sealed under the keys of its share.
+        let share = presented.credential.as_ref().map(|credential| credential.object());
+        let share = share.filter(|credential| credential.kind == CredentialKind::Share);
+        let share_epoch = share.map(|share| identity.share_epoch(&share.id()));
         // The id of an agent is a hash of the key that signs its record, revoked or not.
         let record = listed.record.as_ref().and_then(|record| {
-            let epoch = identity.epochs.get(record.epoch)?;
+            let epoch = match &share_epoch {
+                Some(epoch) => epoch,
+                None => identity.epochs.get(record.epoch)?,
+            };
             Some(open_agent_record(&identity, epoch, &presented, record))
         });
         let (own_label, tags) = match record.transpose().map_err(|error| does_not_hold(&error))? {

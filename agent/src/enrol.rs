@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use connect_crypto::{
     CryptoError,
-    epoch::EpochSecrets,
+    epoch::{EpochSecrets, ShareSecret},
     founding::Founding,
     invite::{HubAddress, Invite, InviteKeys, InviteSeed},
     keys::{SigningKey, StaticKeypair, WrapKeypair},
@@ -12,7 +12,7 @@ use connect_crypto::{
 use connect_spec::{
     bytes::Blob,
     control::{CreateWorkspace, RegistrationToken, Request, SessionKind},
-    ids::{AgentId, Label, WorkspaceId},
+    ids::{AgentId, CredentialId, Label, WorkspaceId},
     limits::{CLOCK_TOLERANCE, MAX_CERTS, MAX_LOG_BYTES},
     log::LogEntry,
     objects::{
@@ -90,20 +90,23 @@ pub async fn init(
     let presented =
         Presented { certificate, credential: None, noise_key: keys.noise_key(workspace_id) };
     let epochs = Epochs::only(0, epoch);
-    let joined = Joined { hub: hub.clone(), hub_ca: ca, epochs, presented, attrs, log };
+    let hub = hub.clone();
+    let joined =
+        Joined { hub, hub_ca: ca, epochs, presented, attrs, log, share_label: None };
     let (identity, log) = keys.into_identity(joined, label);
     let agent_id = identity.agent_id;
     let signer = Arc::new(signer);
     let identity = Identity { signer: Some(SignerKey::Open(signer.clone())), ..identity };
-    let directory = register(home, identity, log, greeted, Some(create)).await?;
+    let directory = register(home, identity, log, greeted, None, Some(create)).await?;
     let invite = invite(&directory, &signer, FIRST_INVITE, 1, Vec::new()).await?;
     Ok(Founded { workspace_id, agent_id, recovery_words: recovery.words(), invite })
 }
 
-/// Joins the workspace of an invite; `ca` is as for [`init`].
+/// Joins the workspace of an invite; `ca` is as for [`init`]. By the code of a share it becomes a guest: of a
+/// home that is enrolled already in a home of its own inside that one ([`Home::of_share`]).
 ///
 /// # Errors
-/// [`ErrorKind::Usage`] for a damaged code or an enrolled home (it is left unchanged);
+/// [`ErrorKind::Usage`] for a damaged code, or an invite where the home is enrolled (it is left unchanged);
 /// [`ErrorKind::TrustViolation`] when the hub shows another workspace than the invite names;
 /// [`ErrorKind::Refused`] when the invite is used up or expired.
 pub async fn join(
@@ -115,8 +118,14 @@ pub async fn join(
     let invite: Invite = code.parse().map_err(|error| {
         Error::new(ErrorKind::Usage, error).hint("paste the whole code, from `pc1` to its end")
     })?;
-    let _lock = claim(home)?;
-    let joined = join_claimed(home, invite, ca, label).await;
+    let home = match &invite.share {
+        Some(_) if home.is_enrolled() => {
+            home.of_share(&CredentialId::of(&InviteKeys::derive(&invite.seed).signing.public()))
+        }
+        Some(_) | None => home.clone(),
+    };
+    let _lock = claim(&home)?;
+    let joined = join_claimed(&home, invite, ca, label).await;
     if joined.is_err() {
         home.forget();
     }
@@ -155,28 +164,34 @@ async fn join_claimed(
     {
         return Err(Error::trust("the hub shows the credential of another invite"));
     }
-    if granted.kind == CredentialKind::Share {
-        return Err(Error::new(
-            ErrorKind::Usage,
-            "this is the code of a share, which this version cannot join",
-        )
-        .hint("update `connect`"));
+    if (granted.kind == CredentialKind::Share) != invite.share.is_some() {
+        return Err(Error::trust("the code and its credential are not of one kind"));
     }
+    let refused = |why: &str| {
+        let make = if invite.share.is_some() { "connect share" } else { "connect invite" };
+        Error::new(ErrorKind::Refused, format_args!("the {} {why}", granted_as(granted)))
+            .hint(format_args!("ask for a new code: `{make}` on a machine of the workspace"))
+    };
     if trust.is_closed(&granted.id()) {
-        return Err(Error::new(ErrorKind::Refused, "the invite was closed by a signer")
-            .hint("ask for a new code: `connect invite` on a machine of the workspace"));
+        return Err(refused("was closed by a signer"));
     }
     // The hub judges that to the second; this clock may be wrong.
     if clock::now() > granted.join_until.saturating_add(CLOCK_TOLERANCE.as_secs()) {
-        return Err(Error::new(ErrorKind::Refused, "the invite has expired")
-            .hint("ask for a new code: `connect invite` on a machine of the workspace"));
+        return Err(refused("has expired"));
     }
-    let unopened = || Error::trust("the workspace's secrets in the invite do not open");
-    let number = invitation.wrap.epoch;
-    let commit = trust.epoch_commit(number).ok_or_else(unopened)?;
-    let epoch =
-        EpochSecrets::open(&invitation.wrap, &invite.workspace_id, &invite_keys.wrap, commit)
-            .map_err(|_: CryptoError| unopened())?;
+    let epochs = match &invite.share {
+        Some(share) => Epochs::of_share(&share.secret),
+        None => {
+            let unopened = || Error::trust("the workspace's secrets in the invite do not open");
+            let wrap = invitation.wrap.ok_or_else(unopened)?;
+            let commit = trust.epoch_commit(wrap.epoch).ok_or_else(unopened)?;
+            let secrets =
+                EpochSecrets::open(&wrap, &invite.workspace_id, &invite_keys.wrap, commit)
+                    .map_err(|_: CryptoError| unopened())?;
+            // The wrap opens for its own epoch alone.
+            Epochs::only(wrap.epoch, secrets)
+        }
+    };
     let attrs =
         invite.attributes().ok().filter(|attrs| attrs.hash() == granted.attrs).ok_or_else(
             || Error::trust("the tags in the invite are not those of its credential"),
@@ -191,19 +206,27 @@ async fn join_claimed(
         serial: 1,
         not_after: None,
         issuer: Issuer::Credential(credential.hash()),
-        services: None,
+        services: granted.services.clone(),
     });
     let presented = Presented {
         certificate,
         credential: Some(credential),
         noise_key: keys.noise_key(invite.workspace_id),
     };
-    // The wrap opens for its own epoch alone.
-    let epochs = Epochs::only(invitation.wrap.epoch, epoch);
-    let joined = Joined { hub: invite.hub, hub_ca: ca, epochs, presented, attrs, log };
+    let hub = invite.hub;
+    let share_label = invite.share.as_ref().map(|share| share.label.clone());
+    let joined = Joined { hub, hub_ca: ca, epochs, presented, attrs, log, share_label };
     let (identity, log) = keys.into_identity(joined, label);
-    let directory = register(home, identity, log, greeted, None).await?;
+    let secret = invite.share.as_ref().map(|share| &share.secret);
+    let directory = register(home, identity, log, greeted, secret, None).await?;
     Ok(directory.workspace().identity())
+}
+
+fn granted_as(credential: &Credential) -> &'static str {
+    match credential.kind {
+        CredentialKind::Invite => "invite",
+        CredentialKind::Share => "share",
+    }
 }
 
 /// Fetches the whole trust log for a new agent, which verifies it entry by entry.
@@ -245,6 +268,7 @@ pub async fn invite(
         head: identity.trust.head(),
         seed: InviteSeed::generate(&mut random::rng()),
         tags,
+        share: None,
     };
     let keys = InviteKeys::derive(&invite.seed);
     let attrs = invite.attributes().map_err(|tag| {
@@ -290,6 +314,8 @@ struct Joined {
     presented: Presented,
     attrs: Attributes,
     log: TrustLog,
+    /// Of a guest.
+    share_label: Option<Label>,
 }
 
 /// The keys of a new agent.
@@ -311,7 +337,7 @@ impl AgentKeys {
 
     /// The member with these keys; it holds no signer key.
     fn into_identity(self, joined: Joined, label: &Label) -> (Identity, TrustLog) {
-        let Joined { hub, hub_ca, epochs, presented, attrs, log } = joined;
+        let Joined { hub, hub_ca, epochs, presented, attrs, log, share_label } = joined;
         let trust = log.state().clone();
         let identity = Identity {
             hub,
@@ -331,6 +357,7 @@ impl AgentKeys {
             genesis: log.genesis().clone(),
             trust,
             signer: None,
+            share_label,
         };
         (identity, log)
     }
@@ -382,9 +409,10 @@ async fn register(
     identity: Identity,
     log: TrustLog,
     greeted: Greeted,
+    share: Option<&ShareSecret>,
     create: Option<CreateWorkspace>,
 ) -> Result<Directory> {
-    home.save(&identity)?;
+    home.save(&identity, share)?;
     let workspace = Workspace::new(home, identity, log);
     let registered = async {
         let (session, _) = greeted.login(&workspace, SessionKind::Command, create).await?;

@@ -12,6 +12,7 @@ use std::{
 
 use connect_crypto::{
     CryptoError,
+    epoch::RealmSecret,
     handshake::{self, HandshakeError, Received},
     transport::Transport,
 };
@@ -24,7 +25,7 @@ use connect_spec::{
         MAX_PARKED_PER_PEER, PARKED_AT_EXPOSER, REMEMBERED_TUNNELS,
     },
     log::Head,
-    objects::{AgentRole, ServiceRecord},
+    objects::{AgentRole, Credential, ServiceRecord},
     prologue::{Prologue, Realm},
     record::{CloseCode, ResetCode},
     trust::{TrustError, VerifiedPeer},
@@ -37,7 +38,7 @@ use crate::{
     clock,
     engine::rekey::{Answer, Answered, Failed, Role},
     error::{Error, ErrorKind},
-    identity::{Identity, NoiseIdentity},
+    identity::{Epoch, Identity, NoiseIdentity},
     io::{
         hub::Session,
         splice::splice,
@@ -91,14 +92,15 @@ impl Exposed {
         self.target_ok.load(Ordering::Relaxed)
     }
 
-    /// The signed and sealed record that others find.
+    /// The signed and sealed record that others find: members by the current epoch, guests by that of their
+    /// share.
     pub(crate) fn record(
         &self,
         identity: &Identity,
+        epoch: &Epoch,
         counter: u32,
         target_ok: bool,
     ) -> Result<SealedRecord, CryptoError> {
-        let epoch = identity.epochs.current();
         let presented = &identity.noise.presented;
         let record = identity.signing.sign(&ServiceRecord {
             workspace_id: identity.workspace_id(),
@@ -144,6 +146,7 @@ impl Exposed {
 #[derive(Debug, Default)]
 pub(crate) struct Exposer {
     services: Mutex<BTreeMap<ServiceName, Arc<Exposed>>>,
+    shares: Mutex<BTreeMap<CredentialId, Credential>>,
     channels: Mutex<BTreeMap<ChannelKey, LiveChannel>>,
     door: Mutex<Door>,
 }
@@ -164,22 +167,24 @@ struct LiveChannel {
     /// Number of its newest tunnel.
     tunnel_no: u32,
     /// Who is at the other end, as it showed itself last.
-    guest: Guest,
+    user: User,
 }
 
 /// A peer and what it uses: what is judged again whenever the trust log changes.
 #[derive(Debug)]
-struct Guest {
+struct User {
     peer: VerifiedPeer,
     tags: Vec<String>,
     service: Arc<Exposed>,
+    /// That of a guest.
+    share_id: CredentialId,
 }
 
-impl Guest {
+impl User {
     fn judge(&self, identity: &Identity) -> Result<(), Refusal> {
         let presented = self.peer.presented().clone();
         identity.trust.verify_peer(self.peer.agent_id(), presented, clock::now())?;
-        authorise(&self.service, &self.peer, &self.tags)
+        authorise(&self.service, &self.peer, &self.tags, self.share_id)
     }
 }
 
@@ -253,6 +258,18 @@ impl Exposer {
         let removed = self.services().remove(name)?;
         self.close_channels(removed.service_id, CloseCode::ServiceGone);
         Some(removed)
+    }
+
+    /// The open shares that name services of this agent, as they were last learned of.
+    pub(crate) fn shares(&self) -> MutexGuard<'_, BTreeMap<CredentialId, Credential>> {
+        self.shares.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Those of them that name one service.
+    pub(crate) fn shares_of(&self, service: ServiceId) -> Vec<CredentialId> {
+        let shares = self.shares();
+        let naming = shares.iter().filter(|(_, share)| names_service(share, service));
+        naming.map(|(id, _)| *id).collect()
     }
 
     pub(crate) fn all(&self) -> Vec<Arc<Exposed>> {
@@ -346,9 +363,6 @@ impl Exposer {
         if request.responder != identity.agent_id {
             return Err(Refusal::new(ErrorCode::Refused, "meant for another agent"));
         }
-        if request.share_id != CredentialId([0; 16]) {
-            return Err(Refusal::new(ErrorCode::Refused, "shares are not served here"));
-        }
         let prologue = prologue(&identity, initiator, &request);
         let (noise, received) = receive(&begun, &prologue, &request.message.0)
             .map_err(|error| Refusal::new(ErrorCode::Refused, error))?;
@@ -367,7 +381,9 @@ impl Exposer {
         }
         let peer = verified?;
         core.check_noise_key(&peer).map_err(|error| Refusal::new(ErrorCode::Refused, error))?;
-        authorise(&service, &peer, &payload.attrs.tags)?;
+        let share_id = request.share_id;
+        authorise(&service, &peer, &payload.attrs.tags, share_id)?;
+        core.admit_guest(&peer).map_err(|error| Refusal::new(ErrorCode::Forbidden, error))?;
         keeper::check_policy(core, session, &identity, &peer).await.map_err(|error| {
             let frozen = identity.trust.is_frozen();
             Refusal::new(if frozen { ErrorCode::UpgradeNeeded } else { ErrorCode::Refused }, error)
@@ -375,8 +391,10 @@ impl Exposer {
         let tags = payload.attrs.tags.clone();
         let claims = Claims { own: identity.trust.head(), peer: payload.head };
 
+        let share = guest_epoch(&identity, share_id);
+        let realm = &share.as_ref().unwrap_or(identity.epochs.current()).secrets.realm;
         let (transport, message) = received
-            .answer(&peer, &local(&identity, noise), &mut random::rng())
+            .answer(&peer, &local(&identity, noise, realm), &mut random::rng())
             .map_err(|error| Refusal::new(ErrorCode::Refused, error))?;
         let accept =
             FromAgent::AcceptTunnel { tunnel_id: request.tunnel_id, message: Blob(message) };
@@ -385,7 +403,7 @@ impl Exposer {
         let key = ChannelKey {
             peer: initiator,
             service_id: request.service_id,
-            share_id: request.share_id,
+            share_id,
             channel_id: request.channel_id,
         };
         let answer = answer_rekey(core.clone(), key, service.clone(), prologue);
@@ -393,17 +411,17 @@ impl Exposer {
         let mut end = TunnelEnd::open(&core.hub, &ticket, request.encoding, transport, role, after)
             .await
             .map_err(|error| failed(&error))?;
-        let guest = Guest { peer, tags, service };
+        let user = User { peer, tags, service, share_id };
         let judge = |identity: &Identity| {
-            guest.judge(identity).map_err(|refusal| Error::new(ErrorKind::Refused, refusal.why))
+            user.judge(identity).map_err(|refusal| Error::new(ErrorKind::Refused, refusal.why))
         };
         let caught_up = catch_up(&mut end, &core.workspace, claims, judge).await;
         // What was learned may also be that nobody gets a tunnel now.
         let allowed = match caught_up {
-            Ok(()) => keeper::check_policy(core, session, &core.identity(), &guest.peer).await,
+            Ok(()) => keeper::check_policy(core, session, &core.identity(), &user.peer).await,
             failed => failed,
         };
-        let service = guest.service.clone();
+        let service = user.service.clone();
         let altered = |core: &Core| core.note_altered(initiator, service.service_id, &service.name);
         if let Err(error) = allowed {
             tracing::warn!(event = "peer_ended", peer = %initiator.short(), %error, "tunnel closed");
@@ -424,8 +442,8 @@ impl Exposer {
             }
             Err(_) => return Err(failed(&"the initiator says nothing")),
         };
-        core.remember(&guest.peer, None);
-        match self.enter(core, guest, key, request.tunnel_no) {
+        core.remember(&user.peer, None);
+        match self.enter(core, user, key, request.tunnel_no) {
             Some(channel) => {
                 // Lives exactly as long as the tunnel, which every way of stopping the agent closes.
                 let carrying = core.clone();
@@ -444,15 +462,30 @@ impl Exposer {
         Ok(())
     }
 
+    /// Ends the channels of guests whose share is over: that comes with time, and the trust log says nothing
+    /// of it.
+    pub(crate) fn end_expired(&self, identity: &Identity) {
+        let now = clock::now();
+        self.end_refused(identity, |user| {
+            let share = user.peer.presented().credential.as_ref();
+            user.share_id != CredentialId::NONE
+                && share.is_some_and(|share| share.object().certs_end < now)
+        });
+    }
+
     /// Ends the channels of those peers that are not trusted, or not allowed, any more.
     pub(crate) fn judge_again(&self, identity: &Identity) {
-        for channel in self.channels().values() {
-            if let Err(refusal) = channel.guest.judge(identity) {
+        self.end_refused(identity, |_| true);
+    }
+
+    fn end_refused(&self, identity: &Identity, judged: impl Fn(&User) -> bool) {
+        for channel in self.channels().values().filter(|channel| judged(&channel.user)) {
+            if let Err(refusal) = channel.user.judge(identity) {
                 if *channel.handle.status().borrow() != Status::Closed {
                     tracing::warn!(
                         event = "peer_ended",
                         code = refusal.event,
-                        peer = %channel.guest.peer.agent_id().short(),
+                        peer = %channel.user.peer.agent_id().short(),
                         why = refusal.why,
                         "a channel was closed"
                     );
@@ -463,15 +496,15 @@ impl Exposer {
     }
 
     /// Takes over what a peer showed in a rekey: from here on it is judged by that.
-    fn renew(&self, key: &ChannelKey, tunnel_no: u32, guest: Guest, identity: &Identity) {
+    fn renew(&self, key: &ChannelKey, tunnel_no: u32, user: User, identity: &Identity) {
         if let Some(channel) = self.channels().get_mut(key)
             && channel.tunnel_no == tunnel_no
         {
             // What was learned since it was judged was not held against it yet.
-            if guest.judge(identity).is_err() {
+            if user.judge(identity).is_err() {
                 channel.handle.close(CloseCode::Forbidden);
             }
-            channel.guest = guest;
+            channel.user = user;
         }
     }
 
@@ -479,7 +512,7 @@ impl Exposer {
     fn enter(
         &self,
         core: &Arc<Core>,
-        guest: Guest,
+        user: User,
         key: ChannelKey,
         tunnel_no: u32,
     ) -> Option<ChannelHandle> {
@@ -489,13 +522,13 @@ impl Exposer {
                 return None;
             }
             channel.tunnel_no = tunnel_no;
-            channel.guest = guest;
+            channel.user = user;
             return Some(channel.handle.clone());
         }
         make_room(&channels, key.peer);
         let (handle, streams) = ChannelHandle::exposer();
-        let service = guest.service.clone();
-        let channel = LiveChannel { handle: handle.clone(), tunnel_no, guest };
+        let service = user.service.clone();
+        let channel = LiveChannel { handle: handle.clone(), tunnel_no, user };
         channels.insert(key, channel);
         // Lives exactly as long as the channel.
         tokio::spawn({
@@ -539,11 +572,40 @@ impl Drop for HalfOpen<'_> {
     }
 }
 
+/// Whether a share names a service.
+pub(crate) fn names_service(share: &Credential, service: ServiceId) -> bool {
+    share.services.as_ref().is_some_and(|services| services.contains(&service))
+}
+
+/// What takes the place of an epoch between this agent and a guest.
+fn guest_epoch(identity: &Identity, share_id: CredentialId) -> Option<Epoch> {
+    (share_id != CredentialId::NONE).then(|| identity.share_epoch(&share_id))
+}
+
 /// Step 8 of "Verifying a peer": may this peer use this service?
-fn authorise(service: &Exposed, peer: &VerifiedPeer, tags: &[String]) -> Result<(), Refusal> {
+fn authorise(
+    service: &Exposed,
+    peer: &VerifiedPeer,
+    tags: &[String],
+    share_id: CredentialId,
+) -> Result<(), Refusal> {
     let role = peer.certificate().role;
-    if role == AgentRole::Guest || !role.may_reach() {
+    if !role.may_reach() {
         return Err(Refusal::new(ErrorCode::Forbidden, "the peer's role may not reach"));
+    }
+    if role == AgentRole::Guest {
+        // The secrets under which it speaks must be those of the very share that admits it.
+        if peer.credential_id() != Some(share_id) {
+            return Err(Refusal::new(ErrorCode::Refused, "the peer is a guest of another share"));
+        }
+        if !peer.services().unwrap_or_default().contains(&service.service_id) {
+            return Err(Refusal::new(
+                ErrorCode::Forbidden,
+                format_args!("the peer's share does not name `{}`", service.name),
+            ));
+        }
+    } else if share_id != CredentialId::NONE {
+        return Err(Refusal::new(ErrorCode::Refused, "the peer is no guest"));
     }
     if !service.allows(peer.agent_id(), tags) {
         return Err(Refusal::new(
@@ -607,7 +669,7 @@ pub(crate) fn prologue(
         tunnel_no: request.tunnel_no,
         rekey: 0,
         previous_hash: [0; 32],
-        realm: Realm::Member,
+        realm: if request.share_id == CredentialId::NONE { Realm::Member } else { Realm::Share },
         encoding: request.encoding,
     }
 }
@@ -653,16 +715,18 @@ fn answer_rekey(
         let tags = payload.attrs.tags.clone();
         core.check_noise_key(&peer)
             .map_err(|error| Refusal::new(ErrorCode::Refused, error))
-            .and_then(|()| authorise(&service, &peer, &tags))
+            .and_then(|()| authorise(&service, &peer, &tags, key.share_id))
             .map_err(|refusal| refused_rekey(key.peer, refusal))?;
+        let share = guest_epoch(&identity, key.share_id);
+        let realm = &share.as_ref().unwrap_or(identity.epochs.current()).secrets.realm;
         let (keys, message2) =
-            received.answer(&peer, &local(&identity, noise), &mut random::rng())?;
-        let guest = Guest { peer, tags, service: service.clone() };
+            received.answer(&peer, &local(&identity, noise, realm), &mut random::rng())?;
+        let user = User { peer, tags, service: service.clone(), share_id: key.share_id };
         let confirmed = Box::new({
             let core = core.clone();
             move || {
-                core.remember(&guest.peer, None);
-                core.exposer.renew(&key, tunnel_no, guest, &core.identity());
+                core.remember(&user.peer, None);
+                core.exposer.renew(&key, tunnel_no, user, &core.identity());
             }
         });
         Ok(Answered { keys, message2, confirmed })
@@ -681,13 +745,17 @@ fn refused_rekey(peer: AgentId, refusal: Refusal) -> Failed {
 }
 
 /// This agent's own side of a handshake that uses the static key of `noise`.
-pub(crate) fn local<'i>(identity: &'i Identity, noise: &'i NoiseIdentity) -> handshake::Local<'i> {
+pub(crate) fn local<'i>(
+    identity: &'i Identity,
+    noise: &'i NoiseIdentity,
+    realm_secret: &'i RealmSecret,
+) -> handshake::Local<'i> {
     handshake::Local {
         static_keypair: &noise.static_keypair,
         presented: &noise.presented,
         attrs: &identity.attrs,
         head: identity.trust.head(),
-        realm_secret: &identity.epochs.current().secrets.realm,
+        realm_secret,
     }
 }
 

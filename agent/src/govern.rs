@@ -16,7 +16,9 @@ use connect_spec::{
     keys::IdentityKey,
     limits::MAX_KEPT,
     log::{Change, Entry, EntryHash, LogEntry, ObjectHash, Policy, Recovery},
-    objects::{AgentRole, Certificate, Credential, Founder, Issuer, SignerRole, UnixTime},
+    objects::{
+        AgentRole, Certificate, Credential, CredentialKind, Founder, Issuer, SignerRole, UnixTime,
+    },
     signed::Signed,
 };
 use serde::Serialize;
@@ -128,6 +130,10 @@ impl Governor {
         tags: Vec<String>,
     ) -> Result<Zeroizing<String>> {
         enrol::invite(&self.directory, &self.key, expires, uses, tags).await
+    }
+
+    pub(crate) fn key(&self) -> &SigningKey {
+        &self.key
     }
 
     fn workspace(&self) -> &Arc<Workspace> {
@@ -405,13 +411,25 @@ impl Governor {
         let open = self.directory.credentials().await?;
         let (credential, _) = open
             .iter()
-            .find(|(credential, _)| credential.object().id() == id)
+            .find(|(credential, _)| {
+                let credential = credential.object();
+                credential.id() == id && credential.kind == CredentialKind::Invite
+            })
             .ok_or_else(|| {
                 Error::new(ErrorKind::Usage, format_args!("no open invite has the id {id}"))
                     .hint("`connect invites` lists them")
             })?;
         let members = self.directory.members().await?;
-        let close = close(credential, &members)?;
+        self.close(id, joined_by(credential, &members)?).await
+    }
+
+    /// Closes a credential, but for these certificates.
+    pub(crate) async fn close(
+        &self,
+        credential_id: CredentialId,
+        keep: Vec<ObjectHash>,
+    ) -> Result<u64> {
+        let close = Change::CloseCredential { credential_id, keep };
         self.append(|_| Ok(vec![close.clone()]), NextEpoch::Stay).await
     }
 
@@ -423,8 +441,10 @@ impl Governor {
     pub async fn close_due(&self) -> Result<usize> {
         let now = clock::now();
         let open = self.directory.credentials().await?;
+        // A share ends by itself, with all who came by it.
         let due: Vec<_> = open
             .iter()
+            .filter(|(credential, _)| credential.object().kind == CredentialKind::Invite)
             .filter(|(credential, used)| is_over(credential.object(), *used, now))
             .collect();
         if due.is_empty() {
@@ -434,7 +454,8 @@ impl Governor {
         let mut closed = 0;
         for (credential, _) in due {
             let id = credential.object().id();
-            let close = close(credential, &members)?;
+            let keep = joined_by(credential, &members)?;
+            let close = Change::CloseCredential { credential_id: id, keep };
             let decide = |identity: &Identity| {
                 let done = identity.trust.is_closed(&id);
                 Ok(if done { Vec::new() } else { vec![close.clone()] })
@@ -523,8 +544,11 @@ fn is_over(credential: &Credential, used: u32, now: UnixTime) -> bool {
     used >= credential.uses || now > credential.join_until
 }
 
-/// The change that closes a credential and keeps who joined by it in time.
-fn close(credential: &Signed<Credential>, members: &[ListedMember]) -> Result<Change> {
+/// The certificates of those who joined by an invite in time: what its closure keeps.
+fn joined_by(
+    credential: &Signed<Credential>,
+    members: &[ListedMember],
+) -> Result<Vec<ObjectHash>> {
     let object = credential.object();
     let mut joined: Vec<_> = members
         .iter()
@@ -541,7 +565,7 @@ fn close(credential: &Signed<Credential>, members: &[ListedMember]) -> Result<Ch
     }
     let keep: BTreeSet<_> =
         joined.iter().map(|member| ObjectHash(member.presented.certificate.hash())).collect();
-    Ok(Change::CloseCredential { credential_id: object.id(), keep: keep.into_iter().collect() })
+    Ok(keep.into_iter().collect())
 }
 
 /// The key by which an agent is a signer: its identity key, or, of a founder, the one that signed its
@@ -563,7 +587,9 @@ fn signer_key(identity: &Identity, agent: &ListedMember) -> Option<IdentityKey> 
 pub async fn invites(directory: &Directory) -> Result<Vec<InviteInfo>> {
     let now = clock::now();
     let open = directory.credentials().await?;
-    let invites = open.iter().map(|(credential, used)| {
+    let invites =
+        open.iter().filter(|(credential, _)| credential.object().kind == CredentialKind::Invite);
+    let invites = invites.map(|(credential, used)| {
         let object = credential.object();
         InviteInfo {
             id: object.id(),

@@ -4,7 +4,7 @@
 //! `trust/` are public; `state.json` and `ports.json` are what to restore. One home is one agent, by `agent.lock`.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File, TryLockError},
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt},
@@ -15,7 +15,7 @@ use std::{
 
 use connect_crypto::{
     custody::{Passphrase, SealedKey},
-    epoch::EpochSecrets,
+    epoch::{EpochSecrets, ShareSecret},
     invite::HubAddress,
     keys::{SigningKey, StaticKeypair, WrapKeypair},
 };
@@ -24,7 +24,7 @@ use connect_spec::{
     bytes::Blob,
     control::PresentedBlobs,
     hash::hash16,
-    ids::{AgentId, Label, ServiceId, ServiceName, WorkspaceId},
+    ids::{AgentId, CredentialId, Label, ServiceId, ServiceName, WorkspaceId},
     log::LogEntry,
     objects::{Attributes, NoiseKey, UnixTime},
     signed::Signed,
@@ -45,6 +45,8 @@ const HUB_CA: &str = "hub-ca.pem";
 /// Longest path of a Unix socket that every system takes.
 const MAX_SOCKET_PATH: usize = 100;
 const SEEN_AUDIT: &str = "trust/audit.json";
+/// The homes of shares that were joined from this one.
+const SHARES: &str = "shares";
 
 /// The directory of one agent.
 #[derive(Debug, Clone)]
@@ -73,6 +75,8 @@ struct Membership {
     noise_key_made: UnixTime,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     retired_noise_key: Option<SavedRetired>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    share_label: Option<Label>,
 }
 
 /// A NoiseKey that was rotated away, and until when it answers.
@@ -131,6 +135,9 @@ pub(crate) struct Peers {
     /// The highest NoiseKey counter seen of each agent, and the static key under it.
     #[serde(default)]
     pub(crate) noise_keys: BTreeMap<AgentId, SeenNoiseKey>,
+    /// Who came by each share.
+    #[serde(default)]
+    pub(crate) guests: BTreeMap<CredentialId, BTreeSet<AgentId>>,
 }
 
 /// A NoiseKey as it was last seen.
@@ -159,6 +166,29 @@ impl Home {
     #[must_use]
     pub fn at(dir: impl Into<PathBuf>) -> Self {
         Self { dir: dir.into() }
+    }
+
+    /// The home, inside this one, of the guest that its owner is by a share.
+    #[must_use]
+    pub fn of_share(&self, share: &CredentialId) -> Self {
+        Self::at(self.path(SHARES).join(share.to_string()))
+    }
+
+    /// The homes of shares that are inside this one and enrolled, in the order of their ids.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Other`] when the directory cannot be read.
+    pub fn shares(&self) -> Result<Vec<Self>> {
+        let entries = match fs::read_dir(self.path(SHARES)) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(error.into()),
+        };
+        let mut dirs = entries
+            .map(|entry| entry.map(|entry| entry.path()))
+            .collect::<io::Result<Vec<_>>>()?;
+        dirs.sort();
+        Ok(dirs.into_iter().map(Self::at).filter(Self::is_enrolled).collect())
     }
 
     /// The directory.
@@ -344,6 +374,7 @@ impl Home {
             genesis: log.genesis().clone(),
             trust,
             signer,
+            share_label: membership.share_label,
         };
         Ok((identity, log))
     }
@@ -356,8 +387,9 @@ impl Home {
         .hint("restore the directory from a backup, or join again from an empty one")
     }
 
-    /// Writes a new identity; the file that makes the home enrolled comes last.
-    pub(crate) fn save(&self, identity: &Identity) -> Result<()> {
+    /// Writes a new identity, of a guest with the secret of its share; the file that makes the home enrolled
+    /// comes last.
+    pub(crate) fn save(&self, identity: &Identity, share: Option<&ShareSecret>) -> Result<()> {
         self.create()?;
         self.save_keys(identity)?;
         if let Some(signer) = &identity.signer {
@@ -366,8 +398,13 @@ impl Home {
         if let Some(ca) = &identity.hub_ca {
             self.write(HUB_CA, ca.pem())?;
         }
-        for epoch in identity.epochs.all() {
-            self.save_epoch(epoch.number, &epoch.secrets)?;
+        match share {
+            Some(secret) => self.save_share(secret)?,
+            None => {
+                for epoch in identity.epochs.all() {
+                    self.save_epoch(epoch.number, &epoch.secrets)?;
+                }
+            }
         }
         self.write_json(
             "membership.json",
@@ -381,8 +418,16 @@ impl Home {
                 presented: identity.noise.presented.to_blobs(),
                 noise_key_made: identity.noise.made,
                 retired_noise_key: identity.retired_noise.as_ref().map(SavedRetired::of),
+                share_label: identity.share_label.clone(),
             },
         )
+    }
+
+    /// Writes the secret of a guest's share.
+    fn save_share(&self, secret: &ShareSecret) -> Result<()> {
+        let mut keys = SecretFile::default();
+        keys.put("share", secret.as_bytes().as_slice());
+        self.write("epochs.key", keys.0.as_bytes())
     }
 
     /// Writes the key of a founder.
@@ -425,9 +470,13 @@ impl Home {
     }
 
     /// The epochs that are held here and that the log confirms; a signer also keeps one that it has not
-    /// brought into the log yet.
+    /// brought into the log yet. For a guest, what its share has in their place.
     pub(crate) fn load_epochs(&self, trust: &TrustState) -> Result<Option<Epochs>> {
         let keys = SecretFile::read(&self.path("epochs.key"))?;
+        if keys.line("share").is_some() {
+            let secret = ShareSecret::from_bytes(keys.fixed("share")?);
+            return Ok(Some(Epochs::of_share(&secret)));
+        }
         let held = keys.numbered("epoch-")?.into_iter();
         let held = held.map(|(number, bytes)| (number, EpochSecrets::from_bytes(bytes)));
         Ok(Epochs::new(

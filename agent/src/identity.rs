@@ -4,15 +4,15 @@ use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use connect_crypto::{
     custody::{Cost, CustodyError, Passphrase, SealedKey},
-    epoch::EpochSecrets,
+    epoch::{EpochSecrets, ShareSecret},
     invite::HubAddress,
     keys::{SigningKey, StaticKeypair, WrapKeypair},
     names::NameKeys,
 };
 use connect_spec::{
-    ids::{AgentId, Label, WorkspaceId},
+    ids::{AgentId, CredentialId, Label, WorkspaceId},
     keys::IdentityKey,
-    objects::{Attributes, Certificate, Genesis, Issuer, NoiseKey, UnixTime},
+    objects::{AgentRole, Attributes, Certificate, Genesis, Issuer, NoiseKey, UnixTime},
     signed::Signed,
     trust::{Presented, TrustState},
 };
@@ -48,6 +48,8 @@ pub struct Identity {
     pub(crate) genesis: Arc<Signed<Genesis>>,
     pub(crate) trust: Arc<TrustState>,
     pub(crate) signer: Option<SignerKey>,
+    /// What the giver of its share calls that, for a guest.
+    pub(crate) share_label: Option<Label>,
 }
 
 impl fmt::Debug for Identity {
@@ -70,6 +72,19 @@ impl Identity {
     #[must_use]
     pub fn workspace_id(&self) -> WorkspaceId {
         self.trust.workspace_id()
+    }
+
+    /// The share by which this agent is a guest; none for a member.
+    #[must_use]
+    pub fn share_id(&self) -> Option<CredentialId> {
+        let presented = &self.noise.presented;
+        let is_guest = presented.certificate.object().role == AgentRole::Guest;
+        presented.credential.as_ref().filter(|_| is_guest).map(|share| share.object().id())
+    }
+
+    /// What a member and the guests of a share have in common, in place of an epoch.
+    pub(crate) fn share_epoch(&self, share: &CredentialId) -> Epoch {
+        Epoch::of_share(&ShareSecret::derive(&self.epochs.current().secrets.realm, share))
     }
 
     /// The key by which this agent is a signer; `passphrase` is asked for only if nothing else helps.
@@ -260,7 +275,21 @@ pub(crate) struct Epoch {
     pub(crate) names: NameKeys,
 }
 
-/// The epochs whose secrets the agent holds: always one, the newest of which is current.
+impl Epoch {
+    /// The epoch of this number.
+    fn new(number: u32, secrets: EpochSecrets) -> Self {
+        let names = NameKeys::derive(&secrets.names);
+        Self { number, secrets, names }
+    }
+
+    /// What takes the place of an epoch in a share: it has number 0 and no successor.
+    pub(crate) fn of_share(secret: &ShareSecret) -> Self {
+        Self::new(0, secret.secrets())
+    }
+}
+
+/// The epochs whose secrets the agent holds: always one, the newest of which is current. A guest has that
+/// of its share.
 #[derive(Debug, Clone)]
 pub(crate) struct Epochs {
     current: Arc<Epoch>,
@@ -272,13 +301,15 @@ impl Epochs {
     pub(crate) fn new(secrets: impl IntoIterator<Item = (u32, EpochSecrets)>) -> Option<Self> {
         let mut older: BTreeMap<_, _> = secrets
             .into_iter()
-            .map(|(number, secrets)| {
-                let names = NameKeys::derive(&secrets.names);
-                (number, Arc::new(Epoch { number, secrets, names }))
-            })
+            .map(|(number, secrets)| (number, Arc::new(Epoch::new(number, secrets))))
             .collect();
         let (_, current) = older.pop_last()?;
         Some(Self { current, older })
+    }
+
+    /// What a guest holds.
+    pub(crate) fn of_share(secret: &ShareSecret) -> Self {
+        Self { current: Arc::new(Epoch::of_share(secret)), older: BTreeMap::new() }
     }
 
     /// A single epoch: what a new member holds.
@@ -313,7 +344,7 @@ mod tests {
 
     use connect_crypto::founding::Founding;
     use connect_spec::control::PresentedBlobs;
-    use connect_spec::objects::{AgentRole, SUITE_1};
+    use connect_spec::objects::SUITE_1;
 
     use super::*;
     use crate::home::Home;
@@ -362,6 +393,7 @@ mod tests {
             genesis: Arc::new(genesis),
             trust: Arc::new(trust),
             signer: Some(SignerKey::Open(Arc::new(signer))),
+            share_label: None,
         }
     }
 
@@ -370,7 +402,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let home = Home::at(dir.path().join("home"));
         let identity = identity();
-        home.save(&identity).expect("our own directory");
+        home.save(&identity, None).expect("our own directory");
         let certificate = identity.noise.presented.certificate.object().clone();
         let certificate = identity.signing.sign(&Certificate { serial: 2, ..certificate });
         // Each knows nothing of what the other does.
@@ -385,7 +417,7 @@ mod tests {
         home.save_noise(&rotated).expect("saved");
         home.save_certificate(&certified).expect("saved");
         check();
-        home.save(&identity).expect("saved");
+        home.save(&identity, None).expect("saved");
         home.save_certificate(&certified).expect("saved");
         home.save_noise(&rotated).expect("saved");
         check();

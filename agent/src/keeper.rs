@@ -94,6 +94,7 @@ async fn round(
         exchange_beats(core, session).await?;
         close_due(core, session).await;
     }
+    core.look_at_shares(session).await?;
     synced.map(|()| if held { Epoch::Held } else { Epoch::Missing })
 }
 

@@ -389,7 +389,7 @@ async fn establish(
         tunnel_id: TunnelId(random::bytes()),
         service_id: service.record.service_id,
         responder: service.exposer.agent_id(),
-        share_id: CredentialId([0; 16]),
+        share_id: identity.share_id().unwrap_or(CredentialId::NONE),
         channel_id: conversation.channel_id,
         tunnel_no: conversation.next_tunnel,
         encoding,
@@ -399,7 +399,7 @@ async fn establish(
     conversation.next_tunnel = conversation.next_tunnel.saturating_add(1);
     let prologue = prologue(&identity, identity.agent_id, &request);
     let (waiting, message) = handshake::initiate(
-        &local(&identity, &identity.noise),
+        &local(&identity, &identity.noise, &identity.epochs.current().secrets.realm),
         &prologue,
         &service.exposer.static_key(),
         &mut random::rng(),
@@ -457,7 +457,7 @@ fn begin_rekey(
         let identity = core.identity();
         let exposer = core.newest_static_key(&shows.borrow());
         let (waiting, message1) = handshake::initiate(
-            &local(&identity, &identity.noise),
+            &local(&identity, &identity.noise, &identity.epochs.current().secrets.realm),
             &place.prologue(&first),
             &exposer,
             &mut random::rng(),

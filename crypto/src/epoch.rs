@@ -7,7 +7,7 @@ use chacha20poly1305::{
 use connect_spec::{
     control::EpochWrap,
     hash::hash,
-    ids::WorkspaceId,
+    ids::{CredentialId, WorkspaceId},
     keys::{ML_KEM_768_CT_BYTES, WrapPublicKey},
     limits::TAG_BYTES,
 };
@@ -16,6 +16,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     error::CryptoError,
+    kdf::kdf,
     kem::{self, Ciphertext},
     keys::WrapKeypair,
     secret::{self, redacted, secret_newtype},
@@ -29,6 +30,30 @@ secret_newtype!(
     /// The name key source W: names and records are sealed under it; a new one at each revocation.
     NameSource
 );
+
+secret_newtype!(
+    /// What the guests of a share hold in place of M and W. Every member can derive it.
+    ShareSecret
+);
+
+impl ShareSecret {
+    /// `KDF(M, "share " || share_id)`: it opens nothing outside this share, and M does not follow from it.
+    #[must_use]
+    pub fn derive(realm: &RealmSecret, share: &CredentialId) -> Self {
+        Self(secret::boxed(&kdf(realm.as_bytes(), &[b"share ".as_slice(), &share.0].concat())))
+    }
+
+    /// The realm secret and name source of the share: `KDF(secret, "share realm")` and
+    /// `KDF(secret, "share names")`. They are used as those of an epoch are, and never change.
+    #[must_use]
+    pub fn secrets(&self) -> EpochSecrets {
+        let part = |label: &[u8]| secret::boxed(&kdf(self.as_bytes(), label));
+        EpochSecrets {
+            realm: RealmSecret(part(b"share realm")),
+            names: NameSource(part(b"share names")),
+        }
+    }
+}
 
 /// What an epoch consists of.
 pub struct EpochSecrets {

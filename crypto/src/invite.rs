@@ -8,7 +8,7 @@ use bech32::{
 };
 use connect_spec::{
     cbor::{CborError, Fields, FieldsWriter},
-    ids::WorkspaceId,
+    ids::{Label, WorkspaceId},
     limits::{MAX_HUB_URL_BYTES, MAX_INVITE_CHARS, MAX_TAGS},
     log::{EntryHash, Head},
     objects::Attributes,
@@ -16,6 +16,7 @@ use connect_spec::{
 use zeroize::Zeroizing;
 
 use crate::{
+    epoch::ShareSecret,
     kdf::kdf,
     keys::{SigningKey, WrapKeypair},
     secret::{redacted, secret_newtype},
@@ -137,6 +138,17 @@ pub struct Invite {
     pub seed: InviteSeed,
     /// The tags of whoever joins; the credential, which the hub sees, has only their salted hash.
     pub tags: Vec<String>,
+    /// What makes it the code of a share: whoever joins is a guest.
+    pub share: Option<ShareGrant>,
+}
+
+/// What the code of a share has beside that of an invite.
+#[derive(Debug)]
+pub struct ShareGrant {
+    /// Held by the guest in place of the secrets of an epoch.
+    pub secret: ShareSecret,
+    /// What its giver calls the share.
+    pub label: Label,
 }
 
 /// Why a text is no invite that this program can use. Quotes nothing of it.
@@ -219,6 +231,15 @@ impl Invite {
         let tags = fields.optional_texts(6, MAX_TAGS)?.unwrap_or_default();
         let tags = tags.into_iter().map(str::to_owned).collect();
         let seed = Zeroizing::new(fields.fixed(7)?);
+        let share = match fields.optional_bytes(8)? {
+            Some(secret) => {
+                let secret = secret.try_into().map(Zeroizing::new);
+                let secret = ShareSecret::from_bytes(secret.map_err(|_| InviteError::Contents)?);
+                let label = fields.text(9)?.parse().map_err(|_| InviteError::Contents)?;
+                Some(ShareGrant { secret, label })
+            }
+            None => None,
+        };
         fields.finish()?;
         Ok(Self {
             hub: HubAddress { url: url.url, pin },
@@ -226,6 +247,7 @@ impl Invite {
             head,
             seed: InviteSeed::from_bytes(seed),
             tags,
+            share,
         })
     }
 
@@ -242,24 +264,33 @@ impl Invite {
     /// The invite as one line, `pc1…`. It is a secret as long as the invite can be used.
     #[must_use]
     pub fn reveal(&self) -> Zeroizing<String> {
-        // The writer wipes nothing: it gets zeros, and the seed goes in afterwards.
+        // The writer wipes nothing: it gets zeros, and the secrets go in afterwards.
+        let upto_seed = FieldsWriter::new()
+            .uint(0, INVITE_VERSION)
+            .text(1, &self.hub.url)
+            .optional(self.hub.pin.as_ref(), |map, pin| map.bytes(2, pin))
+            .bytes(3, &self.workspace_id.0)
+            .uint(4, self.head.seq)
+            .bytes(5, &self.head.hash.0)
+            .optional((!self.tags.is_empty()).then_some(&self.tags), |map, tags| {
+                map.texts(6, tags.iter().map(String::as_str))
+            })
+            .bytes(7, &[0; InviteSeed::BYTES]);
+        // The head of the map is one byte, however many of these fields there are.
+        let seed_end = upto_seed.clone().finish().len();
+        let upto_secret = upto_seed.optional(self.share.as_ref(), |map, _| {
+            map.bytes(8, &[0; ShareSecret::BYTES])
+        });
+        let secret_end = upto_secret.clone().finish().len();
+        let whole = upto_secret
+            .optional(self.share.as_ref(), |map, share| map.text(9, share.label.as_str()));
+        let mut body = Zeroizing::new(whole.finish());
         let seed = self.seed.as_bytes();
-        let mut body = Zeroizing::new(
-            FieldsWriter::new()
-                .uint(0, INVITE_VERSION)
-                .text(1, &self.hub.url)
-                .optional(self.hub.pin.as_ref(), |map, pin| map.bytes(2, pin))
-                .bytes(3, &self.workspace_id.0)
-                .uint(4, self.head.seq)
-                .bytes(5, &self.head.hash.0)
-                .optional((!self.tags.is_empty()).then_some(&self.tags), |map, tags| {
-                    map.texts(6, tags.iter().map(String::as_str))
-                })
-                .bytes(7, &[0; InviteSeed::BYTES])
-                .finish(),
-        );
-        let place = body.len() - InviteSeed::BYTES;
-        body[place..].copy_from_slice(seed.as_slice());
+        body[seed_end - seed.len()..seed_end].copy_from_slice(seed.as_slice());
+        if let Some(share) = &self.share {
+            let secret = share.secret.as_bytes();
+            body[secret_end - secret.len()..secret_end].copy_from_slice(secret.as_slice());
+        }
         line(&body)
     }
 }

@@ -7,10 +7,10 @@ use chacha20poly1305::{
 use connect_spec::{
     bytes::Blob,
     control::SealedRecord,
-    ids::{AgentId, LookupTag, ServiceId, ServiceName, WorkspaceId},
+    ids::{AgentId, CredentialId, LookupTag, ServiceId, ServiceName, WorkspaceId},
     keys::IdentityKey,
     limits::{MAX_RECORD_PLAINTEXT_BYTES, TAG_BYTES},
-    objects::{AgentRecord, ServiceRecord},
+    objects::{AgentRecord, ServiceRecord, ShareRecord},
     signed::{Body, ObjectError, Signed},
 };
 use rand_core::CryptoRng;
@@ -20,6 +20,7 @@ use crate::{
     epoch::NameSource,
     error::CryptoError,
     kdf::kdf,
+    keys::SigningKey,
     secret::{self, Secret, redacted},
 };
 
@@ -35,6 +36,14 @@ pub struct NameKeys {
 }
 
 redacted!(NameKeys);
+
+/// The id under which an agent offers the service of a name: the same whenever it does, and telling
+/// nothing of the name. `KDF(seed of the identity key, "service " || name)[..16]`; nobody else can check it.
+#[must_use]
+pub fn service_id(identity: &SigningKey, name: &ServiceName) -> ServiceId {
+    let label = [b"service ".as_slice(), name.as_str().as_bytes()].concat();
+    ServiceId(*kdf(identity.seed(), &label).first_chunk().expect("32 bytes begin with 16"))
+}
 
 /// Where a record belongs; sealed into it as associated data.
 struct Place {
@@ -159,6 +168,40 @@ impl NameKeys {
         if belongs { Ok(record) } else { Err(CryptoError::Misplaced) }
     }
 
+    /// Seals what a signer says of a share, under the share's own keys.
+    ///
+    /// # Errors
+    /// [`CryptoError::Object`] when the record is too long.
+    pub fn seal_share(
+        &self,
+        record: &Signed<ShareRecord>,
+        rng: &mut impl CryptoRng,
+    ) -> Result<Blob, CryptoError> {
+        self.seal(&share_place(record.object()), record, rng).map(|sealed| sealed.sealed)
+    }
+
+    /// Opens the record of a share as the hub lists it.
+    ///
+    /// # Errors
+    /// [`CryptoError::Open`], [`CryptoError::Object`], and [`CryptoError::Misplaced`] when the record
+    /// is that of another share or is not signed by `issuer`.
+    ///
+    /// # Security
+    /// `issuer` must come from a verified credential.
+    pub fn open_share(
+        &self,
+        workspace: &WorkspaceId,
+        share: CredentialId,
+        issuer: &IdentityKey,
+        sealed: &Blob,
+    ) -> Result<Signed<ShareRecord>, CryptoError> {
+        let outer = place_of_share(*workspace, share);
+        let record: Signed<ShareRecord> = self.open(&outer, sealed)?;
+        let belongs = outer.associated_data() == share_place(record.object()).associated_data()
+            && record.verify_by(issuer).is_ok();
+        if belongs { Ok(record) } else { Err(CryptoError::Misplaced) }
+    }
+
     fn cipher(&self) -> XChaCha20Poly1305 {
         XChaCha20Poly1305::new_from_slice(self.name_key.as_slice()).expect("the key has 32 bytes")
     }
@@ -208,6 +251,15 @@ fn service_place(record: &ServiceRecord) -> Place {
         epoch: record.epoch,
         counter: record.counter,
     }
+}
+
+fn share_place(record: &ShareRecord) -> Place {
+    place_of_share(record.workspace_id, record.share_id)
+}
+
+/// A share belongs to no agent, and its record never changes.
+fn place_of_share(workspace: WorkspaceId, share: CredentialId) -> Place {
+    Place { workspace, object: share.0, agent: AgentId([0; 16]), epoch: 0, counter: 0 }
 }
 
 fn agent_place(record: &AgentRecord) -> Place {

@@ -205,7 +205,7 @@ fn tunnel() -> TunnelRequest {
         tunnel_id: TunnelId([0xcc; 16]),
         service_id: SERVICE,
         responder: AGENT,
-        share_id: CredentialId([0; 16]),
+        share_id: CredentialId::NONE,
         channel_id: ChannelId([0xdd; 16]),
         tunnel_no: 0,
         encoding: Encoding::Base64,

@@ -20,7 +20,7 @@ use connect_spec::{
     ids::{CredentialId, ServiceId, WorkspaceId},
     keys::WrapPublicKey,
     log::Head,
-    objects::{Certificate, Credential, Genesis, UnixTime},
+    objects::{Certificate, Credential, CredentialKind, Genesis, UnixTime},
     signed::{Body, Signed},
     trust::{Presented, TrustError, TrustState, VerifiedPeer},
 };
@@ -176,11 +176,15 @@ pub async fn redeem(context: Context<'_>, redeem: &Redeem) -> Result<FromHub, De
     if trust.state.is_closed(&id) {
         return Err(invite_closed());
     }
-    let (Some(credential), Some(wrap)) = (credential, wrap) else {
+    let Some(credential) = credential else {
         return Err(invite_unknown());
     };
-    let signed =
+    let signed: Signed<Credential> =
         Signed::decode(&credential.credential).map_err(|_| StoreError::Corrupt("credential"))?;
+    // The secret of a share is in its code.
+    if wrap.is_none() && signed.object().kind == CredentialKind::Invite {
+        return Err(invite_unknown());
+    }
     if trust.state.verify_credential(&signed).is_err() {
         return Err(Denied::new(
             ErrorCode::InviteExpired,

@@ -1,16 +1,21 @@
 //! What a logged-in agent asks of the store, and the answers.
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap},
+    time::Duration,
+};
 
 use connect_spec::{
     audit::Event,
     bytes::Blob,
-    control::{EpochWrap, ErrorCode, ErrorReport, ListedBeat, Reply, Request, SealedRecord},
-    ids::{AgentId, CredentialId, ServiceId},
+    control::{
+        EpochWrap, ErrorCode, ErrorReport, FromHub, ListedBeat, Reply, Request, SealedRecord,
+    },
+    ids::{AgentId, CredentialId, LookupTag, ServiceId},
     keys::WrapPublicKey,
     limits::MAX_CONTROL_BYTES,
     log::Beat,
-    objects::{AgentRole, Certificate, Credential, Issuer, UnixTime},
+    objects::{AgentRole, Certificate, Credential, CredentialKind, Issuer, UnixTime},
     signed::Signed,
     trust::{Presented, TrustError},
 };
@@ -23,7 +28,7 @@ use crate::{
     limits::{DATABASE_RETRY, MAX_OPEN_CREDENTIALS, MAX_SEALED_BYTES, MAX_WRAP_BYTES, PAGE_ROWS},
     log,
     router::{Member, Parties},
-    store::{Exposed, NewCredential, StoreError},
+    store::{Exposed, NewCredential, Opening, StoreError, WorkspaceTx},
     wraps,
 };
 
@@ -131,7 +136,11 @@ async fn try_answer(hub: &Hub, member: &Member, request: Request) -> Result<Repl
     let (workspace, agent) = member.key;
     match request {
         Request::CreateCredential { credential, wrap_key, wrap } => {
-            create_credential(hub, member, &credential, &wrap_key, &wrap).await?;
+            create_invite(hub, member, &credential, &wrap_key, &wrap).await?;
+            Ok(Reply::Done)
+        }
+        Request::CreateShare { credential, record } => {
+            create_share(hub, member, &credential, &record).await?;
             Ok(Reply::Done)
         }
         Request::PublishAgent { record } => {
@@ -190,6 +199,10 @@ async fn try_answer(hub: &Hub, member: &Member, request: Request) -> Result<Repl
             hub.route(|router, _| router.handle_expose(&member.key, service_id));
             Ok(Reply::Done)
         }
+        Request::ExposeToShare { share_id, service_id, tag, record } => {
+            expose_to_share(hub, member, share_id, service_id, tag, &record).await?;
+            Ok(Reply::Done)
+        }
         Request::Unexpose { service_id } => {
             let mut tx = hub.store().workspace(workspace).await?;
             let found = tx.unexpose(agent, service_id).await?;
@@ -207,12 +220,10 @@ async fn try_answer(hub: &Hub, member: &Member, request: Request) -> Result<Repl
         }
         Request::Lookup { tag } => {
             let mut tx = hub.store().workspace(workspace).await?;
-            let mut services: Vec<_> = tx
-                .find_by_tag(tag)
-                .await?
-                .into_iter()
-                .filter(|service| member.sees(service.service_id))
-                .collect();
+            let mut services = match &member.share {
+                Some((share, _)) => tx.shared_services(*share, Some(tag)).await?,
+                None => tx.find_by_tag(tag).await?.into_iter().collect(),
+            };
             hub.route(|router, _| {
                 for service in &mut services {
                     service.online = router.is_online(&(workspace, service.agent_id));
@@ -225,10 +236,16 @@ async fn try_answer(hub: &Hub, member: &Member, request: Request) -> Result<Repl
             let mut last = after;
             let mut tx = hub.store().workspace(workspace).await?;
             loop {
-                let mut rows = tx.services(last, PAGE_ROWS).await?;
+                let mut rows = match &member.share {
+                    Some((share, _)) => {
+                        let mut rows = tx.shared_services(*share, None).await?;
+                        rows.retain(|row| Some(row.service_id) > last);
+                        rows
+                    }
+                    None => tx.services(last, PAGE_ROWS).await?,
+                };
                 let is_last = i64::try_from(rows.len()).is_ok_and(|rows| rows < PAGE_ROWS);
                 last = rows.last().map(|row| row.service_id).or(last);
-                rows.retain(|row| member.sees(row.service_id));
                 hub.route(|router, _| {
                     for row in &mut rows {
                         row.online = router.is_online(&(workspace, row.agent_id));
@@ -288,7 +305,8 @@ async fn try_answer(hub: &Hub, member: &Member, request: Request) -> Result<Repl
             Ok(Reply::Done)
         }
         Request::OwnWrap { epoch } => wraps::own(hub, member, epoch).await,
-        Request::Credentials { after } => credentials(hub, member, after).await,
+        Request::Credentials { after } => credentials(hub, member, after, Listed::All).await,
+        Request::Shares { after } => credentials(hub, member, after, Listed::Shares).await,
         Request::Certify { certificate } => {
             certify(hub, member, &certificate).await?;
             Ok(Reply::Done)
@@ -314,29 +332,93 @@ fn check_sealed(record: &SealedRecord) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Stores a credential that a signer of the workspace signed; who brings it does not matter.
-async fn create_credential(
+/// Stores an invite that a signer of the workspace signed; who brings it does not matter.
+async fn create_invite(
     hub: &Hub,
     member: &Member,
     wire: &Blob,
     wrap_key: &Blob,
     wrap: &EpochWrap,
 ) -> Result<(), Failure> {
-    let Ok(credential) = Signed::<Credential>::decode(&wire.0) else {
-        return no(ErrorCode::BadRequest, "the credential is malformed");
-    };
+    let credential = check_credential(wire, CredentialKind::Invite)?;
     let object = credential.object();
-    let (Ok(join_until), Ok(certs_end)) =
-        (i64::try_from(object.join_until), i64::try_from(object.certs_end))
-    else {
-        return no(ErrorCode::BadRequest, "a time of the credential is out of range");
-    };
     if WrapPublicKey::decode(&wrap_key.0).is_none_or(|key| key.hash() != object.wrap_key_hash) {
         return no(ErrorCode::BadRequest, "the wrap key is not the one that the credential binds");
     }
     if wrap.sealed.0.len() > MAX_WRAP_BYTES {
         return no(ErrorCode::BadRequest, "the wrap is too long");
     }
+    let created = Event::InviteCreated {
+        agent_id: member.key.1,
+        credential_id: object.id(),
+        uses: object.uses,
+        join_until: object.join_until,
+    };
+    let opening = Opening::Invite { wrap_key: &wrap_key.0, wrap };
+    let tx = store_credential(hub, member, wire, &credential, opening, created).await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+/// Stores a share that a signer of the workspace signed, and tells those whose services it names.
+async fn create_share(
+    hub: &Hub,
+    member: &Member,
+    wire: &Blob,
+    record: &Blob,
+) -> Result<(), Failure> {
+    let credential = check_credential(wire, CredentialKind::Share)?;
+    if record.0.len() > MAX_SEALED_BYTES {
+        return no(ErrorCode::BadRequest, "the sealed record is too long");
+    }
+    let object = credential.object();
+    let (workspace, share_id) = (member.key.0, object.id());
+    let service_ids = object.services.clone().unwrap_or_default();
+    let created = Event::ShareCreated {
+        agent_id: member.key.1,
+        credential_id: share_id,
+        service_ids: service_ids.clone(),
+        certs_end: object.certs_end,
+    };
+    let opening = Opening::Share { record: &record.0 };
+    let mut tx = store_credential(hub, member, wire, &credential, opening, created).await?;
+    let mut exposers = BTreeSet::new();
+    for service in service_ids {
+        exposers.extend(tx.exposer_of(service).await?);
+    }
+    tx.commit().await?;
+    hub.route(|router, out| {
+        for exposer in &exposers {
+            router.tell(workspace, *exposer, &FromHub::ShareMade { share_id }, out);
+        }
+    });
+    Ok(())
+}
+
+/// Reads the credential of a kind.
+fn check_credential(wire: &Blob, kind: CredentialKind) -> Result<Signed<Credential>, Failure> {
+    match Signed::<Credential>::decode(&wire.0) {
+        Ok(credential) if credential.object().kind == kind => Ok(credential),
+        Ok(_) => no(ErrorCode::BadRequest, "the credential is of another kind"),
+        Err(_) => no(ErrorCode::BadRequest, "the credential is malformed"),
+    }
+}
+
+/// Stores a credential and records that it was; the transaction is the caller's to commit.
+async fn store_credential(
+    hub: &Hub,
+    member: &Member,
+    wire: &Blob,
+    credential: &Signed<Credential>,
+    opening: Opening<'_>,
+    created: Event,
+) -> Result<WorkspaceTx, Failure> {
+    let object = credential.object();
+    let (Ok(join_until), Ok(certs_end)) =
+        (i64::try_from(object.join_until), i64::try_from(object.certs_end))
+    else {
+        return no(ErrorCode::BadRequest, "a time of the credential is out of range");
+    };
     let mut tx = hub.store().workspace(member.key.0).await?;
     let Some(trust) = hub.trust().current(&mut tx).await? else {
         return unknown_workspace();
@@ -344,7 +426,7 @@ async fn create_credential(
     if trust.state.is_closed(&object.id()) {
         return no(ErrorCode::Forbidden, "the credential is closed");
     }
-    if trust.state.verify_credential(&credential).is_err() {
+    if trust.state.verify_credential(credential).is_err() {
         return no(
             ErrorCode::Forbidden,
             "the credential is not signed by a signer of the workspace",
@@ -357,7 +439,7 @@ async fn create_credential(
         uses: object.uses,
         join_until,
         certs_end,
-        open: Some((&wrap_key.0, wrap)),
+        open: Some(opening),
     };
     if !tx.insert_credential(&new).await? {
         return no(ErrorCode::AlreadyExists, "a credential of this key exists");
@@ -370,22 +452,49 @@ async fn create_credential(
             "too many invites of this workspace are open: close some, or wait until they expire",
         );
     }
-    let (agent_id, credential_id) = (member.key.1, object.id());
-    let event = match &object.services {
-        None => {
-            let (uses, join_until) = (object.uses, object.join_until);
-            Event::InviteCreated { agent_id, credential_id, uses, join_until }
-        }
-        Some(services) => Event::ShareCreated {
-            agent_id,
-            credential_id,
-            service_ids: services.clone(),
-            certs_end: object.certs_end,
-        },
+    tx.record(&[audit::now(created)]).await?;
+    Ok(tx)
+}
+
+/// Stores a service for the guests of a share that names it.
+async fn expose_to_share(
+    hub: &Hub,
+    member: &Member,
+    share: CredentialId,
+    service: ServiceId,
+    tag: LookupTag,
+    record: &SealedRecord,
+) -> Result<(), Failure> {
+    check_sealed(record)?;
+    let mut tx = hub.store().workspace(member.key.0).await?;
+    let Some(trust) = hub.trust().current(&mut tx).await? else {
+        return unknown_workspace();
     };
-    tx.record(&[audit::now(event)]).await?;
+    let known = tx.find_credential(share).await?;
+    let credential = known.map(|row| Signed::<Credential>::decode(&row.credential)).transpose();
+    let credential = credential.map_err(|_| StoreError::Corrupt("credential"))?;
+    let names = |credential: &Signed<Credential>| {
+        let services = credential.object().services.as_deref().unwrap_or_default();
+        services.contains(&service) && trust.state.verify_credential(credential).is_ok()
+    };
+    if !credential.as_ref().is_some_and(names) || trust.state.is_closed(&share) {
+        return no(ErrorCode::NotFound, "no share that is open names the service");
+    }
+    if tx.exposer_of(service).await? != Some(member.key.1) {
+        return no(ErrorCode::NotFound, "this agent exposes no such service");
+    }
+    if !tx.expose_to_share(share, service, tag, record).await? {
+        return no(ErrorCode::Stale, "the hub holds a newer record of this service");
+    }
     tx.commit().await?;
     Ok(())
+}
+
+/// Which credentials are listed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Listed {
+    All,
+    Shares,
 }
 
 /// Lists the credentials that are not closed.
@@ -393,6 +502,7 @@ async fn credentials(
     hub: &Hub,
     member: &Member,
     after: Option<CredentialId>,
+    listed: Listed,
 ) -> Result<Reply, Failure> {
     if member.role == AgentRole::Guest {
         return no(ErrorCode::Forbidden, "guests do not see the invites of a workspace");
@@ -404,7 +514,10 @@ async fn credentials(
     let mut page = Page::new();
     let mut last = after;
     loop {
-        let rows = tx.credentials(last, PAGE_ROWS).await?;
+        let rows = match listed {
+            Listed::All => tx.credentials(last, PAGE_ROWS).await?,
+            Listed::Shares => tx.shares(last, PAGE_ROWS).await?,
+        };
         let is_last = i64::try_from(rows.len()).is_ok_and(|rows| rows < PAGE_ROWS);
         last = rows.last().map(|(id, _)| *id).or(last);
         let open = rows.into_iter().filter(|(id, _)| !trust.state.is_closed(id));

@@ -12,6 +12,7 @@ use std::{
 
 use connect_spec::{
     audit::{ApiKeyId, AuditHash, Event, Scope},
+    bytes::Blob,
     control::{ApiKey, ListedAgent, PresentedBlobs, SealedRecord},
     encoding::Encoding,
     ids::{AgentId, CredentialId, ServiceId, TunnelId, WorkspaceId},
@@ -424,7 +425,10 @@ struct Share {
     join_until: UnixTime,
     certs_end: UnixTime,
     closed: bool,
-    credential: connect_spec::bytes::Blob,
+    credential: Blob,
+    /// Absent for a share that the hub knows from a login alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    record: Option<Blob>,
 }
 
 async fn shares(hub: &Hub, workspace: WorkspaceId, mut query: Query) -> Result<Response, Problem> {
@@ -450,6 +454,7 @@ async fn shares(hub: &Hub, workspace: WorkspaceId, mut query: Query) -> Result<R
                 certs_end: object.certs_end,
                 closed: trust.state.is_closed(&share_id),
                 credential: row.credential,
+                record: row.record,
             })
         },
     )

@@ -54,9 +54,9 @@ pub struct Member {
 }
 
 impl Member {
-    /// Whether a service is within what this member may see.
+    /// Whether a service is within what this member may reach.
     #[must_use]
-    pub fn sees(&self, service: ServiceId) -> bool {
+    pub fn may_reach(&self, service: ServiceId) -> bool {
         self.share.as_ref().is_none_or(|(_, services)| services.contains(&service))
     }
 }
@@ -526,8 +526,8 @@ impl Router {
             );
         }
         let share = member.share.as_ref().map(|(share, _)| *share);
-        if request.share_id != share.unwrap_or(CredentialId([0; 16]))
-            || !member.sees(request.service_id)
+        if request.share_id != share.unwrap_or(CredentialId::NONE)
+            || !member.may_reach(request.service_id)
         {
             return refuse(ErrorCode::Forbidden, "the share does not name this service");
         }

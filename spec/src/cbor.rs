@@ -332,7 +332,7 @@ impl<'b> Fields<'b> {
 }
 
 /// Writes one canonical map. Keys must be given in ascending order.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct FieldsWriter {
     count: u64,
     last_key: Option<u64>,

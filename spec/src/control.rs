@@ -245,7 +245,7 @@ pub enum FromAgent {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "snake_case")]
 pub enum Request {
-    /// Stores a credential with its wrap. Signers only.
+    /// Stores the credential of an invite with its wrap. Signers only.
     CreateCredential {
         /// `Signed<Credential>`.
         credential: Blob,
@@ -253,6 +253,13 @@ pub enum Request {
         wrap_key: Blob,
         /// M and W for whoever holds the invite.
         wrap: EpochWrap,
+    },
+    /// Stores the credential of a share. Signers only.
+    CreateShare {
+        /// `Signed<Credential>`.
+        credential: Blob,
+        /// The sealed ShareRecord: `nonce 24 || ciphertext`.
+        record: Blob,
     },
     /// Publishes the agent's sealed AgentRecord.
     PublishAgent {
@@ -270,6 +277,17 @@ pub enum Request {
         /// Whether to take the name from another agent that is offline.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         take_over: bool,
+    },
+    /// Publishes a service of this agent once more, for the guests of a share that names it.
+    ExposeToShare {
+        /// The share.
+        share_id: CredentialId,
+        /// The service.
+        service_id: ServiceId,
+        /// Where guests look its name up.
+        tag: LookupTag,
+        /// The ServiceRecord, sealed under the keys of the share.
+        record: SealedRecord,
     },
     /// Withdraws a service of this agent.
     Unexpose {
@@ -330,6 +348,12 @@ pub enum Request {
     },
     /// Lists the credentials that are not closed, in ascending order of id. Members only.
     Credentials {
+        /// The last id of the page before, absent for the first page.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<CredentialId>,
+    },
+    /// Lists the shares among them.
+    Shares {
         /// The last id of the page before, absent for the first page.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         after: Option<CredentialId>,
@@ -434,8 +458,9 @@ pub enum FromHub {
         genesis: Blob,
         /// `Signed<Credential>`.
         credential: Blob,
-        /// M and W, wrapped to the invite's key.
-        wrap: EpochWrap,
+        /// M and W, wrapped to the invite's key; none for a share.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        wrap: Option<EpochWrap>,
     },
     /// The login succeeded.
     Welcome {
@@ -471,6 +496,11 @@ pub enum FromHub {
     WrapStored {
         /// Its epoch.
         epoch: u32,
+    },
+    /// A share was made that names a service of this agent: a hint to ask for the shares.
+    ShareMade {
+        /// The share.
+        share_id: CredentialId,
     },
     /// In place of `welcome`: a signer gave the agent a new certificate, with which it logs in again on
     /// the same socket.
@@ -637,6 +667,9 @@ pub struct ListedCredential {
     pub credential: Blob,
     /// How many agents joined by it.
     pub used: u32,
+    /// The sealed ShareRecord of a share.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub record: Option<Blob>,
 }
 
 /// A service as the hub knows it.

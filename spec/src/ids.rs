@@ -47,6 +47,11 @@ hex_newtype!(
     16
 );
 
+impl CredentialId {
+    /// In place of a share's id: none, as between members.
+    pub const NONE: Self = Self([0; 16]);
+}
+
 impl AgentId {
     /// Computes the id of the agent that holds `identity` in `workspace`.
     #[must_use]

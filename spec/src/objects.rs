@@ -514,7 +514,7 @@ impl Body for ServiceRecord {
             agent_id: fields.fixed(3)?,
             counter: fields.uint(4)?,
             epoch: fields.uint(5)?,
-            name: canonical_name(fields.text(6)?)?,
+            name: canonical_name(6, fields.text(6)?)?,
             protocol: fields.text(7)?.to_owned(),
             certificate: Signed::decode(fields.bytes(8)?)?,
             credential: fields.optional_bytes(9)?.map(Signed::decode).transpose()?,
@@ -556,9 +556,9 @@ impl Body for ServiceRecord {
 }
 
 /// A name on the wire is already folded: the folding is for people.
-fn canonical_name(text: &str) -> Result<ServiceName, ObjectError> {
-    let name: ServiceName = text.parse().map_err(|_| ObjectError::Value(6))?;
-    if name.as_str() == text { Ok(name) } else { Err(ObjectError::Value(6)) }
+fn canonical_name(field: u64, text: &str) -> Result<ServiceName, ObjectError> {
+    let name: ServiceName = text.parse().map_err(|_| ObjectError::Value(field))?;
+    if name.as_str() == text { Ok(name) } else { Err(ObjectError::Value(field)) }
 }
 
 /// What an agent publishes about itself, sealed so that the hub cannot read it.
@@ -606,6 +606,51 @@ impl Body for AgentRecord {
             .uint(4, self.epoch)
             .text(5, self.label.as_str())
             .map(6, self.attrs.write())
+            .finish()
+    }
+}
+
+/// What the signer who made a share says of it to the members, sealed under the share's own keys.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ShareRecord {
+    /// The workspace.
+    pub workspace_id: WorkspaceId,
+    /// The share.
+    pub share_id: CredentialId,
+    /// What people call it.
+    pub label: Label,
+    /// What its services were called when it was made, in the order of its credential.
+    pub names: Vec<ServiceName>,
+}
+
+impl Body for ShareRecord {
+    const KIND: &'static str = "share-record";
+    const MAX_BYTES: usize = MAX_OBJECT_BYTES;
+
+    fn decode(body: &[u8]) -> Result<Self, ObjectError> {
+        let mut fields = Fields::decode(body)?;
+        check_version(&mut fields)?;
+        let names = fields.optional_texts(4, MAX_SHARED_SERVICES)?.ok_or(ObjectError::Value(4))?;
+        let record = Self {
+            workspace_id: fields.fixed(1)?,
+            share_id: fields.fixed(2)?,
+            label: fields.text(3)?.parse().map_err(|_| ObjectError::Value(3))?,
+            names: names
+                .into_iter()
+                .map(|name| canonical_name(4, name))
+                .collect::<Result<_, _>>()?,
+        };
+        fields.finish()?;
+        Ok(record)
+    }
+
+    fn encode(&self) -> Vec<u8> {
+        FieldsWriter::new()
+            .uint(0, BODY_VERSION)
+            .bytes(1, &self.workspace_id.0)
+            .bytes(2, &self.share_id.0)
+            .text(3, self.label.as_str())
+            .texts(4, self.names.iter().map(ServiceName::as_str))
             .finish()
     }
 }

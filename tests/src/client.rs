@@ -314,7 +314,7 @@ pub fn tunnel_request(service_id: ServiceId, responder: AgentId) -> TunnelReques
         tunnel_id: TunnelId(random(16).try_into().expect("16 bytes")),
         service_id,
         responder,
-        share_id: CredentialId([0; 16]),
+        share_id: CredentialId::NONE,
         channel_id: ChannelId([1; 16]),
         tunnel_no: 0,
         encoding: Encoding::Base64,

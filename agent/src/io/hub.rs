@@ -57,7 +57,7 @@ pub(crate) struct Greeted {
 pub(crate) struct Invitation {
     pub(crate) genesis: Blob,
     pub(crate) credential: Blob,
-    pub(crate) wrap: control::EpochWrap,
+    pub(crate) wrap: Option<control::EpochWrap>,
 }
 
 /// A logged-in session; closed when dropped.
@@ -77,6 +77,8 @@ pub(crate) enum Incoming {
     LogGrew(Head),
     /// The secrets of an epoch are there for this agent.
     WrapStored,
+    /// A share was made that names a service of this agent.
+    ShareMade,
     /// A reacher asks for a tunnel.
     Tunnel { initiator: AgentId, request: TunnelRequest, ticket: Ticket },
     /// The session is over; the last thing that arrives.
@@ -431,6 +433,7 @@ async fn drive(
                     // Hints both: one that is lost among too many is made up for by the next.
                     Ok(FromHub::LogGrew { head }) => drop(events.try_send(Incoming::LogGrew(head))),
                     Ok(FromHub::WrapStored { .. }) => drop(events.try_send(Incoming::WrapStored)),
+                    Ok(FromHub::ShareMade { .. }) => drop(events.try_send(Incoming::ShareMade)),
                     Ok(FromHub::IncomingTunnel { initiator, request, ticket }) => {
                         let tunnel = Incoming::Tunnel { initiator, request, ticket };
                         // An agent that is too slow to answer loses requests, never the session.

@@ -6,9 +6,9 @@ use std::{
 };
 
 use connect_crypto::{
-    epoch::EpochSecrets,
+    epoch::{EpochSecrets, ShareSecret},
     handshake::{HandshakeError, Local, Received, initiate, receive},
-    invite::{HubAddress, Invite, InviteKeys, InviteSeed},
+    invite::{HubAddress, Invite, InviteKeys, InviteSeed, ShareGrant},
     keys::{RecoveryKey, SigningKey, StaticKeypair, WrapKeypair},
     names::NameKeys,
     transport::{Opener, Transport},
@@ -23,7 +23,7 @@ use connect_spec::{
     log::{EntryHash, Head},
     objects::{
         AgentRecord, AgentRole, Certificate, Credential, CredentialKind, Genesis, Issuer, NoiseKey,
-        ServiceRecord,
+        ServiceRecord, ShareRecord,
     },
     prologue::{Prologue, Realm},
     record::{
@@ -54,6 +54,7 @@ pub(crate) fn files() -> Vec<(String, String)> {
         trust(),
         log::log(),
         invites(),
+        shares(),
         names(),
         epochs(),
         prologues(),
@@ -466,6 +467,17 @@ fn objects() -> File {
         changed.attrs.tags = tags.into_iter().map(str::to_owned).collect();
         refused_object(&mut file, name, &agent.identity, &changed);
     }
+
+    let name = || "prod-db".parse::<ServiceName>().expect("a name");
+    let record = ShareRecord {
+        workspace_id: world.workspace,
+        share_id: share.id(),
+        label: "acme contractor".parse().expect("a label"),
+        names: vec![name()],
+    };
+    object(&mut file, "share record", &world.signer, &record);
+    let changed = ShareRecord { names: vec![name(); 17], ..record };
+    refused_object(&mut file, "a share record of 17 services", &world.signer, &changed);
     file
 }
 
@@ -680,6 +692,29 @@ fn invites() -> File {
         );
     }
 
+    let secret_of_share = secret("share secret");
+    let label = "acme contractor";
+    for (name, hub) in [("of a share", url), ("of a share, with a pinned certificate", &pinned)] {
+        let secret = ShareSecret::from_bytes(secret_of_share.clone());
+        let share = Some(ShareGrant { secret, label: label.parse().expect("a label") });
+        let line = Invite { share, ..world.invite(hub) }.reveal();
+        let read: Invite = line.parse().expect("just written");
+        let seed = hex(read.seed.as_bytes().as_slice());
+        let share = read.share.expect("it is one");
+        assert_eq!(**share.secret.as_bytes(), *secret_of_share, "{name}");
+        file.valid(
+            name,
+            json!({
+                "invite": *line,
+                "hub_url": read.hub.url,
+                "pin": read.hub.pin.map(hex),
+                "seed": seed,
+                "share_secret": hex(secret_of_share.as_slice()),
+                "label": share.label,
+            }),
+        );
+    }
+
     let optional = FieldsWriter::new()
         .uint(0, 1u8)
         .text(1, url)
@@ -752,7 +787,25 @@ fn invites() -> File {
     refuse("hub URL of 256 characters", &invite_line(&body(1, &long_url, head, &seed)));
     let not_genesis = Head { seq: 0, hash: EntryHash(bytes("other")) };
     refuse("head 0 that is not the genesis", &invite_line(&body(1, url, not_genesis, &seed)));
-    refuse("unknown critical field", &invite_line(&with_field(&sound, &[0x08, 0x00])));
+    refuse("unknown critical field", &invite_line(&with_field(&sound, &[0x0a, 0x00])));
+    let share = |secret: &[u8], label: Option<&str>| {
+        let map = FieldsWriter::new()
+            .uint(0, 1u8)
+            .text(1, url)
+            .bytes(3, &genesis)
+            .uint(4, head.seq)
+            .bytes(5, &head.hash.0)
+            .bytes(7, &seed)
+            .bytes(8, secret);
+        invite_line(&map.optional(label, |map, label| map.text(9, label)).finish())
+    };
+    assert!(share(&[1; 32], Some("x")).parse::<Invite>().is_ok());
+    refuse("share without a label", &share(&[1; 32], None));
+    refuse("share whose label is empty", &share(&[1; 32], Some("")));
+    refuse("share whose label has a line break", &share(&[1; 32], Some("a\nb")));
+    refuse("share secret of 31 bytes", &share(&[1; 31], Some("x")));
+    let label_alone = with_field(&sound, &[0x09, 0x61, b'x']);
+    refuse("label without a share secret", &invite_line(&label_alone));
     let padding_bits = other_padding(&invite_line(&sound));
     refuse("padding bits that are not zero", &padding_bits);
 
@@ -770,6 +823,73 @@ fn invites() -> File {
         let name = format!("hub address `{hub}`");
         file.invalid(&name, parsed, json!({ "hub_address": hub }));
     }
+    file
+}
+
+fn shares() -> File {
+    let world = World::new();
+    let share = world.admission("share", CredentialKind::Share);
+    let (workspace, id) = (world.workspace, share.credential.object().id());
+    let realm = world.epoch.realm.as_bytes();
+    let secret = ShareSecret::derive(&world.epoch.realm, &id);
+    let secrets = secret.secrets();
+    let derived = kdf(realm, &[b"share ".as_slice(), &id.0].concat());
+    assert_eq!(**secret.as_bytes(), derived);
+    assert_eq!(**secrets.realm.as_bytes(), kdf(&derived, b"share realm"));
+    assert_eq!(**secrets.names.as_bytes(), kdf(&derived, b"share names"));
+    let keys = NameKeys::derive(&secrets.names);
+    let issuer = world.signer.public();
+    let mut file = File::new(
+        "shares",
+        "What follows from a share's id and the realm secret M, and the record that its signer leaves for \
+         the members: `sealed` is nonce 24 || ciphertext",
+    )
+    .given(json!({
+        "realm_secret": hex(realm.as_slice()),
+        "workspace_id": hex(workspace.0),
+        "share_id": hex(id.0),
+        "share_secret": hex(derived),
+        "share_realm_secret": hex(secrets.realm.as_bytes().as_slice()),
+        "share_name_source": hex(secrets.names.as_bytes().as_slice()),
+        "issuer": hex(issuer.0),
+    }));
+    let name: ServiceName = "prod-db".parse().expect("a name");
+    file.valid(
+        "lookup tag of a shared service",
+        json!({ "service_name": name, "tag": hex(keys.tag(&name).0) }),
+    );
+    let record = ShareRecord {
+        workspace_id: workspace,
+        share_id: id,
+        label: "acme contractor".parse().expect("a label"),
+        names: vec![name],
+    };
+    let rng = &mut TestRng::new("shares");
+    let signed = world.signer.sign(&record);
+    let sealed = keys.seal_share(&signed, rng).expect("it fits");
+    let describe = |workspace: WorkspaceId, id: CredentialId, sealed: &[u8]| {
+        json!({ "workspace_id": hex(workspace.0), "share_id": hex(id.0), "sealed": hex(sealed) })
+    };
+    assert_eq!(keys.open_share(&workspace, id, &issuer, &sealed).expect("just sealed"), signed);
+    let object = json!({ "object": hex(signed.encode()) });
+    file.valid("record of a share", merged(&[describe(workspace, id, &sealed.0), object]));
+
+    let mut refuse = |name: &str, workspace: WorkspaceId, id: CredentialId, sealed: &[u8]| {
+        let opened = keys.open_share(&workspace, id, &issuer, &sealed.to_vec().into());
+        file.invalid(name, opened, describe(workspace, id, sealed));
+    };
+    let other = CredentialId(bytes("other"));
+    refuse("moved to another workspace", WorkspaceId(bytes("other")), id, &sealed.0);
+    refuse("moved to another share", workspace, other, &sealed.0);
+    refuse("changed", workspace, id, &flipped(&sealed.0, 30));
+    refuse("cut", workspace, id, &shorter(&sealed.0));
+    refuse("nothing", workspace, id, &[]);
+    let stranger = world.member("stranger");
+    let forged = keys.seal_share(&stranger.identity.sign(&record), rng).expect("it fits");
+    refuse("signed by a member that did not make the share", workspace, id, &forged.0);
+    let of_other = world.signer.sign(&ShareRecord { share_id: other, ..record });
+    let of_other = keys.seal_share(&of_other, rng).expect("it fits");
+    refuse("record of another share", workspace, id, &of_other.0);
     file
 }
 

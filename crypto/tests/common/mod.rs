@@ -265,7 +265,7 @@ impl World {
             service_id: ServiceId(bytes("service")),
             initiator: initiator.id(),
             responder: responder.id(),
-            share_id: CredentialId([0; 16]),
+            share_id: CredentialId::NONE,
             channel_id: ChannelId(bytes("channel")),
             tunnel_no: 0,
             rekey: 0,
@@ -306,6 +306,7 @@ impl World {
     pub fn invite(&self, hub: &str) -> Invite {
         let hub: HubAddress = hub.parse().expect("a hub address");
         let seed = InviteSeed::from_bytes(secret("invite seed"));
-        Invite { hub, workspace_id: self.workspace, head: self.head(), seed, tags: Vec::new() }
+        let tags = Vec::new();
+        Invite { hub, workspace_id: self.workspace, head: self.head(), seed, tags, share: None }
     }
 }

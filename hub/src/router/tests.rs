@@ -32,7 +32,7 @@ fn request(tunnel: u8) -> TunnelRequest {
         tunnel_id: TunnelId([tunnel; 16]),
         service_id: SERVICE,
         responder: EXPOSER,
-        share_id: CredentialId([0; 16]),
+        share_id: CredentialId::NONE,
         channel_id: connect_spec::ids::ChannelId([9; 16]),
         tunnel_no: 0,
         encoding: Encoding::Base64,

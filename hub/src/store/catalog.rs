@@ -75,6 +75,14 @@ const TABLES: &[Table] = &[
     isolated("log_entries", &[("SELECT", ALL), ("INSERT", ALL), ("DELETE", ALL)]),
     isolated("services", &[("SELECT", ALL), ("INSERT", ALL), ("UPDATE", ALL), ("DELETE", ALL)]),
     isolated(
+        "shared_services",
+        &[
+            ("SELECT", ALL),
+            ("INSERT", ALL),
+            ("UPDATE", &["record", "record_counter", "record_epoch", "tag"]),
+        ],
+    ),
+    isolated(
         "workspaces",
         &[
             ("SELECT", ALL),

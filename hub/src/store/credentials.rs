@@ -26,9 +26,25 @@ pub struct NewCredential<'a> {
     pub join_until: i64,
     /// Unix time after which certificates made under it are invalid.
     pub certs_end: i64,
-    /// For an invite to be used: the public key to which later epochs are wrapped, and M and W of the
-    /// current one. Without them it is stored as used up.
-    pub open: Option<(&'a [u8], &'a EpochWrap)>,
+    /// What lets it be used. Without that it is stored as used up.
+    pub open: Option<Opening<'a>>,
+}
+
+/// What comes with a credential that is to be used.
+#[derive(Debug, Clone, Copy)]
+pub enum Opening<'a> {
+    /// With an invite.
+    Invite {
+        /// The public key to which later epochs are wrapped.
+        wrap_key: &'a [u8],
+        /// M and W of the current one.
+        wrap: &'a EpochWrap,
+    },
+    /// With a share.
+    Share {
+        /// The sealed ShareRecord.
+        record: &'a [u8],
+    },
 }
 
 /// A credential as stored.
@@ -59,10 +75,16 @@ impl WorkspaceTx {
     /// [`StoreError::Database`].
     pub async fn insert_credential(&mut self, new: &NewCredential<'_>) -> Result<bool, StoreError> {
         let workspace = self.id();
+        let (wrap_key, wrap, record) = match new.open {
+            Some(Opening::Invite { wrap_key, wrap }) => (Some(wrap_key), Some(wrap), None),
+            Some(Opening::Share { record }) => (None, None, Some(record)),
+            None => (None, None, None),
+        };
         let inserted = sqlx::query(
             "INSERT INTO connect.credentials
-                 (workspace_id, credential_id, credential, kind, uses, used, join_until, certs_end, wrap_key)
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+                 (workspace_id, credential_id, credential, kind, uses, used, join_until, certs_end, wrap_key,
+                  record)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
              ON CONFLICT DO NOTHING",
         )
         .bind(&workspace)
@@ -73,13 +95,14 @@ impl WorkspaceTx {
         .bind(if new.open.is_some() { 0 } else { i64::from(new.uses) })
         .bind(new.join_until)
         .bind(new.certs_end)
-        .bind(new.open.map(|(wrap_key, _)| wrap_key))
+        .bind(wrap_key)
+        .bind(record)
         .execute(self.connection())
         .await?;
         if inserted.rows_affected() == 0 {
             return Ok(false);
         }
-        let Some((_, wrap)) = new.open else {
+        let Some(wrap) = wrap else {
             return Ok(true);
         };
         sqlx::query(
@@ -188,8 +211,8 @@ impl WorkspaceTx {
         limit: i64,
     ) -> Result<Vec<(CredentialId, ListedCredential)>, StoreError> {
         let workspace = self.id();
-        let rows: Vec<(Vec<u8>, Vec<u8>, i64)> = sqlx::query_as(
-            "SELECT credential_id, credential, used FROM connect.credentials
+        let rows: Vec<(Vec<u8>, Vec<u8>, i64, Option<Vec<u8>>)> = sqlx::query_as(
+            "SELECT credential_id, credential, used, record FROM connect.credentials
              WHERE workspace_id = $1 AND ($2::bytea IS NULL OR credential_id > $2)
                AND ($4::smallint IS NULL OR kind = $4)
              ORDER BY credential_id LIMIT $3",
@@ -201,11 +224,11 @@ impl WorkspaceTx {
         .fetch_all(self.connection())
         .await?;
         rows.into_iter()
-            .map(|(id, credential, used)| {
-                let credential = credential.into();
+            .map(|(id, credential, used, record)| {
+                let (credential, record) = (credential.into(), record.map(Into::into));
                 Ok((
                     CredentialId(fixed(&id, "credential_id")?),
-                    ListedCredential { credential, used: unsigned(used, "used")? },
+                    ListedCredential { credential, used: unsigned(used, "used")?, record },
                 ))
             })
             .collect()

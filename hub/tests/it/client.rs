@@ -247,10 +247,13 @@ impl Invite {
     }
 
     pub(crate) fn request(&self) -> Request {
-        Request::CreateCredential {
-            credential: self.credential.encode().into(),
-            wrap_key: wrap_key(9).encode().into(),
-            wrap: wrap(),
+        let credential = self.credential.encode().into();
+        match self.credential.object().kind {
+            CredentialKind::Invite => {
+                let wrap_key = wrap_key(9).encode().into();
+                Request::CreateCredential { credential, wrap_key, wrap: wrap() }
+            }
+            CredentialKind::Share => Request::CreateShare { credential, record: vec![7; 64].into() },
         }
     }
 }
@@ -490,7 +493,9 @@ impl Control {
         loop {
             match self.receive().await {
                 FromHub::Reply { id, reply } if id == asked => return reply,
-                event @ (FromHub::LogGrew { .. } | FromHub::WrapStored { .. }) => {
+                event @ (FromHub::LogGrew { .. }
+                | FromHub::WrapStored { .. }
+                | FromHub::ShareMade { .. }) => {
                     self.events.push_back(event);
                 }
                 other => panic!("{other:?}"),

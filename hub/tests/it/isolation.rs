@@ -10,8 +10,8 @@ use connect_hub::{
         TRANSACTIONS_PER_WORKSPACE,
     },
     store::{
-        APP_ROLE, AgentLogin, Exposed, NewCredential, Store, StoreError, Upserted, WorkspaceTx,
-        create_token, latest_version, migrate,
+        APP_ROLE, AgentLogin, Exposed, NewCredential, Opening, Store, StoreError, Upserted,
+        WorkspaceTx, create_token, latest_version, migrate,
     },
 };
 use connect_spec::{
@@ -124,11 +124,12 @@ pub(crate) async fn populate(store: &Store, workspace: WorkspaceId) {
         uses: 1,
         join_until: 10,
         certs_end: 20,
-        open: Some((&[3], &wrap)),
+        open: Some(Opening::Invite { wrap_key: &[3], wrap: &wrap }),
     };
     assert!(tx.insert_credential(&credential).await.unwrap());
     insert_agent(&mut tx, AGENT, Some(CREDENTIAL)).await;
     assert_eq!(tx.expose(AGENT, SERVICE, TAG, &record(1)).await.unwrap(), Exposed::New);
+    assert!(tx.expose_to_share(CREDENTIAL, SERVICE, TAG, &record(1)).await.unwrap());
     tx.append_to_log(&[entry(workspace)]).await.unwrap();
     let key = ApiKey::new(workspace.0);
     tx.insert_api_key(AGENT, &key, &[Scope::Read], Duration::from_secs(60)).await.unwrap();

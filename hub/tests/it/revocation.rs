@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use connect_spec::{
     bytes::Blob,
-    control::{ErrorCode, FromHub, Reply, Request, SessionKind, close},
+    control::{ErrorCode, FromHub, Reply, Request, SealedRecord, SessionKind, close},
     encoding::Encoding,
-    ids::{AgentId, CredentialId},
+    ids::{AgentId, CredentialId, LookupTag, ServiceId},
     limits::MAX_BEATS,
     log::{Change, Head, LogEntry, ObjectHash},
     objects::SignerRole,
@@ -21,6 +21,9 @@ use crate::{
     template::place,
     tunnels::{SERVICE, TAG, World, dial, expect_close, open},
 };
+
+/// A service that no share names.
+const OTHER: ServiceId = ServiceId([0xee; 16]);
 
 fn revoke(agent: &Agent, below_serial: Option<u64>) -> Change {
     Change::RevokeAgent { agent_id: agent.id, below_serial }
@@ -374,6 +377,7 @@ async fn a_guest_has_no_part_in_the_workspace() {
         Request::MissingWraps { epoch: 0 },
         Request::StoreWraps { wraps: vec![] },
         Request::Credentials { after: None },
+        Request::Shares { after: None },
         Request::Certify {
             certificate: workspace.renewed(&founder, &workspace.signer, 1).certificate(),
         },
@@ -389,6 +393,50 @@ async fn a_guest_has_no_part_in_the_workspace() {
         }
         other => panic!("{other:?}"),
     }
+    // Of the services it sees those of its share, and them as their exposer sealed them for it.
+    let listed = |reply| match reply {
+        Reply::Services { services, more: false } => services,
+        other => panic!("{other:?}"),
+    };
+    control.done(expose(SERVICE, TAG, 1)).await;
+    control.done(expose(OTHER, LookupTag([9; 16]), 1)).await;
+    assert_eq!(listed(visiting.request(Request::Services { after: None }).await), []);
+    let publish = |share_id, service_id, counter| Request::ExposeToShare {
+        share_id,
+        service_id,
+        tag: LookupTag([8; 16]),
+        record: SealedRecord { epoch: 0, counter, sealed: vec![3; 40].into() },
+    };
+    control.done(publish(share.id(), SERVICE, 2)).await;
+    assert_eq!(control.refused(publish(share.id(), SERVICE, 1)).await, ErrorCode::Stale);
+    for (share_id, service_id) in [(share.id(), OTHER), (CredentialId([1; 16]), SERVICE)] {
+        let refused = control.refused(publish(share_id, service_id, 3)).await;
+        assert_eq!(refused, ErrorCode::NotFound);
+    }
+    assert_eq!(visiting.refused(publish(share.id(), SERVICE, 3)).await, ErrorCode::NotFound);
+    let shown = listed(visiting.request(Request::Services { after: None }).await);
+    assert_eq!(shown.len(), 1);
+    let shown = (shown[0].service_id, shown[0].agent_id, shown[0].record.sealed.clone());
+    assert_eq!(shown, (SERVICE, founder.id, vec![3; 40].into()));
+    for (tag, found) in [(LookupTag([8; 16]), 1), (TAG, 0), (LookupTag([9; 16]), 0)] {
+        assert_eq!(listed(visiting.request(Request::Lookup { tag }).await).len(), found);
+    }
+    assert_eq!(listed(control.request(Request::Lookup { tag: LookupTag([8; 16]) }).await), []);
+    // Members list it with its record; a share made later is announced to those whom it names.
+    match control.request(Request::Shares { after: None }).await {
+        Reply::Credentials { credentials, more: false } => {
+            assert_eq!(credentials.len(), 1);
+            assert_eq!(credentials[0].record, Some(vec![7; 64].into()));
+        }
+        other => panic!("{other:?}"),
+    }
+    let second = workspace.share(SERVICE);
+    let id = control.ask(second.request()).await;
+    assert_eq!(control.receive().await, FromHub::ShareMade { share_id: second.id() });
+    assert_eq!(control.receive().await, FromHub::Reply { id, reply: Reply::Done });
+    // With the service, what guests see of it is gone.
+    control.done(Request::Unexpose { service_id: SERVICE }).await;
+    assert_eq!(listed(visiting.request(Request::Services { after: None }).await), []);
     // Closing the share is how it is revoked.
     let change = close_credential(share.id(), vec![]);
     append(&mut control, &workspace, workspace.head(), change).await;

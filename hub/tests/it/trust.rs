@@ -368,7 +368,7 @@ async fn wraps_reach_whom_they_are_for() {
     // The newest is what a joiner gets, and one that is there is replaced.
     let mut joiner = Control::connect(hub.agents).await;
     match joiner.redeem(&workspace, &open).await {
-        FromHub::Invitation { wrap: found, .. } => assert_eq!(found, wrap(1, 2)),
+        FromHub::Invitation { wrap: found, .. } => assert_eq!(found, Some(wrap(1, 2))),
         other => panic!("{other:?}"),
     }
     let again = addressed(Recipient::Agent(other.id), wrap(1, 3));

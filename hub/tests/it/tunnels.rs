@@ -35,7 +35,7 @@ pub(crate) fn open(tunnel: u8, service_id: ServiceId, responder: AgentId) -> Tun
         tunnel_id: TunnelId([tunnel; 16]),
         service_id,
         responder,
-        share_id: CredentialId([0; 16]),
+        share_id: CredentialId::NONE,
         channel_id: ChannelId([8; 16]),
         tunnel_no: 0,
         encoding: Encoding::Base64,

@@ -616,7 +616,10 @@ impl Core {
                 "more guests come by a share than it is for: its code is in other hands, and the hub lets \
                  them join"
             );
-            return Err(Error::new(ErrorKind::Refused, "the share has as many guests as it is for"));
+            return Err(Error::new(
+                ErrorKind::Refused,
+                "the share has as many guests as it is for",
+            ));
         }
         guests.insert(peer.agent_id());
         self.home.save_peers(&peers)

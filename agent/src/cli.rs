@@ -42,7 +42,7 @@ pub(crate) enum Command {
     Init(Init),
     /// Make a code by which another machine joins; prints the code alone.
     Invite(Invite),
-    /// Join a workspace by a code.
+    /// Join a workspace by a code, or become the guest of a share.
     Join(Join),
     /// Run the agent: connect, and restore what was exposed and reached.
     Up(Up),
@@ -66,6 +66,20 @@ pub(crate) enum Command {
     Services,
     /// List the agents of the workspace.
     Agents,
+    /// Let somebody outside the workspace reach some services for a while; prints the code for it alone.
+    Share(Share),
+    /// List the shares of the workspace, and those that this home joined.
+    Shares,
+    /// End a share at once: its guests lose what they reach.
+    Unshare {
+        /// Its label or id.
+        share: String,
+    },
+    /// Forget a share that this home joined.
+    Leave {
+        /// Its label or id.
+        share: String,
+    },
     /// Look after the workspace's trust log and the keys that sign it.
     #[command(subcommand)]
     Trust(Trust),
@@ -182,6 +196,22 @@ pub(crate) struct Invite {
     /// Tag of whoever joins, for `connect expose --allow`; repeatable.
     #[arg(long = "tag")]
     pub(crate) tags: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Share {
+    /// The services.
+    #[arg(required = true, num_args = 1..=16)]
+    pub(crate) services: Vec<ServiceName>,
+    /// How long it counts, from joining to reaching: `12h`, `7d`, up to `90d`.
+    #[arg(long, default_value = "7d", value_parser = duration)]
+    pub(crate) expires: Duration,
+    /// What it is called, here and by its guest [default: the first service].
+    #[arg(long)]
+    pub(crate) name: Option<Label>,
+    /// How many machines may join by it.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) uses: u32,
 }
 
 #[derive(Debug, Subcommand)]
@@ -328,6 +358,9 @@ pub(crate) struct Reach {
     /// Local port [default: the one of last time, else the service's own, else a free one].
     #[arg(long)]
     pub(crate) port: Option<u16>,
+    /// Reach it by this share that this home joined [default: the own workspace first].
+    #[arg(long, value_name = "LABEL")]
+    pub(crate) share: Option<String>,
     /// Take it as it is that another agent exposes the name than when it was last reached.
     #[arg(long)]
     pub(crate) accept_new: bool,

@@ -13,7 +13,7 @@ use std::{
 use clap::CommandFactory;
 use connect_agent::{
     AuditReader, Directory, Error, ErrorKind, Governor, Home, HomeLock, Host, HubCa, Keep, Options,
-    RekeyAfter, Result,
+    Reaching, RekeyAfter, Result,
     local::{self, Answer, Command as Ask},
 };
 use connect_crypto::words::workspace_words;
@@ -31,6 +31,7 @@ use crate::{
     cli::{self, AuditCommand, Cli, Command, Encoding, Trust},
     output::{self, Output},
     passphrase::Source,
+    sharing,
 };
 
 /// Another process that holds the lock has its socket, or is gone, within this time.
@@ -64,9 +65,13 @@ pub(crate) async fn run(cli: Cli, output: Output) -> Result<()> {
         Command::Unreach { name } => tell(&home, &Ask::Unreach { name }).await,
         Command::Services => {
             output::log_to_stderr("warn");
-            output.services(&Directory::open(&home).await?.services().await?);
+            output.services(&sharing::services(&home).await?);
             Ok(())
         }
+        Command::Share(share) => sharing::share(&home, share, &passphrase, output).await,
+        Command::Shares => sharing::list(&home, output).await,
+        Command::Unshare { share } => sharing::unshare(&home, &share, &passphrase, output).await,
+        Command::Leave { share } => sharing::leave(&home, &share, output).await,
         Command::Agents => {
             output::log_to_stderr("warn");
             output.agents(&Directory::open(&home).await?.agents().await?);
@@ -161,7 +166,7 @@ async fn run_invite(
 }
 
 /// Lets the signer of this home work.
-async fn govern(home: &Home, passphrase: &Source) -> Result<Governor> {
+pub(crate) async fn govern(home: &Home, passphrase: &Source) -> Result<Governor> {
     output::log_to_stderr("warn");
     Governor::new(Directory::open(home).await?, || passphrase.current())
 }
@@ -355,6 +360,11 @@ async fn run_join(home: &Home, join: cli::Join, output: Output) -> Result<()> {
     };
     let label = join.label.unwrap_or_else(host_label);
     let identity = connect_agent::join(home, &code, read_ca(&join.ca)?, &label).await?;
+    if identity.share_id().is_some() {
+        // An agent that does not answer finds the share when it starts.
+        let told = local::ask(home, &Ask::LookAtShares).await;
+        tracing::debug!(told = told.is_ok(), "the agent was told of the share");
+    }
     output.joined(&identity);
     Ok(())
 }
@@ -562,8 +572,8 @@ fn default_name(target: &connect_agent::Target) -> ServiceName {
 }
 
 async fn run_reach(home: Home, reach: cli::Reach, output: Output) -> Result<()> {
-    let command =
-        Ask::Reach { name: reach.name.clone(), port: reach.port, accept_new: reach.accept_new };
+    let cli::Reach { name, share, port, accept_new, run } = reach;
+    let command = Ask::Reach { name: name.clone(), share: share.clone(), port, accept_new };
     let lock = match attach_or_lock(&home, &command).await? {
         Attached::Lock(lock) => lock,
         Attached::Answer(answer) => {
@@ -575,9 +585,9 @@ async fn run_reach(home: Home, reach: cli::Reach, output: Output) -> Result<()> 
         }
     };
     output::log_to_stderr("warn");
-    let host = start(home, lock, reach.run.encoding, Options::ROTATE_AFTER).await?;
-    let reach_it =
-        async || host.reach(reach.name.clone(), reach.port, reach.accept_new, Keep::ThisRun).await;
+    let host = start(home, lock, run.encoding, Options::ROTATE_AFTER).await?;
+    let reaching = Reaching { name, share, port, accept_new };
+    let reach_it = async || host.reach(&reaching, Keep::ThisRun).await;
     let served = foreground(&host, output, reach_it, |reached| output.reached(reached)).await;
     host.stop().await;
     served

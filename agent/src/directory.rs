@@ -64,6 +64,9 @@ pub struct ServiceInfo {
     pub protocol: String,
     /// Whether the target answered when the exposer last looked.
     pub target_ok: Option<bool>,
+    /// What the share is called by which a guest reaches it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub share: Option<String>,
 }
 
 /// An agent, for people.
@@ -295,8 +298,9 @@ impl Directory {
     /// As a request to the hub.
     pub async fn services(&self) -> Result<Vec<ServiceInfo>> {
         // A guest is not told who else is there.
-        let is_guest = self.workspace.identity().share_id().is_some();
-        let agents = if is_guest { Vec::new() } else { self.agents().await? };
+        let identity = self.workspace.identity();
+        let share = identity.share_id().map(|_| identity.share_name());
+        let agents = if share.is_some() { Vec::new() } else { self.agents().await? };
         let labels: BTreeMap<AgentId, String> =
             agents.into_iter().map(|agent| (agent.agent_id, agent.label)).collect();
         let mut all = Vec::new();
@@ -321,6 +325,7 @@ impl Directory {
                         online,
                         protocol: record.protocol,
                         target_ok: record.target_ok,
+                        share: share.clone(),
                     }),
                     Err(error) => {
                         tracing::warn!(event = "left_out", %error, "a service was left out")

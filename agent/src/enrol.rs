@@ -91,8 +91,7 @@ pub async fn init(
         Presented { certificate, credential: None, noise_key: keys.noise_key(workspace_id) };
     let epochs = Epochs::only(0, epoch);
     let hub = hub.clone();
-    let joined =
-        Joined { hub, hub_ca: ca, epochs, presented, attrs, log, share_label: None };
+    let joined = Joined { hub, hub_ca: ca, epochs, presented, attrs, log, share_label: None };
     let (identity, log) = keys.into_identity(joined, label);
     let agent_id = identity.agent_id;
     let signer = Arc::new(signer);

@@ -811,7 +811,10 @@ impl Door {
 
 #[cfg(test)]
 mod tests {
+    use connect_spec::objects::CredentialKind;
+
     use super::*;
+    use crate::common::{self, World};
 
     fn tunnel(number: u32) -> TunnelId {
         let mut id = [0; 16];
@@ -824,6 +827,39 @@ mod tests {
     #[track_caller]
     fn refused(result: Result<(), Refusal>, expected: ErrorCode) {
         assert_eq!(result.err().map(|refusal| refusal.code), Some(expected));
+    }
+
+    #[test]
+    fn guests_use_what_their_share_names_and_under_its_secrets_alone() {
+        let world = World::new();
+        let [named, other] = ["named", "other"].map(|name| {
+            let id = ServiceId(common::bytes(name));
+            let target = "localhost:1".parse().expect("a target");
+            Exposed::new(name.parse().expect("a name"), id, target, BTreeSet::new())
+        });
+        let mut share = world.admission("share", CredentialKind::Share);
+        let credential = Credential {
+            services: Some(vec![named.service_id]),
+            ..share.credential.object().clone()
+        };
+        share.credential = world.signer.sign(&credential);
+        let verified = |agent: &common::Agent| {
+            let state = world.trust.clone();
+            state.verify_peer(agent.id(), agent.presented.clone(), common::NOW).expect("trusted")
+        };
+        let (guest, member) = (world.joined("guest", &share), world.member("member"));
+        let (guest, member) = (verified(&guest), verified(&member));
+        let check = |service: &Exposed, peer: &VerifiedPeer, share_id, expected| {
+            let refused = authorise(service, peer, &[], share_id).err().map(|refusal| refusal.code);
+            assert_eq!(refused, expected);
+        };
+        let (id, none) = (credential.id(), CredentialId::NONE);
+        check(&named, &guest, id, None);
+        check(&other, &guest, id, Some(ErrorCode::Forbidden));
+        check(&named, &guest, none, Some(ErrorCode::Refused));
+        check(&named, &guest, CredentialId(common::bytes("x")), Some(ErrorCode::Refused));
+        check(&named, &member, none, None);
+        check(&named, &member, id, Some(ErrorCode::Refused));
     }
 
     #[test]

@@ -545,10 +545,7 @@ fn is_over(credential: &Credential, used: u32, now: UnixTime) -> bool {
 }
 
 /// The certificates of those who joined by an invite in time: what its closure keeps.
-fn joined_by(
-    credential: &Signed<Credential>,
-    members: &[ListedMember],
-) -> Result<Vec<ObjectHash>> {
+fn joined_by(credential: &Signed<Credential>, members: &[ListedMember]) -> Result<Vec<ObjectHash>> {
     let object = credential.object();
     let mut joined: Vec<_> = members
         .iter()

@@ -184,11 +184,32 @@ impl Home {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(error) => return Err(error.into()),
         };
-        let mut dirs = entries
-            .map(|entry| entry.map(|entry| entry.path()))
-            .collect::<io::Result<Vec<_>>>()?;
+        let mut dirs =
+            entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>()?;
         dirs.sort();
         Ok(dirs.into_iter().map(Self::at).filter(Self::is_enrolled).collect())
+    }
+
+    /// Forgets a share, named by its label or id, while no agent runs here.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] when none, or more than one, is called so; or the home cannot be written.
+    pub fn leave(&self, wanted: &str) -> Result<()> {
+        let mut found = Vec::new();
+        for share in self.shares()? {
+            if share.load()?.is_share(wanted) {
+                found.push(share);
+            }
+        }
+        self.forget_share(&one_share(found, wanted)?)
+    }
+
+    /// Removes the home of a share with everything in it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Other`] when it cannot be removed.
+    pub(crate) fn forget_share(&self, share: &Self) -> Result<()> {
+        fs::remove_dir_all(share.dir()).map_err(|error| self.unwritable(&error))
     }
 
     /// The directory.
@@ -760,6 +781,23 @@ impl SecretFile {
                 Ok((number, digits_of(name, digits)?))
             })
             .collect()
+    }
+}
+
+/// The one share that was found under a label or id.
+pub(crate) fn one_share<T>(mut found: Vec<T>, wanted: &str) -> Result<T> {
+    match (found.pop(), found.len()) {
+        (Some(share), 0) => Ok(share),
+        (None, _) => Err(Error::new(
+            ErrorKind::Usage,
+            format_args!("this home joined no share that is called `{wanted}`"),
+        )
+        .hint("`connect shares` lists them")),
+        (Some(_), others) => Err(Error::new(
+            ErrorKind::Usage,
+            format_args!("{} shares are called `{wanted}`", others + 1),
+        )
+        .hint("name one of them by its id, which `connect shares` shows")),
     }
 }
 

@@ -1,9 +1,9 @@
-//! The process that is the agent of a home: it restores what was exposed and reached, takes commands,
-//! and stops cleanly.
+//! The process that is the agent of a home: it restores what was exposed and reached, in the home's own
+//! workspace and in those that shared something with it, takes commands, and stops cleanly.
 
-use std::{collections::BTreeMap, fs, path::PathBuf, sync::Arc};
+use std::{fs, path::PathBuf, sync::Arc};
 
-use connect_spec::ids::{ServiceId, ServiceName};
+use connect_spec::ids::ServiceName;
 use tokio::{
     io::BufReader,
     net::UnixListener,
@@ -14,12 +14,9 @@ use tokio::{
 use crate::{
     agent::{Agent, Options},
     error::{Error, ErrorKind, Result},
-    exposer::Exposed,
-    forward::{self, Forward},
-    home::{Home, HomeLock, SavedExpose, SavedReach},
-    local::{self, AgentStatus, Answer, Command, ExposedStatus, ReachedStatus, TrustStatus},
-    random,
-    target::Target,
+    home::{Home, HomeLock, one_share},
+    local::{self, AgentStatus, Answer, Command, ExposedStatus, ReachedStatus},
+    membership::Membership,
 };
 
 /// Whether an item comes back at the next start.
@@ -31,11 +28,27 @@ pub enum Keep {
     ThisRun,
 }
 
-/// An agent with its local ports and its command socket.
+/// What is to be reached.
+#[derive(Debug, Clone)]
+pub struct Reaching {
+    /// The service.
+    pub name: ServiceName,
+    /// Label or id of the share that it is reached by; otherwise the own workspace comes first.
+    pub share: Option<String>,
+    /// The local port, if a certain one is wanted.
+    pub port: Option<u16>,
+    /// Whether another agent may expose the name than when it was last reached.
+    pub accept_new: bool,
+}
+
+/// The memberships of a home with their command socket.
 #[derive(Debug)]
 pub struct Host {
-    agent: Agent,
-    forwards: Mutex<BTreeMap<ServiceName, Forward>>,
+    home: Home,
+    options: Options,
+    own: Membership,
+    /// Where the owner of the home is a guest.
+    shares: Mutex<Vec<Arc<Membership>>>,
     socket: PathBuf,
     listener: UnixListener,
     down: Notify,
@@ -47,41 +60,64 @@ impl Host {
     /// # Errors
     /// As [`Agent::start`]; or the command socket cannot be made.
     pub async fn start(home: Home, lock: HomeLock, options: Options) -> Result<Arc<Self>> {
-        let agent = Agent::start(home, lock, options)?;
-        let core = agent.core();
-        let socket = core.home.socket_path()?;
-        let listener = local::listen(&socket)?;
-        let saved = core.state().clone();
-        for expose in saved.exposes {
-            match expose.target.parse() {
-                Ok(target) => core.exposer.add(Arc::new(Exposed::new(
-                    expose.name,
-                    expose.service_id,
-                    target,
-                    expose.allow.into_iter().collect(),
-                ))),
-                Err(error) => tracing::error!(service = %expose.name, %error, "not restored"),
-            }
-        }
+        let socket = home.socket_path()?;
+        let own = Membership::start(home.clone(), lock, options).await?;
         let host = Arc::new(Self {
-            forwards: Mutex::default(),
+            home,
+            options,
+            own,
+            shares: Mutex::default(),
+            listener: local::listen(&socket)?,
             socket,
-            listener,
             down: Notify::new(),
-            agent,
         });
-        for SavedReach { name, port } in saved.reaches {
-            if let Err(error) = host.listen_for(&name, port, None).await {
-                tracing::error!(service = %name, %error, "not restored");
-            }
+        if let Err(error) = host.look_at_shares().await {
+            tracing::error!(%error, "the shares are left out");
         }
         Ok(host)
     }
 
-    /// The agent.
+    /// The agent of the home itself.
     #[must_use]
     pub fn agent(&self) -> &Agent {
-        &self.agent
+        self.own.agent()
+    }
+
+    /// Begins to be a guest by every share that was joined since.
+    async fn look_at_shares(&self) -> Result<()> {
+        let mut running = self.shares.lock().await;
+        for home in self.home.shares()? {
+            if running.iter().any(|share| share.agent().core().home.dir() == home.dir()) {
+                continue;
+            }
+            let dir = home.dir().display().to_string();
+            let started = async {
+                let lock = home.try_lock()?.ok_or_else(|| {
+                    Error::new(ErrorKind::Other, "another process is the agent of this share")
+                })?;
+                Membership::start(home, lock, self.options).await
+            };
+            match started.await {
+                Ok(membership) => running.push(Arc::new(membership)),
+                // One share that is broken must not keep everything else away.
+                Err(error) => tracing::error!(%dir, %error, "a share is left out"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends what the owner of the home reaches by a share, and removes the keys for it.
+    async fn leave(&self, wanted: &str) -> Result<()> {
+        let share = self.share(wanted).await?;
+        share.stop().await;
+        self.shares.lock().await.retain(|other| !Arc::ptr_eq(other, &share));
+        self.home.forget_share(&share.agent().core().home)
+    }
+
+    async fn share(&self, wanted: &str) -> Result<Arc<Membership>> {
+        let shares = self.shares.lock().await.clone();
+        let is_it = |share: &Arc<Membership>| share.agent().core().identity().is_share(wanted);
+        one_share(shares.into_iter().filter(is_it).collect(), wanted)
     }
 
     /// Takes commands until one says [`Command::Down`], or another process took over.
@@ -110,7 +146,7 @@ impl Host {
                     while commands.join_next().await.is_some() {}
                     return Ok(());
                 }
-                () = self.agent.displaced() => {
+                () = self.own.agent().displaced() => {
                     return Err(Error::new(
                         ErrorKind::Other,
                         "another process connected as this agent, and the newest one counts",
@@ -123,8 +159,9 @@ impl Host {
 
     /// Stops the agent and removes its socket.
     pub async fn stop(&self) {
-        self.forwards.lock().await.clear();
-        self.agent.stop().await;
+        let shares = self.shares.lock().await.clone();
+        let stopping = shares.iter().map(|share| share.stop());
+        tokio::join!(self.own.stop(), futures_util::future::join_all(stopping));
         if let Err(error) = fs::remove_file(&self.socket) {
             tracing::debug!(%error, "the command socket was not removed");
         }
@@ -137,15 +174,18 @@ impl Host {
             Command::Expose { name, target, allow, take_over } => {
                 self.expose(name, &target, allow, take_over, Keep::Saved).await.map(Answer::Exposed)
             }
-            Command::Reach { name, port, accept_new } => {
-                self.reach(name, port, accept_new, Keep::Saved).await.map(Answer::Reached)
+            Command::Reach { name, share, port, accept_new } => {
+                let reaching = Reaching { name, share, port, accept_new };
+                self.reach(&reaching, Keep::Saved).await.map(Answer::Reached)
             }
             Command::Unexpose { name } => self.unexpose(&name).await.map(|()| Answer::Done),
             Command::Unreach { name } => self.unreach(&name).await.map(|()| Answer::Done),
             Command::LookAtLog => {
-                self.agent.core().workspace.look_at_log().await.map(|()| Answer::Done)
+                self.agent().core().workspace.look_at_log().await.map(|()| Answer::Done)
             }
-            Command::Rotate => self.agent.rotate().await.map(Answer::Rotated),
+            Command::LookAtShares => self.look_at_shares().await.map(|()| Answer::Done),
+            Command::Leave { share } => self.leave(&share).await.map(|()| Answer::Done),
+            Command::Rotate => self.agent().rotate().await.map(Answer::Rotated),
             Command::Down => {
                 self.down.notify_one();
                 Ok(Answer::Done)
@@ -166,33 +206,7 @@ impl Host {
         take_over: bool,
         keep: Keep,
     ) -> Result<ExposedStatus> {
-        let target: Target = target.parse()?;
-        let core = self.agent.core();
-        // A service that is exposed again is the same service: its id stays.
-        let running = core.exposer.all().into_iter().find(|service| service.name == name);
-        let service_id =
-            running.map_or_else(|| ServiceId(random::bytes()), |service| service.service_id);
-        let service =
-            Exposed::new(name.clone(), service_id, target.clone(), allow.iter().cloned().collect());
-        if keep == Keep::ThisRun {
-            // Should this process be killed, the next one tells the hub. Not before the login, which
-            // tells of everything that is noted and not exposed.
-            self.agent.connected().await?;
-            core.note_withdrawn(service_id)?;
-        }
-        self.agent.expose(service, take_over).await?;
-        if keep == Keep::Saved {
-            let mut state = core.state();
-            state.withdrawn.retain(|withdrawn| *withdrawn != service_id);
-            state.exposes.retain(|saved| saved.name != name);
-            let target = target.to_string();
-            state.exposes.push(SavedExpose { name: name.clone(), target, service_id, allow });
-            core.home.save_state(&state)?;
-        }
-        self.exposed()
-            .into_iter()
-            .find(|exposed| exposed.name == name)
-            .ok_or_else(|| Error::new(ErrorKind::Other, "the service was withdrawn meanwhile"))
+        self.own.expose(name, target, allow, take_over, keep).await
     }
 
     /// Withdraws a service, now and for the next start.
@@ -200,19 +214,7 @@ impl Host {
     /// # Errors
     /// As [`Agent::unexpose`].
     pub async fn unexpose(&self, name: &ServiceName) -> Result<()> {
-        let core = self.agent.core();
-        let mut withdrawn = self.agent.unexpose(name).await;
-        let mut state = core.state();
-        let before = state.exposes.len();
-        state.exposes.retain(|saved| saved.name != *name);
-        if state.exposes.len() < before {
-            core.home.save_state(&state)?;
-            // The hub hears of it at the next login at the latest.
-            if withdrawn.as_ref().is_err_and(|error| error.kind == ErrorKind::ServiceNotFound) {
-                withdrawn = Ok(());
-            }
-        }
-        withdrawn
+        self.own.unexpose(name).await
     }
 
     /// Reaches a service on a local port and waits for its exposer.
@@ -220,151 +222,73 @@ impl Host {
     /// # Errors
     /// [`ErrorKind::ServiceNotFound`] and [`ErrorKind::TrustViolation`], and nothing is kept;
     /// [`ErrorKind::ExposerOffline`], and the port is bound and further tries are made.
-    pub async fn reach(
-        &self,
-        name: ServiceName,
-        port: Option<u16>,
-        accept_new: bool,
-        keep: Keep,
-    ) -> Result<ReachedStatus> {
-        if accept_new {
-            // Begun anew: what is running may have given up on the other agent.
-            self.forwards.lock().await.remove(&name);
-            self.agent.unreach(&name);
-            self.agent.core().unpin(&name);
+    pub async fn reach(&self, reaching: &Reaching, keep: Keep) -> Result<ReachedStatus> {
+        match self.guest_of(reaching).await? {
+            Some(share) => share.reach(reaching, keep).await,
+            None => self.own.reach(reaching, keep).await,
         }
-        let found = self.agent.find(&name).await?;
-        // The port of a target that is down may be free because the exposer is on this very machine: taken
-        // here, the exposer would dial this agent, and so on without end.
-        let down = found.record.target_ok == Some(false);
-        let own = found.record.port_hint.filter(|_| !down);
-        let is_new = self.listen_for(&name, port, own).await?;
-        let ready = self.reached(&name).await.ok_or_else(gone)?.ready().await;
-        if let Err(error) = &ready
-            && is_new
-            && matches!(
-                error.kind,
-                ErrorKind::TrustViolation | ErrorKind::Refused | ErrorKind::ServiceNotFound
-            )
-        {
-            self.forwards.lock().await.remove(&name);
-            self.agent.unreach(&name);
-            return Err(error.clone());
-        }
-        if keep == Keep::Saved {
-            let core = self.agent.core();
-            let mut state = core.state();
-            state.reaches.retain(|saved| saved.name != name);
-            state.reaches.push(SavedReach { name: name.clone(), port });
-            core.home.save_state(&state)?;
-        }
-        ready?;
-        self.all_reached().await.into_iter().find(|reached| reached.name == name).ok_or_else(gone)
     }
 
-    async fn reached(&self, name: &ServiceName) -> Option<crate::Reached> {
-        self.forwards.lock().await.get(name).map(|forward| forward.reached.clone())
-    }
-
-    /// Binds the port of a service and begins to reach it; false for one that is reached so already.
-    async fn listen_for(
-        &self,
-        name: &ServiceName,
-        port: Option<u16>,
-        own: Option<u16>,
-    ) -> Result<bool> {
-        let home = &self.agent.core().home;
-        let mut forwards = self.forwards.lock().await;
-        if let Some(forward) = forwards.get(name)
-            && port.is_none_or(|port| port == forward.address.port())
-        {
-            return Ok(false);
-        }
-        let mut ports = home.load_ports()?;
-        let listener = forward::bind(name, port, own, &ports).await?;
-        let bound = listener.local_addr()?.port();
-        if ports.insert(name.clone(), bound) != Some(bound) {
-            home.save_ports(&ports)?;
-        }
-        let forward = Forward::start(listener, self.agent.reach(name))?;
-        forwards.insert(name.clone(), forward);
-        Ok(true)
-    }
-
-    async fn unreach(&self, name: &ServiceName) -> Result<()> {
-        let removed = self.forwards.lock().await.remove(name);
-        self.agent.unreach(name);
-        let core = self.agent.core();
-        let mut state = core.state();
-        let before = state.reaches.len();
-        state.reaches.retain(|saved| saved.name != *name);
-        if state.reaches.len() < before {
-            core.home.save_state(&state)?;
-        } else if removed.is_none() {
-            return Err(Error::new(
-                ErrorKind::ServiceNotFound,
-                format_args!("this agent does not reach `{name}`"),
-            )
-            .hint("`connect status` lists what it reaches"));
-        }
-        Ok(())
-    }
-
-    fn exposed(&self) -> Vec<ExposedStatus> {
-        let exposed = self.agent.core().exposer.status().into_iter();
-        exposed
-            .map(|(service, streams)| ExposedStatus {
-                name: service.name.clone(),
-                target: service.target.to_string(),
-                service_id: service.service_id,
-                streams,
-                target_ok: service.target_ok(),
-            })
-            .collect()
-    }
-
-    async fn all_reached(&self) -> Vec<ReachedStatus> {
-        let forwards = self.forwards.lock().await;
-        let reached = forwards.iter().map(|(name, forward)| {
-            let status = forward.reached.status();
-            ReachedStatus {
-                name: name.clone(),
-                address: forward.address.to_string(),
-                active: status.active,
-                rtt_ms: status.round_trip.map(|time| time.as_secs_f64() * 1000.0),
-                streams: status.streams,
-                rekeys: status.rekeys,
-                error: status.error,
+    /// By which share a service is reached; `None` for the own workspace, which comes first: whoever gave a
+    /// share must not take a name over that is known there.
+    async fn guest_of(&self, reaching: &Reaching) -> Result<Option<Arc<Membership>>> {
+        if let Some(share) = &reaching.share {
+            if self.agent().core().identity().is_share(share) {
+                return Ok(None);
             }
-        });
-        reached.collect()
+            return self.share(share).await.map(Some);
+        }
+        let shares = self.shares.lock().await.clone();
+        if shares.is_empty() || self.own.knows(&reaching.name).await {
+            return Ok(None);
+        }
+        match self.agent().find(&reaching.name).await {
+            Err(error) if error.kind == ErrorKind::ServiceNotFound => {}
+            Ok(_) | Err(_) => return Ok(None),
+        }
+        let mut found = Vec::new();
+        for share in shares {
+            if share.knows(&reaching.name).await || share.agent().find(&reaching.name).await.is_ok()
+            {
+                found.push(share);
+            }
+        }
+        if found.len() > 1 {
+            let labels: Vec<_> =
+                found.iter().map(|share| share.agent().core().identity().share_name()).collect();
+            return Err(Error::new(
+                ErrorKind::Usage,
+                format_args!("{} shares have a `{}`", found.len(), reaching.name),
+            )
+            .hint(format_args!("say which: `--share` with one of {}", labels.join(", "))));
+        }
+        Ok(found.pop())
+    }
+
+    /// Reaches a service no longer, now and at the next start.
+    async fn unreach(&self, name: &ServiceName) -> Result<()> {
+        let own = self.own.unreach(name).await;
+        let not_own = |result: &Result<()>| {
+            result.as_ref().is_err_and(|error| error.kind == ErrorKind::ServiceNotFound)
+        };
+        if !not_own(&own) {
+            return own;
+        }
+        for share in self.shares.lock().await.clone() {
+            let done = share.unreach(name).await;
+            if !not_own(&done) {
+                return done;
+            }
+        }
+        own
     }
 
     /// How the agent is doing.
     pub async fn status(&self) -> AgentStatus {
-        let identity = self.agent.core().identity();
-        let head = identity.trust.head();
-        AgentStatus {
-            agent_id: identity.agent_id,
-            label: identity.label.clone(),
-            workspace_id: identity.workspace_id(),
-            hub: identity.hub.to_string(),
-            connected: self.agent.is_connected(),
-            trust: TrustStatus {
-                seq: head.seq,
-                head: head.hash.to_string(),
-                beat_age_s: self.agent.core().beat_age(None).map(|age| age.as_secs()),
-                frozen: identity.trust.is_frozen(),
-                forked: identity.trust.is_forked(),
-                strict: identity.trust.policy().strict,
-                epoch: identity.epochs.current().number,
-            },
-            exposed: self.exposed(),
-            reached: self.all_reached().await,
+        let mut status = self.own.status().await;
+        for share in self.shares.lock().await.clone() {
+            status.shares.push(share.status().await);
         }
+        status
     }
-}
-
-fn gone() -> Error {
-    Error::new(ErrorKind::Other, "the service was let go of meanwhile")
 }

@@ -68,6 +68,12 @@ impl Identity {
         self.agent_id
     }
 
+    /// The address of its hub, without a pin.
+    #[must_use]
+    pub fn hub(&self) -> &str {
+        &self.hub.url
+    }
+
     /// The workspace that the agent belongs to.
     #[must_use]
     pub fn workspace_id(&self) -> WorkspaceId {
@@ -80,6 +86,26 @@ impl Identity {
         let presented = &self.noise.presented;
         let is_guest = presented.certificate.object().role == AgentRole::Guest;
         presented.credential.as_ref().filter(|_| is_guest).map(|share| share.object().id())
+    }
+
+    /// Until when the share of a guest counts; 0 for a member.
+    #[must_use]
+    pub fn share_end(&self) -> UnixTime {
+        let share = self.noise.presented.credential.as_ref().filter(|_| self.share_id().is_some());
+        share.map_or(0, |share| share.object().certs_end)
+    }
+
+    /// What people call the share of a guest.
+    #[must_use]
+    pub fn share_name(&self) -> String {
+        let id = || self.share_id().map(|id| id.to_string()).unwrap_or_default();
+        self.share_label.as_ref().map_or_else(id, ToString::to_string)
+    }
+
+    /// Whether this is a guest by the share of that label or id.
+    #[must_use]
+    pub fn is_share(&self, wanted: &str) -> bool {
+        self.share_id().is_some_and(|id| id.to_string() == wanted || self.share_name() == wanted)
     }
 
     /// What a member and the guests of a share have in common, in place of an epoch.

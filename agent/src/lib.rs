@@ -24,6 +24,9 @@ mod agent;
 mod audit;
 mod catch_up;
 mod clock;
+#[cfg(test)]
+#[path = "../../crypto/tests/common/mod.rs"]
+mod common;
 mod directory;
 mod engine;
 mod enrol;
@@ -37,6 +40,7 @@ mod identity;
 mod io;
 mod keeper;
 pub mod local;
+mod membership;
 mod random;
 mod reacher;
 mod share;
@@ -58,7 +62,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use exposer::Exposed;
 pub use govern::{EntryInfo, Governor, InviteInfo, Recovered, Revoked, invites, log, recover};
 pub use home::{Home, HomeLock};
-pub use host::{Host, Keep};
+pub use host::{Host, Keep, Reaching};
 pub use identity::Identity;
 pub use io::{tls::HubCa, tunnel::Stream};
 pub use reacher::{ReachStatus, Reached};

@@ -4,7 +4,10 @@
 
 use std::{fs, io, path::Path, time::Duration};
 
-use connect_spec::ids::{AgentId, Label, ServiceId, ServiceName, WorkspaceId};
+use connect_spec::{
+    ids::{AgentId, CredentialId, Label, ServiceId, ServiceName, WorkspaceId},
+    objects::UnixTime,
+};
 use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
@@ -49,6 +52,9 @@ pub enum Command {
     Reach {
         /// The service.
         name: ServiceName,
+        /// By this share, if given.
+        #[serde(default)]
+        share: Option<String>,
         /// On this local port, if given.
         port: Option<u16>,
         /// Even if another agent exposes the name than when it was last reached.
@@ -59,6 +65,13 @@ pub enum Command {
     Unreach {
         /// The service.
         name: ServiceName,
+    },
+    /// Look for shares that were joined meanwhile.
+    LookAtShares,
+    /// End what is reached by a share, and forget it.
+    Leave {
+        /// Its label or id.
+        share: String,
     },
     /// Make a new static key.
     Rotate,
@@ -105,6 +118,23 @@ pub struct AgentStatus {
     pub exposed: Vec<ExposedStatus>,
     /// What it reaches.
     pub reached: Vec<ReachedStatus>,
+    /// The share by which it is a guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub share: Option<ShareStatus>,
+    /// The agents by which the owner of this home is a guest elsewhere.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shares: Vec<AgentStatus>,
+}
+
+/// The share of a guest.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ShareStatus {
+    /// Its id.
+    pub id: CredentialId,
+    /// What its giver calls it.
+    pub label: Option<Label>,
+    /// Until when it counts, in seconds since 1970.
+    pub expires: UnixTime,
 }
 
 /// An agent's view of the trust log.

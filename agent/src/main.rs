@@ -4,6 +4,7 @@ mod cli;
 mod commands;
 mod output;
 mod passphrase;
+mod sharing;
 
 use std::process::ExitCode;
 

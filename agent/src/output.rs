@@ -1,12 +1,16 @@
 //! Everything that this program prints: results on stdout, the rest on stderr.
 
-use std::io::{IsTerminal, Write};
+use std::{
+    io::{IsTerminal, Write},
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use connect_agent::{
     AgentInfo, ApiKeyInfo, AuditVerdict, EntryInfo, Error, Founded, InviteInfo, NewApiKey,
-    RecordedRow, Recovered, Revoked, Rotated, ServiceInfo, Verification, date,
+    NewShare, RecordedRow, Recovered, Revoked, Rotated, ServiceInfo, ShareInfo, Verification, date,
     local::{AgentStatus, ExposedStatus, ReachedStatus, TrustStatus},
 };
+use connect_spec::{ids::CredentialId, objects::UnixTime};
 use serde::Serialize;
 use serde_json::json;
 
@@ -16,6 +20,26 @@ macro_rules! println {
 }
 macro_rules! eprintln {
     ($($text:tt)*) => {{ let _ = writeln!(std::io::stderr(), $($text)*); }};
+}
+
+/// A share by which this home is a guest, for people.
+#[derive(Debug, Serialize)]
+pub(crate) struct JoinedShare {
+    id: CredentialId,
+    label: String,
+    expires: UnixTime,
+    over: bool,
+    hub: String,
+}
+
+impl JoinedShare {
+    /// That of a guest; none for a member.
+    pub(crate) fn of(identity: &connect_agent::Identity) -> Option<Self> {
+        let (id, expires) = (identity.share_id()?, identity.share_end());
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let label = identity.share_name();
+        Some(Self { id, label, expires, over: now > expires, hub: identity.hub().to_owned() })
+    }
 }
 
 /// How to print.
@@ -72,11 +96,22 @@ impl Output {
     }
 
     pub(crate) fn joined(self, identity: &connect_agent::Identity) {
+        let share = JoinedShare::of(identity);
         if self.json {
             print_json(&json!({
                 "workspace_id": identity.workspace_id(),
                 "agent_id": identity.agent_id(),
+                "share": share,
             }));
+            return;
+        }
+        if let Some(share) = share {
+            self.note(format_args!(
+                "Joined as a guest by the share `{}`, which counts until {}.",
+                share.label,
+                date(share.expires)
+            ));
+            self.note("Next: connect services, then connect reach NAME");
             return;
         }
         self.note(format_args!("Joined as agent {}.", identity.agent_id().short()));
@@ -105,6 +140,57 @@ impl Output {
         }
     }
 
+    pub(crate) fn shared(self, share: &NewShare) {
+        if self.json {
+            print_json(&json!({ "code": *share.code, "share": share.info }));
+            return;
+        }
+        println!("{}", *share.code);
+        let info = &share.info;
+        self.note(format_args!(
+            "By this code {} may join and reach {} until {}; the code is a secret.",
+            if info.uses == 1 { "one guest".to_owned() } else { format!("{} guests", info.uses) },
+            info.services.join(", "),
+            date(info.expires)
+        ));
+        self.note("There: connect join CODE. To end it here: connect unshare LABEL, which is");
+        self.note(format_args!("`{}`.", info.label));
+    }
+
+    pub(crate) fn shares(self, given: &[ShareInfo], joined: &[JoinedShare]) {
+        if self.json {
+            print_json(&json!({ "given": given, "joined": joined }));
+            return;
+        }
+        if given.is_empty() && joined.is_empty() {
+            self.note("There is no share. connect share NAME makes one.");
+        }
+        table(given.iter().map(|share| {
+            let guests: Vec<_> = share.guests.iter().map(|guest| guest.label.as_str()).collect();
+            [
+                share.label.clone(),
+                share.services.join(","),
+                format!(
+                    "{} until {}",
+                    if share.over { "over" } else { "open" },
+                    date(share.expires)
+                ),
+                format!("{} of {} joined", share.used, share.uses),
+                guests.join(","),
+                share.id.to_string(),
+            ]
+        }));
+        table(joined.iter().map(|share| {
+            let state = if share.over { "over" } else { "joined" };
+            [
+                share.label.clone(),
+                format!("{state} until {}", date(share.expires)),
+                share.hub.clone(),
+                share.id.to_string(),
+            ]
+        }));
+    }
+
     pub(crate) fn services(self, services: &[ServiceInfo]) {
         if self.json {
             print_json(services);
@@ -124,6 +210,7 @@ impl Output {
                 service.protocol.clone(),
                 service.label.clone(),
                 state.into(),
+                service.share.as_ref().map_or_else(String::new, |share| format!("by {share}")),
             ]
         }));
     }
@@ -151,6 +238,11 @@ impl Output {
         }
         let connected = if status.connected { "connected" } else { "not connected" };
         println!("agent      {} ({})", status.label, status.agent_id.short());
+        if let Some(share) = &status.share {
+            let label =
+                share.label.as_ref().map_or_else(|| share.id.to_string(), ToString::to_string);
+            println!("guest by   {label} (until {})", date(share.expires));
+        }
         println!("workspace  {}", status.workspace_id);
         println!("hub        {} ({connected})", status.hub);
         println!("trust      {}", trust_line(&status.trust));
@@ -168,6 +260,10 @@ impl Output {
                 (None, None) => "connecting".to_owned(),
             };
             println!("reached    {}  {}  {health}", reached.name, reached.address);
+        }
+        for guest in &status.shares {
+            println!();
+            self.status(guest);
         }
     }
 

@@ -278,9 +278,8 @@ impl Invite {
             .bytes(7, &[0; InviteSeed::BYTES]);
         // The head of the map is one byte, however many of these fields there are.
         let seed_end = upto_seed.clone().finish().len();
-        let upto_secret = upto_seed.optional(self.share.as_ref(), |map, _| {
-            map.bytes(8, &[0; ShareSecret::BYTES])
-        });
+        let upto_secret = upto_seed
+            .optional(self.share.as_ref(), |map, _| map.bytes(8, &[0; ShareSecret::BYTES]));
         let secret_end = upto_secret.clone().finish().len();
         let whole = upto_secret
             .optional(self.share.as_ref(), |map, share| map.text(9, share.label.as_str()));

@@ -6,8 +6,8 @@ use std::{
 };
 
 use connect_tests::{
-    PATIENCE,
-    home::Workspace,
+    PATIENCE, eventually,
+    home::{Home, Workspace},
     hostile_relay::HostileRelay,
     hub::Hub,
     random, random_word,
@@ -70,9 +70,16 @@ fn hub_and_wire_hold_no_plain_text() {
     leaver.fails(&["services"], 6, "revoked");
     exposer.ok(&["expose", &target, "--name", &later]);
     reacher.reach(&later);
+    let shared = format!("shared-{}", random_word());
+    let given = exposer.json(&["share", &later, "--name", &shared]);
+    let guest = Home::new();
+    let visitor = format!("guest-{}", random_word());
+    guest.ok(&["join", given["code"].as_str().expect("a code"), "--label", &visitor]);
+    eventually("the guest sees the service", || guest.ok(&["services"]).contains(&later));
 
     let host = target.split(':').next().expect("a host").to_owned();
-    let secrets = [&name, &label, &asked, &answered, &host, &left, &later].map(String::as_bytes);
+    let secrets = [&name, &label, &asked, &answered, &host, &left, &later, &shared, &visitor]
+        .map(String::as_bytes);
     let search = Search::new(secrets);
     // Every place is searched for something that must be there, too: else it was not searched.
     let agent = exposer.json(&["status"])["agent_id"].as_str().expect("an id").to_owned();

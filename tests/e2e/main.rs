@@ -21,6 +21,7 @@ mod resume;
 mod rotate;
 mod secrets;
 mod shape;
+mod shares;
 mod tidy;
 mod tls;
 mod trust;

@@ -8,7 +8,7 @@ use std::{
 };
 
 use connect_crypto::{
-    epoch::EpochSecrets,
+    epoch::{EpochSecrets, ShareSecret},
     handshake,
     keys::{SigningKey, StaticKeypair, WrapKeypair},
     names::NameKeys,
@@ -130,13 +130,16 @@ impl Keys {
         let static_secret: [u8; 32] = secret(&keys, &static_line).expect("a key");
         let wrap: [u8; 96] = secret(&keys, "wrap").expect("a key");
         let trust = trust_of(home, workspace_id, &genesis);
+        let epochs = home.dir().join("epochs.key");
         let newest = (0..=trust.epoch()).rev().find_map(|epoch| {
-            let line: Option<[u8; 64]> =
-                secret(&home.dir().join("epochs.key"), &format!("epoch-{epoch}"));
-            Some((epoch, line?))
+            let secrets: Option<[u8; 64]> = secret(&epochs, &format!("epoch-{epoch}"));
+            Some((epoch, EpochSecrets::from_bytes(secrets?.into())))
         });
-        let (epoch_number, epoch) = newest.expect("a key");
-        let epoch = EpochSecrets::from_bytes(epoch.into());
+        let share = || {
+            let secret: [u8; 32] = secret(&epochs, "share").expect("a key");
+            (0, ShareSecret::from_bytes(secret.into()).secrets())
+        };
+        let (epoch_number, epoch) = newest.unwrap_or_else(share);
         let signer: Option<[u8; 32]> = secret(&home.dir().join("signer.key"), "signer");
         Self {
             workspace_id,

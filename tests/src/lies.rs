@@ -311,7 +311,9 @@ impl Seen {
         {
             self.genesis(genesis);
             self.credentials.insert(signed.object().id(), credential.clone());
-            self.wraps.insert(signed.object().id(), wrap.clone());
+            if let Some(wrap) = wrap {
+                self.wraps.insert(signed.object().id(), wrap.clone());
+            }
         }
         let FromHub::Reply { id, reply } = message else {
             return None;
@@ -658,6 +660,7 @@ impl Liar {
             | FromHub::IncomingTunnel { .. }
             | FromHub::LogGrew { .. }
             | FromHub::WrapStored { .. }
+            | FromHub::ShareMade { .. }
             | FromHub::Renewed { .. }
             | FromHub::Error(_)
             | FromHub::Restarting { .. } => {}

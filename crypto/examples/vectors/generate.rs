@@ -867,9 +867,7 @@ fn shares() -> File {
     let rng = &mut TestRng::new("shares");
     let signed = world.signer.sign(&record);
     let sealed = keys.seal_share(&signed, rng).expect("it fits");
-    let describe = |workspace: WorkspaceId, id: CredentialId, sealed: &[u8]| {
-        json!({ "workspace_id": hex(workspace.0), "share_id": hex(id.0), "sealed": hex(sealed) })
-    };
+    let describe = |workspace: WorkspaceId, id: CredentialId, sealed: &[u8]| json!({ "workspace_id": hex(workspace.0), "share_id": hex(id.0), "sealed": hex(sealed) });
     assert_eq!(keys.open_share(&workspace, id, &issuer, &sealed).expect("just sealed"), signed);
     let object = json!({ "object": hex(signed.encode()) });
     file.valid("record of a share", merged(&[describe(workspace, id, &sealed.0), object]));

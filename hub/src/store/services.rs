@@ -28,7 +28,9 @@ pub enum Exposed {
 pub(super) type Row = (Vec<u8>, Vec<u8>, i64, i64, Vec<u8>);
 
 /// Reads a row; whether the exposer is online is for the caller to fill in.
-pub(super) fn listed((service, agent, epoch, counter, sealed): Row) -> Result<ListedService, StoreError> {
+pub(super) fn listed(
+    (service, agent, epoch, counter, sealed): Row,
+) -> Result<ListedService, StoreError> {
     Ok(ListedService {
         service_id: ServiceId(fixed(&service, "service_id")?),
         agent_id: AgentId(fixed(&agent, "agent_id")?),

@@ -253,7 +253,9 @@ impl Invite {
                 let wrap_key = wrap_key(9).encode().into();
                 Request::CreateCredential { credential, wrap_key, wrap: wrap() }
             }
-            CredentialKind::Share => Request::CreateShare { credential, record: vec![7; 64].into() },
+            CredentialKind::Share => {
+                Request::CreateShare { credential, record: vec![7; 64].into() }
+            }
         }
     }
 }

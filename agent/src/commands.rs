@@ -12,8 +12,8 @@ use std::{
 
 use clap::CommandFactory;
 use connect_agent::{
-    AuditReader, Directory, Error, ErrorKind, Governor, Home, HomeLock, Host, HubCa, Keep, Options,
-    RekeyAfter, Result,
+    Agent, AuditReader, Directory, Error, ErrorKind, Governor, Home, HomeLock, Host, HubCa, Keep,
+    Options, RekeyAfter, Result,
     local::{self, Answer, Command as Ask},
 };
 use connect_crypto::words::workspace_words;
@@ -562,6 +562,9 @@ fn default_name(target: &connect_agent::Target) -> ServiceName {
 }
 
 async fn run_reach(home: Home, reach: cli::Reach, output: Output) -> Result<()> {
+    if reach.check {
+        return run_check(home, reach, output).await;
+    }
     let command =
         Ask::Reach { name: reach.name.clone(), port: reach.port, accept_new: reach.accept_new };
     let lock = match attach_or_lock(&home, &command).await? {
@@ -581,6 +584,35 @@ async fn run_reach(home: Home, reach: cli::Reach, output: Output) -> Result<()> 
     let served = foreground(&host, output, reach_it, |reached| output.reached(reached)).await;
     host.stop().await;
     served
+}
+
+/// Checks a service, by the running agent or by one that lives as long as the check. Nothing is bound, and
+/// nothing comes back at the next start.
+async fn run_check(home: Home, reach: cli::Reach, output: Output) -> Result<()> {
+    let command = Ask::Check { name: reach.name.clone(), speed: reach.speed };
+    let checked = match attach_or_lock(&home, &command).await? {
+        Attached::Answer(answer) => {
+            let Answer::Checked(checked) = *answer else {
+                return Err(misunderstood());
+            };
+            checked
+        }
+        Attached::Lock(lock) => {
+            output::log_to_stderr("error");
+            let agent = Agent::start(home, lock, options(reach.run.encoding)?)?;
+            let checked = agent.check(&reach.name, reach.speed).await;
+            agent.stop().await;
+            checked?
+        }
+    };
+    output.checked(&checked);
+    if checked.ok {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::TargetUnreachable,
+        format_args!("the target of `{}` does not answer its exposer", reach.name),
+    ))
 }
 
 /// Runs the agent for a command that became it: does what the command is for, trying again while the hub
@@ -691,6 +723,11 @@ async fn start(
     rotate_after: Duration,
 ) -> Result<Arc<Host>> {
     raise_file_limit();
+    Host::start(home, lock, Options { rotate_after, ..options(encoding)? }).await
+}
+
+/// How an agent runs that a command starts.
+fn options(encoding: Encoding) -> Result<Options> {
     let encoding = match encoding {
         Encoding::Base64 => connect_spec::encoding::Encoding::Base64,
         Encoding::Binary => connect_spec::encoding::Encoding::Binary,
@@ -701,7 +738,7 @@ async fn start(
         })?,
         Err(_) => RekeyAfter::default(),
     };
-    Host::start(home, lock, Options { encoding, rotate_after, rekey_after }).await
+    Ok(Options { encoding, rekey_after, ..Options::default() })
 }
 
 /// A thousand connections are a thousand files, more than systems allow by default.

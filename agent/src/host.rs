@@ -145,6 +145,9 @@ impl Host {
             Command::LookAtLog => {
                 self.agent.core().workspace.look_at_log().await.map(|()| Answer::Done)
             }
+            Command::Check { name, speed } => {
+                self.agent.check(&name, speed).await.map(Answer::Checked)
+            }
             Command::Rotate => self.agent.rotate().await.map(Answer::Rotated),
             Command::Down => {
                 self.down.notify_one();

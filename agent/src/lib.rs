@@ -23,12 +23,14 @@
 mod agent;
 mod audit;
 mod catch_up;
+mod check;
 mod clock;
 mod directory;
 mod engine;
 mod enrol;
 mod error;
 mod exposer;
+mod finding;
 mod forward;
 mod govern;
 mod home;
@@ -37,9 +39,11 @@ mod identity;
 mod io;
 mod keeper;
 pub mod local;
+mod probe;
 mod random;
 mod reacher;
 mod target;
+mod target_tls;
 mod trust;
 mod workspace;
 
@@ -47,6 +51,7 @@ pub use connect_crypto::custody::Passphrase;
 
 pub use agent::{Agent, Options, Rotated, rotate};
 pub use audit::{AuditReader, AuditVerdict, RecordedRow};
+pub use check::{Checked, Speed};
 pub use clock::date;
 pub use directory::{
     AgentInfo, ApiKeyInfo, Directory, ListedMember, NewApiKey, ServiceInfo, Verification,
@@ -55,6 +60,7 @@ pub use engine::rekey::RekeyAfter;
 pub use enrol::{FIRST_INVITE, Founded, init, invite, join};
 pub use error::{Error, ErrorKind, Result};
 pub use exposer::Exposed;
+pub use finding::{Finding, FindingState};
 pub use govern::{EntryInfo, Governor, InviteInfo, Recovered, Revoked, invites, log, recover};
 pub use home::{Home, HomeLock};
 pub use host::{Host, Keep};

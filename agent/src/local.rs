@@ -14,6 +14,7 @@ use tokio::{
 
 use crate::{
     agent::Rotated,
+    check::Checked,
     error::{Error, ErrorKind, Result},
     home::Home,
 };
@@ -60,6 +61,13 @@ pub enum Command {
         /// The service.
         name: ServiceName,
     },
+    /// Look at a service through its exposer.
+    Check {
+        /// The service.
+        name: ServiceName,
+        /// Whether to measure how fast bytes travel.
+        speed: bool,
+    },
     /// Make a new static key.
     Rotate,
     /// Read the trust log again: another process of the home added to it.
@@ -78,6 +86,8 @@ pub enum Answer {
     Exposed(ExposedStatus),
     /// To [`Command::Reach`].
     Reached(ReachedStatus),
+    /// To [`Command::Check`].
+    Checked(Checked),
     /// To [`Command::Rotate`].
     Rotated(Rotated),
     /// To the rest.

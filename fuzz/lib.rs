@@ -7,6 +7,7 @@ mod trust_log;
 
 use connect_spec::{
     audit::{AuditFault, AuditHead, AuditRow, Chain, link},
+    check::CheckReport,
     control::{self, FromAgent, FromHub, Reply},
     encoding::{decode_base64, encode_base64},
     ids::WorkspaceId,
@@ -20,9 +21,10 @@ use connect_spec::{
 pub type Target = fn(&[u8]);
 
 /// Each target by the name of its program and of its directory under `corpus/`.
-pub const TARGETS: [(&str, Target); 7] = [
+pub const TARGETS: [(&str, Target); 8] = [
     ("audit_rows", audit_rows),
     ("base64_packet", base64_packet),
+    ("check_report", check_report),
     ("control_frame", control_frame),
     ("log_entry", log_entry),
     ("record_decode", record_decode),
@@ -94,6 +96,16 @@ pub fn base64_packet(input: &[u8]) {
         let mut text = Vec::new();
         encode_base64(record, &mut text);
         assert_eq!(text, input);
+    }
+}
+
+/// A report means the same after it was read and written, and holds nothing that acts on a terminal.
+pub fn check_report(input: &[u8]) {
+    if let Ok(report) = CheckReport::decode(input) {
+        assert_eq!(CheckReport::decode(&report.encode()).as_ref(), Ok(&report));
+        for text in [&report.detail, &report.warning].into_iter().flatten() {
+            assert!(!text.as_str().contains(char::is_control));
+        }
     }
 }
 

@@ -195,6 +195,15 @@ impl Agent {
         &self.core
     }
 
+    pub(crate) fn shared_core(&self) -> Arc<Core> {
+        self.core.clone()
+    }
+
+    /// A service that is reached already.
+    pub(crate) fn reached(&self, name: &ServiceName) -> Option<Reached> {
+        self.core.reached().get(name).cloned()
+    }
+
     /// The agent's id.
     #[must_use]
     pub fn agent_id(&self) -> AgentId {

@@ -98,7 +98,7 @@ async fn exchange(
             | Record::Ready
             | Record::TrustGet(_)
             | Record::Trust { .. }
-            | Record::Open(_)
+            | Record::Open { .. }
             | Record::Opened(_)
             | Record::Data { .. }
             | Record::Ack { .. }

@@ -31,6 +31,7 @@ Examples:
   connect join pc1…                             join it on another machine
   connect expose localhost:5432 --name prod-db  offer a database
   connect reach prod-db                         use it: prints 127.0.0.1:5432
+  connect reach prod-db --check                 is it well, and how far away?
 
 Exit codes: 0 done, 1 other failure, 2 usage, 3 not enrolled, 4 hub unreachable,
 5 service not found, 6 refused, 7 trust violation, 8 target unreachable,
@@ -364,6 +365,12 @@ pub(crate) struct Reach {
     /// Take it as it is that another agent exposes the name than when it was last reached.
     #[arg(long)]
     pub(crate) accept_new: bool,
+    /// Bind no port: have the exposer look at its target, measure the way there, and say what was found.
+    #[arg(long, conflicts_with_all = ["port", "accept_new"])]
+    pub(crate) check: bool,
+    /// With `--check`: also measure how fast bytes travel, for a few seconds.
+    #[arg(long, requires = "check")]
+    pub(crate) speed: bool,
     #[command(flatten)]
     pub(crate) run: Run,
 }

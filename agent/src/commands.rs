@@ -572,7 +572,10 @@ fn default_name(target: &connect_agent::Target) -> ServiceName {
 }
 
 async fn run_reach(home: Home, reach: cli::Reach, output: Output) -> Result<()> {
-    let cli::Reach { name, share, port, accept_new, run } = reach;
+    if reach.check {
+        return run_check(home, reach, output).await;
+    }
+    let cli::Reach { name, share, port, accept_new, run, .. } = reach;
     let command = Ask::Reach { name: name.clone(), share: share.clone(), port, accept_new };
     let lock = match attach_or_lock(&home, &command).await? {
         Attached::Lock(lock) => lock,
@@ -591,6 +594,36 @@ async fn run_reach(home: Home, reach: cli::Reach, output: Output) -> Result<()> 
     let served = foreground(&host, output, reach_it, |reached| output.reached(reached)).await;
     host.stop().await;
     served
+}
+
+/// Checks a service, by the running agent or by one that lives as long as the check. Nothing is bound, and
+/// nothing comes back at the next start.
+async fn run_check(home: Home, reach: cli::Reach, output: Output) -> Result<()> {
+    let cli::Reach { name, share, speed, run, .. } = reach;
+    let command = Ask::Check { name: name.clone(), share: share.clone(), speed };
+    let checked = match attach_or_lock(&home, &command).await? {
+        Attached::Answer(answer) => {
+            let Answer::Checked(checked) = *answer else {
+                return Err(misunderstood());
+            };
+            checked
+        }
+        Attached::Lock(lock) => {
+            output::log_to_stderr("error");
+            let host = Host::start(home, lock, options(run.encoding)?).await?;
+            let checked = host.check(&name, share.as_deref(), speed).await;
+            host.stop().await;
+            checked?
+        }
+    };
+    output.checked(&checked);
+    if checked.ok {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::TargetUnreachable,
+        format_args!("the target of `{}` does not answer its exposer", name),
+    ))
 }
 
 /// Runs the agent for a command that became it: does what the command is for, trying again while the hub
@@ -701,6 +734,11 @@ async fn start(
     rotate_after: Duration,
 ) -> Result<Arc<Host>> {
     raise_file_limit();
+    Host::start(home, lock, Options { rotate_after, ..options(encoding)? }).await
+}
+
+/// How an agent runs that a command starts.
+fn options(encoding: Encoding) -> Result<Options> {
     let encoding = match encoding {
         Encoding::Base64 => connect_spec::encoding::Encoding::Base64,
         Encoding::Binary => connect_spec::encoding::Encoding::Binary,
@@ -711,7 +749,7 @@ async fn start(
         })?,
         Err(_) => RekeyAfter::default(),
     };
-    Host::start(home, lock, Options { encoding, rotate_after, rekey_after }).await
+    Ok(Options { encoding, rekey_after, ..Options::default() })
 }
 
 /// A thousand connections are a thousand files, more than systems allow by default.

@@ -27,7 +27,7 @@ use connect_spec::{
     log::Head,
     objects::{AgentRole, Credential, ServiceRecord},
     prologue::{Prologue, Realm},
-    record::{CloseCode, ResetCode},
+    record::{CloseCode, Purpose, ResetCode, StreamId},
     trust::{TrustError, VerifiedPeer},
 };
 use tokio::{net::TcpStream, sync::mpsc, task::JoinSet, time::timeout};
@@ -35,7 +35,7 @@ use tokio::{net::TcpStream, sync::mpsc, task::JoinSet, time::timeout};
 use crate::{
     agent::Core,
     catch_up::{Claims, catch_up},
-    clock,
+    check, clock,
     engine::rekey::{Answer, Answered, Failed, Role},
     error::{Error, ErrorKind},
     identity::{Epoch, Identity, NoiseIdentity},
@@ -44,7 +44,9 @@ use crate::{
         splice::splice,
         tunnel::{ChannelHandle, End, Status, Stream, TunnelEnd},
     },
-    keeper, random,
+    keeper,
+    probe::knock,
+    random,
     target::Target,
 };
 
@@ -81,7 +83,7 @@ impl Exposed {
 
     /// Whether the target accepts a connection now.
     pub(crate) async fn probe(&self) -> bool {
-        let ok = matches!(timeout(PROBE_TIMEOUT, self.target.connect()).await, Ok(Ok(_)));
+        let ok = matches!(timeout(PROBE_TIMEOUT, knock(&self.target)).await, Ok(Ok(())));
         self.target_ok.store(ok, Ordering::Relaxed);
         ok
     }
@@ -616,23 +618,30 @@ fn authorise(
     Ok(())
 }
 
-/// Dials the target for each stream that arrives; ends when the channel does.
+/// Serves each stream that arrives; ends when the channel does.
 async fn serve_streams(
     channel: &ChannelHandle,
     service: &Arc<Exposed>,
-    mut streams: mpsc::UnboundedReceiver<connect_spec::record::StreamId>,
+    mut streams: mpsc::UnboundedReceiver<(StreamId, Purpose)>,
 ) {
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             next = streams.recv() => {
-                let Some(id) = next else {
+                let Some((id, purpose)) = next else {
                     // The channel is over; connections see it and end by themselves.
                     while connections.join_next().await.is_some() {}
                     return;
                 };
                 let (stream, service) = (channel.incoming_stream(id), service.clone());
-                connections.spawn(serve_stream(stream, service));
+                connections.spawn(async move {
+                    match purpose {
+                        Purpose::Target => serve_stream(stream, service).await,
+                        Purpose::Check | Purpose::Sink | Purpose::Source | Purpose::Other(_) => {
+                            check::serve(stream, purpose, &service.target).await;
+                        }
+                    }
+                });
             }
             Some(_) = connections.join_next() => {}
         }

@@ -13,6 +13,7 @@ use tokio::{
 
 use crate::{
     agent::{Agent, Options},
+    check::Checked,
     error::{Error, ErrorKind, Result},
     home::{Home, HomeLock, one_share},
     local::{self, AgentStatus, Answer, Command, ExposedStatus, ReachedStatus},
@@ -185,6 +186,9 @@ impl Host {
             }
             Command::LookAtShares => self.look_at_shares().await.map(|()| Answer::Done),
             Command::Leave { share } => self.leave(&share).await.map(|()| Answer::Done),
+            Command::Check { name, share, speed } => {
+                self.check(&name, share.as_deref(), speed).await.map(Answer::Checked)
+            }
             Command::Rotate => self.agent().rotate().await.map(Answer::Rotated),
             Command::Down => {
                 self.down.notify_one();
@@ -223,33 +227,52 @@ impl Host {
     /// [`ErrorKind::ServiceNotFound`] and [`ErrorKind::TrustViolation`], and nothing is kept;
     /// [`ErrorKind::ExposerOffline`], and the port is bound and further tries are made.
     pub async fn reach(&self, reaching: &Reaching, keep: Keep) -> Result<ReachedStatus> {
-        match self.guest_of(reaching).await? {
+        match self.guest_of(&reaching.name, reaching.share.as_deref()).await? {
             Some(share) => share.reach(reaching, keep).await,
             None => self.own.reach(reaching, keep).await,
         }
     }
 
+    /// Looks at a service through its exposer; see [`Agent::check`].
+    ///
+    /// # Errors
+    /// As there; [`ErrorKind::Usage`] for a share that this home did not join.
+    pub async fn check(
+        &self,
+        name: &ServiceName,
+        share: Option<&str>,
+        speed: bool,
+    ) -> Result<Checked> {
+        match self.guest_of(name, share).await? {
+            Some(share) => share.agent().check(name, speed).await,
+            None => self.agent().check(name, speed).await,
+        }
+    }
+
     /// By which share a service is reached; `None` for the own workspace, which comes first: whoever gave a
     /// share must not take a name over that is known there.
-    async fn guest_of(&self, reaching: &Reaching) -> Result<Option<Arc<Membership>>> {
-        if let Some(share) = &reaching.share {
+    async fn guest_of(
+        &self,
+        name: &ServiceName,
+        share: Option<&str>,
+    ) -> Result<Option<Arc<Membership>>> {
+        if let Some(share) = share {
             if self.agent().core().identity().is_share(share) {
                 return Ok(None);
             }
             return self.share(share).await.map(Some);
         }
         let shares = self.shares.lock().await.clone();
-        if shares.is_empty() || self.own.knows(&reaching.name).await {
+        if shares.is_empty() || self.own.knows(name).await {
             return Ok(None);
         }
-        match self.agent().find(&reaching.name).await {
+        match self.agent().find(name).await {
             Err(error) if error.kind == ErrorKind::ServiceNotFound => {}
             Ok(_) | Err(_) => return Ok(None),
         }
         let mut found = Vec::new();
         for share in shares {
-            if share.knows(&reaching.name).await || share.agent().find(&reaching.name).await.is_ok()
-            {
+            if share.knows(name).await || share.agent().find(name).await.is_ok() {
                 found.push(share);
             }
         }
@@ -258,7 +281,7 @@ impl Host {
                 found.iter().map(|share| share.agent().core().identity().share_name()).collect();
             return Err(Error::new(
                 ErrorKind::Usage,
-                format_args!("{} shares have a `{}`", found.len(), reaching.name),
+                format_args!("{} shares have a `{}`", found.len(), name),
             )
             .hint(format_args!("say which: `--share` with one of {}", labels.join(", "))));
         }

@@ -23,6 +23,7 @@
 mod agent;
 mod audit;
 mod catch_up;
+mod check;
 mod clock;
 #[cfg(test)]
 #[path = "../../crypto/tests/common/mod.rs"]
@@ -32,6 +33,7 @@ mod engine;
 mod enrol;
 mod error;
 mod exposer;
+mod finding;
 mod forward;
 mod govern;
 mod home;
@@ -41,10 +43,12 @@ mod io;
 mod keeper;
 pub mod local;
 mod membership;
+mod probe;
 mod random;
 mod reacher;
 mod share;
 mod target;
+mod target_tls;
 mod trust;
 mod workspace;
 
@@ -52,6 +56,7 @@ pub use connect_crypto::custody::Passphrase;
 
 pub use agent::{Agent, Options, Rotated, rotate};
 pub use audit::{AuditReader, AuditVerdict, RecordedRow};
+pub use check::{Checked, Speed};
 pub use clock::date;
 pub use directory::{
     AgentInfo, ApiKeyInfo, Directory, ListedMember, NewApiKey, ServiceInfo, Verification,
@@ -60,6 +65,7 @@ pub use engine::rekey::RekeyAfter;
 pub use enrol::{FIRST_INVITE, Founded, init, invite, join};
 pub use error::{Error, ErrorKind, Result};
 pub use exposer::Exposed;
+pub use finding::{Finding, FindingState};
 pub use govern::{EntryInfo, Governor, InviteInfo, Recovered, Revoked, invites, log, recover};
 pub use home::{Home, HomeLock};
 pub use host::{Host, Keep, Reaching};

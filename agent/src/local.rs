@@ -17,6 +17,7 @@ use tokio::{
 
 use crate::{
     agent::Rotated,
+    check::Checked,
     error::{Error, ErrorKind, Result},
     home::Home,
 };
@@ -73,6 +74,16 @@ pub enum Command {
         /// Its label or id.
         share: String,
     },
+    /// Look at a service through its exposer.
+    Check {
+        /// The service.
+        name: ServiceName,
+        /// By this share, if given.
+        #[serde(default)]
+        share: Option<String>,
+        /// Whether to measure how fast bytes travel.
+        speed: bool,
+    },
     /// Make a new static key.
     Rotate,
     /// Read the trust log again: another process of the home added to it.
@@ -91,6 +102,8 @@ pub enum Answer {
     Exposed(ExposedStatus),
     /// To [`Command::Reach`].
     Reached(ReachedStatus),
+    /// To [`Command::Check`].
+    Checked(Checked),
     /// To [`Command::Rotate`].
     Rotated(Rotated),
     /// To the rest.

@@ -6,8 +6,9 @@ use std::{
 };
 
 use connect_agent::{
-    AgentInfo, ApiKeyInfo, AuditVerdict, EntryInfo, Error, Founded, InviteInfo, NewApiKey,
-    NewShare, RecordedRow, Recovered, Revoked, Rotated, ServiceInfo, ShareInfo, Verification, date,
+    AgentInfo, ApiKeyInfo, AuditVerdict, Checked, EntryInfo, Error, Finding, FindingState, Founded,
+    InviteInfo, NewApiKey, NewShare, RecordedRow, Recovered, Revoked, Rotated, ServiceInfo,
+    ShareInfo, Verification, date,
     local::{AgentStatus, ExposedStatus, ReachedStatus, TrustStatus},
 };
 use connect_spec::{ids::CredentialId, objects::UnixTime};
@@ -189,6 +190,38 @@ impl Output {
                 share.id.to_string(),
             ]
         }));
+    }
+
+    pub(crate) fn checked(self, checked: &Checked) {
+        if self.json {
+            print_json(checked);
+        } else {
+            self.findings(&checked.findings);
+        }
+    }
+
+    /// One line for each finding, and below it what to do.
+    fn findings(self, findings: &[Finding]) {
+        let unicode = speaks_unicode();
+        let width = findings.iter().map(|finding| finding.title.chars().count()).max();
+        let width = width.unwrap_or_default().max(12);
+        for Finding { state, title, text, hint, .. } in findings {
+            let mark = match (state, unicode) {
+                (FindingState::Ok, true) => "✓",
+                (FindingState::Warn, true) => "⚠",
+                (FindingState::Fail, true) => "✗",
+                (FindingState::Ok, false) => "ok  ",
+                (FindingState::Warn, false) => "warn",
+                (FindingState::Fail, false) => "FAIL",
+            };
+            let line = format!("{mark} {title:width$} {text}");
+            let line =
+                if unicode { line } else { line.replace('↑', "up").replace('↓', "down") };
+            println!("{line}");
+            if let Some(hint) = hint {
+                println!("{:indent$} {hint}", "", indent = mark.chars().count() + 1 + width);
+            }
+        }
     }
 
     pub(crate) fn services(self, services: &[ServiceInfo]) {
@@ -480,6 +513,14 @@ impl Output {
 /// A field of an event: text without quotes.
 fn shown(value: &serde_json::Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}
+
+/// Whether the terminal's language can write more than ASCII, as the C library chooses it.
+fn speaks_unicode() -> bool {
+    let set = |name| std::env::var(name).ok().filter(|value: &String| !value.is_empty());
+    let locale = set("LC_ALL").or_else(|| set("LC_CTYPE")).or_else(|| set("LANG"));
+    let locale = locale.unwrap_or_default().to_ascii_lowercase();
+    locale.contains("utf-8") || locale.contains("utf8")
 }
 
 /// Recovery words, six a line.

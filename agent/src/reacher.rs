@@ -10,7 +10,7 @@ use connect_spec::{
     ids::{AgentId, ChannelId, CredentialId, ServiceId, ServiceName, TunnelId},
     limits::PARKED_AT_REACHER,
     prologue::Prologue,
-    record::CloseCode,
+    record::{CloseCode, Purpose},
     trust::{Presented, VerifiedPeer},
 };
 use tokio::{sync::watch, time::timeout};
@@ -125,6 +125,11 @@ impl Reached {
     /// # Errors
     /// Why there is no channel, after waiting 30 s for one.
     pub async fn open(&self) -> Result<Stream> {
+        self.open_for(Purpose::Target).await.map(|(stream, _)| stream)
+    }
+
+    /// Opens a stream for a purpose; also gives the channel that it is in.
+    pub(crate) async fn open_for(&self, purpose: Purpose) -> Result<(Stream, ChannelHandle)> {
         let mut state = self.0.state.subscribe();
         let opened = timeout(OPEN_TIMEOUT, async {
             loop {
@@ -132,8 +137,10 @@ impl Reached {
                 if current.stopped {
                     return Err(stopped());
                 }
-                if let Some(Ok(stream)) = current.channel.map(|channel| channel.open_stream()) {
-                    return Ok(stream);
+                if let Some(channel) = current.channel
+                    && let Ok(stream) = channel.open_stream(purpose)
+                {
+                    return Ok((stream, channel));
                 }
                 state.changed().await.map_err(|_| stopped())?;
             }

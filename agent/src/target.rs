@@ -28,6 +28,11 @@ const PROTOCOLS: [(u16, &str); 10] = [
 ];
 
 impl Target {
+    /// The host, a name or an address without brackets.
+    pub(crate) fn host(&self) -> &str {
+        &self.host
+    }
+
     /// The port.
     #[must_use]
     pub fn port(&self) -> u16 {

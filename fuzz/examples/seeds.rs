@@ -8,6 +8,7 @@ use std::{fs, io, path::Path};
 use connect_spec::{
     audit::{ApiKeyId, AuditHead, AuditRow, Event, Recorded, Scope, TunnelEnd, link},
     bytes::Blob,
+    check::{CheckReport, Outcome, Printable, Protocol, Resolved, TlsReport},
     control::{
         self, AddressedWrap, ApiKey, EpochWrap, ErrorCode, ErrorReport, FromAgent, FromHub,
         ListedApiKey, Login, Nonce, PresentedBlobs, Recipient, Redeem, Reply, Request,
@@ -22,7 +23,7 @@ use connect_spec::{
         Genesis, Issuer, NoiseKey, SUITE_1, ServiceRecord, SignerRole,
     },
     record::{
-        CloseCode, End, Progress, Record, RekeyTry, ResetCode, StreamId, StreamState,
+        CloseCode, End, Progress, Purpose, Record, RekeyTry, ResetCode, StreamId, StreamState,
         put_trust_entry,
     },
     signed::{Body, Signed},
@@ -472,7 +473,7 @@ fn records() -> Vec<(&'static str, Vec<u8>)> {
         ("trust", Record::Trust { more: true, entries: &entries }),
         ("hello", Record::Hello { new: true, progress: progress.clone() }),
         ("welcome", Record::Welcome(progress)),
-        ("open", Record::Open(STREAM)),
+        ("open", Record::Open { stream: STREAM, purpose: Purpose::Check }),
         ("data", Record::Data { stream: STREAM, offset: 7, bytes: b"select 1;" }),
         ("window", Record::Window { stream: None, max_data: 1 << 25 }),
         ("fin", Record::Fin { stream: STREAM, total: 16 }),
@@ -490,6 +491,36 @@ fn records() -> Vec<(&'static str, Vec<u8>)> {
         bytes
     };
     records.into_iter().map(|(name, record)| (name, encode(record))).collect()
+}
+
+fn check_reports() -> Vec<(&'static str, Vec<u8>)> {
+    let text = |text| Printable::of(text).expect("printable");
+    let refused = CheckReport {
+        outcome: Outcome::Refused,
+        resolved: Some(Resolved { addresses: 2, micros: 3100 }),
+        connected_micros: None,
+        protocol: Protocol::new("tcp").expect("a name"),
+        detail: None,
+        warning: None,
+        tls: None,
+    };
+    let tls = TlsReport {
+        version: text("TLS 1.3"),
+        names: vec![text("db.internal")],
+        not_before: Some(1),
+        not_after: Some(1 << 40),
+        name_matches: Some(true),
+        trusted: Some(false),
+    };
+    let full = CheckReport {
+        outcome: Outcome::Connected,
+        connected_micros: Some(400),
+        detail: Some(text("answers")),
+        warning: Some(text("odd")),
+        tls: Some(tls),
+        ..refused.clone()
+    };
+    vec![("refused", refused.encode()), ("full", full.encode())]
 }
 
 fn main() -> io::Result<()> {
@@ -513,6 +544,9 @@ fn main() -> io::Result<()> {
     }
     for (name, seed) in control_frames() {
         write("control_frame", name, seed.as_bytes())?;
+    }
+    for (name, seed) in check_reports() {
+        write("check_report", name, &seed)?;
     }
     for (name, seed) in records() {
         write("record_decode", name, &seed)?;

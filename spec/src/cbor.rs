@@ -231,12 +231,20 @@ impl<'b> Fields<'b> {
         T::try_from(self.bytes(key)?).map_err(|_| CborError::Type(key))
     }
 
+    /// A text, if present.
+    ///
+    /// # Errors
+    /// [`CborError::Type`].
+    pub fn optional_text(&mut self, key: u64) -> Result<Option<&'b str>, CborError> {
+        self.read(key, Decoder::str)
+    }
+
     /// A text.
     ///
     /// # Errors
     /// [`CborError::Missing`], [`CborError::Type`].
     pub fn text(&mut self, key: u64) -> Result<&'b str, CborError> {
-        self.read(key, Decoder::str)?.ok_or(CborError::Missing(key))
+        self.optional_text(key)?.ok_or(CborError::Missing(key))
     }
 
     /// An array, if present: each item as its own canonical bytes, at most `max` of them.

@@ -10,6 +10,7 @@
 pub mod audit;
 pub mod bytes;
 pub mod cbor;
+pub mod check;
 pub mod control;
 pub mod encoding;
 pub mod frame;

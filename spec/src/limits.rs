@@ -96,6 +96,20 @@ pub const CHANNEL_WINDOW: u64 = 16 * 1024 * 1024;
 /// Streams open at once in one channel, as many as HELLO and WELCOME may list.
 pub const MAX_STREAMS: usize = 4096;
 
+/// Streams of a channel that are not for the target, open at once: each costs the exposer a probe of its
+/// target or the work of a transfer, so a peer gets a few.
+pub const MAX_CHECKS: usize = 4;
+/// Bytes that the exposer sends on a source stream: a second or so of a fast path, to measure it.
+pub const MAX_SOURCE_BYTES: u64 = 64 * 1024 * 1024;
+/// A check report: all its texts and names, each at its longest, fit.
+pub const MAX_CHECK_REPORT_BYTES: usize = 4096;
+/// One text in it: as long as a name in DNS can be (RFC 1035 section 2.3.4).
+pub const MAX_CHECK_TEXT_BYTES: usize = 253;
+/// Names of a certificate in it: enough to tell what is wrong.
+pub const MAX_CHECK_NAMES: usize = 8;
+/// The name of a protocol: `elasticsearch` and longer ones fit.
+pub const MAX_PROTOCOL_BYTES: usize = 24;
+
 /// A control socket must authenticate within this time.
 pub const LOGIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// A half-open handshake is given up after this time; a ticket is valid as long.

@@ -81,6 +81,8 @@ wire_codes!(
         4 = Busy,
         /// The other side lost the stream in a restart.
         5 = Lost,
+        /// The exposer does not know the purpose for which the stream was opened.
+        6 = UnknownPurpose,
     }
 );
 
@@ -105,6 +107,47 @@ wire_codes!(
         7 = Busy,
     }
 );
+
+/// What a stream is for. PROTOCOL.md, "Checks".
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// A connection to the target.
+    Target,
+    /// The exposer looks at its target and answers with a [`crate::check::CheckReport`].
+    Check,
+    /// The exposer drops what it reads, and answers with how many bytes that were.
+    Sink,
+    /// The exposer sends as many bytes as it is asked for.
+    Source,
+    /// A purpose of a newer version, at least 4.
+    Other(u8),
+}
+
+impl Purpose {
+    /// The number on the wire.
+    #[must_use]
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Target => 0,
+            Self::Check => 1,
+            Self::Sink => 2,
+            Self::Source => 3,
+            Self::Other(number) => number,
+        }
+    }
+
+    /// The purpose with this number.
+    #[must_use]
+    pub fn from_number(number: u8) -> Self {
+        match number {
+            0 => Self::Target,
+            1 => Self::Check,
+            2 => Self::Sink,
+            3 => Self::Source,
+            other => Self::Other(other),
+        }
+    }
+}
 
 /// How far one stream got, as HELLO and WELCOME list it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -176,8 +219,13 @@ pub enum Record<'b> {
         /// `LogEntry`s as they travel, each after its length as u32: see [`trust_entries`].
         entries: &'b [u8],
     },
-    /// Opens a stream; the exposer dials its target.
-    Open(StreamId),
+    /// Opens a stream; for [`Purpose::Target`] the exposer dials its target.
+    Open {
+        /// The stream.
+        stream: StreamId,
+        /// What it is for.
+        purpose: Purpose,
+    },
     /// The target answered the dial.
     Opened(StreamId),
     /// Bytes of a stream.
@@ -419,7 +467,9 @@ impl<'b> Record<'b> {
                 record.push(if *more { FLAG_MORE } else { 0 });
                 record.extend_from_slice(entries);
             }
-            Self::Open(stream) => put(record, number::OPEN, *stream, &[]),
+            Self::Open { stream, purpose } => {
+                put(record, number::OPEN, *stream, &[purpose.number()]);
+            }
             Self::Opened(stream) => put(record, number::OPENED, *stream, &[]),
             Self::Data { stream, offset, bytes } => {
                 begin_data(record, *stream, *offset, bytes.len());
@@ -522,7 +572,9 @@ impl<'b> Record<'b> {
                 }
                 Self::Trust { more, entries }
             }
-            number::OPEN => Self::Open(fields.stream()?),
+            number::OPEN => {
+                Self::Open { stream: fields.stream()?, purpose: Purpose::from_number(fields.u8()?) }
+            }
             number::OPENED => Self::Opened(fields.stream()?),
             number::DATA => fields.data()?,
             number::ACK => Self::Ack { stream: fields.stream()?, offset: fields.u64()? },
@@ -718,7 +770,12 @@ mod tests {
             Record::Trust { more: true, entries: &[0, 0, 0, 2, 7, 8, 0, 0, 0, 1, 9] },
             "05 02 00000002 0708 00000001 09",
         );
-        check(Record::Open(stream(2)), "10 00000002");
+        let open = |purpose| Record::Open { stream: stream(2), purpose };
+        check(open(Purpose::Target), "10 00000002 00");
+        check(open(Purpose::Check), "10 00000002 01");
+        check(open(Purpose::Sink), "10 00000002 02");
+        check(open(Purpose::Source), "10 00000002 03");
+        check(open(Purpose::Other(4)), "10 00000002 04");
         check(Record::Opened(stream(2)), "11 00000002");
         check(
             Record::Data { stream: stream(2), offset: 258, bytes: b"abc" },
@@ -788,9 +845,10 @@ mod tests {
         check("34", RecordError::Type(0x34));
         check("ff", RecordError::Type(0xff));
         check("03 00", RecordError::Length(0x03));
-        check("10 00000002 00", RecordError::Length(0x10));
-        check("10 00000000", RecordError::Value(0x10));
-        check("10 00000003", RecordError::Value(0x10));
+        check("10 00000002", RecordError::Length(0x10));
+        check("10 00000002 00 00", RecordError::Length(0x10));
+        check("10 00000000 00", RecordError::Value(0x10));
+        check("10 00000003 00", RecordError::Value(0x10));
         check("14 00000001 0000000000000001", RecordError::Value(0x14));
         // DATA: nothing in it, all padding, padding longer than the rest, padding not zero, past 2^64.
         check("12 00 00000002 0000000000000000", RecordError::Length(0x12));

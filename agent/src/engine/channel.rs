@@ -15,10 +15,10 @@ use std::{
 
 use bytes::{Buf, Bytes};
 use connect_spec::{
-    limits::{CHANNEL_WINDOW, DEAD_AFTER, KEEPALIVE, MAX_DATA_BYTES, MAX_STREAMS},
+    limits::{CHANNEL_WINDOW, DEAD_AFTER, KEEPALIVE, MAX_CHECKS, MAX_DATA_BYTES, MAX_STREAMS},
     record::{
-        self, CloseCode, End, Progress, Record, RecordError, ResetCode, STREAMS_PER_PROGRESS,
-        StreamId, StreamState,
+        self, CloseCode, End, Progress, Purpose, Record, RecordError, ResetCode,
+        STREAMS_PER_PROGRESS, StreamId, StreamState,
     },
 };
 
@@ -78,8 +78,8 @@ pub(crate) enum CloseReason {
 pub(crate) enum Event {
     /// HELLO and WELCOME are exchanged: the keys are confirmed.
     Established,
-    /// The reacher opened a stream: dial the target.
-    Incoming(StreamId),
+    /// The reacher opened a stream, for a purpose that is known.
+    Incoming(StreamId, Purpose),
     /// A read that found nothing would find something, or the end.
     Readable(StreamId),
     /// A write that found no room would find some, or an error.
@@ -166,7 +166,7 @@ enum Phase {
 #[derive(Debug, Clone)]
 enum Outgoing {
     Greeting(Record<'static>),
-    Open(StreamId),
+    Open(StreamId, Purpose),
     Opened(StreamId),
     Reset { stream: StreamId, code: ResetCode, total: u64 },
     Ping(u64),
@@ -206,6 +206,7 @@ struct Liveness {
 
 #[derive(Debug)]
 struct Stream {
+    purpose: Purpose,
     send: SendHalf,
     recv: RecvHalf,
     /// In the queue `sending`.
@@ -218,8 +219,9 @@ struct Stream {
 }
 
 impl Stream {
-    fn new() -> Self {
+    fn new(purpose: Purpose) -> Self {
         Self {
+            purpose,
             send: SendHalf::new(),
             recv: RecvHalf::new(),
             queued: false,
@@ -305,7 +307,8 @@ impl Channel {
                 more: false,
             };
             self.outbox.push_back(Outgoing::Greeting(Record::Hello { new, progress }));
-            self.outbox.extend(self.streams.keys().copied().map(Outgoing::Open));
+            let streams = self.streams.iter();
+            self.outbox.extend(streams.map(|(id, stream)| Outgoing::Open(*id, stream.purpose)));
             self.queue_all();
         } else {
             let parts = self.progress(now).into_iter();
@@ -349,11 +352,11 @@ impl Channel {
 
     // What the application does.
 
-    /// Opens a stream. Bytes may be written at once; they wait within the window for the target.
+    /// Opens a stream. Bytes may be written at once; they wait within the window for whoever reads them.
     ///
     /// # Errors
     /// [`StreamError`] when the channel is closed, or as many streams are open as may be.
-    pub(crate) fn open(&mut self) -> Result<StreamId, StreamError> {
+    pub(crate) fn open(&mut self, purpose: Purpose) -> Result<StreamId, StreamError> {
         debug_assert_eq!(self.side, Side::Reacher, "only reachers open streams");
         if self.phase == Phase::Closed {
             return Err(StreamError::Closed);
@@ -363,8 +366,8 @@ impl Channel {
         }
         let stream = self.next_stream;
         self.next_stream = stream.next().ok_or(StreamError::Closed)?;
-        self.streams.insert(stream, Stream::new());
-        self.say(Outgoing::Open(stream));
+        self.streams.insert(stream, Stream::new(purpose));
+        self.say(Outgoing::Open(stream, purpose));
         Ok(stream)
     }
 
@@ -456,6 +459,12 @@ impl Channel {
     /// Streams that are open now.
     pub(crate) fn open_streams(&self) -> usize {
         self.streams.values().filter(|stream| !stream.released).count()
+    }
+
+    /// Streams that the application works on and that are not for the target.
+    fn open_checks(&self) -> usize {
+        let is_one = |stream: &&Stream| !stream.released && stream.purpose != Purpose::Target;
+        self.streams.values().filter(is_one).count()
     }
 
     // What the tunnel does.
@@ -554,8 +563,11 @@ impl Channel {
         }
     }
 
-    /// Asks the peer for a sign of life; [`Event::Ponged`] tells of it.
+    /// Asks the peer for a sign of life, on a tunnel that is greeted; [`Event::Ponged`] tells of it.
     pub(crate) fn ping(&mut self, now: Instant) {
+        if self.phase != Phase::Established {
+            return;
+        }
         self.liveness.ping_at = Some(now + KEEPALIVE + self.liveness.jitter);
         self.liveness.ping += 1;
         self.liveness.ping_sent = Some(now);
@@ -584,7 +596,7 @@ impl Channel {
                 Ok(())
             }
             (Phase::Greeting { ready, early }, record) => self.greet(now, ready, early, record),
-            (_, Record::Open(stream)) => Ok(self.handle_open(stream)?),
+            (_, Record::Open { stream, purpose }) => Ok(self.handle_open(stream, purpose)?),
             (_, Record::Opened(stream)) => Ok(self.handle_opened(stream)?),
             (_, Record::Data { stream, offset, bytes }) => {
                 Ok(self.handle_data(now, stream, offset, whole.slice_ref(bytes))?)
@@ -694,7 +706,7 @@ impl Channel {
             return Err(ProtocolViolation("streams that were never opened"));
         }
         // Streams that the peer does not know yet are opened again, before anything is said of them.
-        self.outbox.retain(|outgoing| !matches!(outgoing, Outgoing::Open(_)));
+        self.outbox.retain(|outgoing| !matches!(outgoing, Outgoing::Open(..)));
         let mut said = std::mem::take(&mut self.outbox);
         said.retain(
             |outgoing| !matches!(outgoing, Outgoing::Reset { stream, .. } if *stream >= peer_next),
@@ -712,7 +724,7 @@ impl Channel {
             }
             stream.send.resume(0)?;
             to_send_again += stream.send.charged();
-            self.outbox.push_back(Outgoing::Open(*id));
+            self.outbox.push_back(Outgoing::Open(*id, stream.purpose));
         }
         self.outbox.extend(said);
         for id in known {
@@ -808,18 +820,29 @@ impl Channel {
         parts
     }
 
-    fn handle_open(&mut self, stream: StreamId) -> Result<(), ProtocolViolation> {
+    fn handle_open(&mut self, stream: StreamId, purpose: Purpose) -> Result<(), ProtocolViolation> {
         // A stream that was reset before the exposer knew of it is never opened: numbers may be skipped.
         if self.side == Side::Reacher || stream < self.next_stream {
             return Err(ProtocolViolation("a stream opened out of turn"));
         }
         self.next_stream = stream.next().ok_or(ProtocolViolation("no stream is left"))?;
-        self.streams.insert(stream, Stream::new());
-        if self.streams.len() > MAX_STREAMS {
+        self.streams.insert(stream, Stream::new(purpose));
+        let refused = match purpose {
+            Purpose::Target => self.streams.len() > MAX_STREAMS,
+            Purpose::Check | Purpose::Sink | Purpose::Source => {
+                self.streams.len() > MAX_STREAMS || self.open_checks() > MAX_CHECKS
+            }
+            Purpose::Other(_) => {
+                self.reset(stream, ResetCode::UnknownPurpose);
+                self.release(stream);
+                return Ok(());
+            }
+        };
+        if refused {
             self.reset(stream, ResetCode::Busy);
             self.release(stream);
         } else {
-            self.events.push_back(Event::Incoming(stream));
+            self.events.push_back(Event::Incoming(stream, purpose));
         }
         Ok(())
     }
@@ -939,9 +962,9 @@ impl Channel {
     fn encode(&mut self, now: Instant, outgoing: Outgoing) -> Record<'static> {
         match outgoing {
             Outgoing::Greeting(record) => record,
-            Outgoing::Open(stream) => {
+            Outgoing::Open(stream, purpose) => {
                 self.opened_early |= !self.is_known;
-                Record::Open(stream)
+                Record::Open { stream, purpose }
             }
             Outgoing::Opened(stream) => Record::Opened(stream),
             Outgoing::Reset { stream, code, total } => Record::Reset { stream, code, total },

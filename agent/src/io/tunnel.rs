@@ -24,7 +24,7 @@ use connect_spec::{
     control::{TUNNEL_PATH, Ticket},
     encoding::Encoding,
     limits::DEAD_AFTER,
-    record::{CloseCode, Record, ResetCode, StreamId},
+    record::{CloseCode, Purpose, Record, ResetCode, StreamId},
 };
 use http::{
     HeaderValue,
@@ -198,7 +198,7 @@ struct Inner {
     driver: Option<Waker>,
     wakers: BTreeMap<StreamId, Wakers>,
     /// Where incoming streams go; `None` for a reacher.
-    incoming: Option<mpsc::UnboundedSender<StreamId>>,
+    incoming: Option<mpsc::UnboundedSender<(StreamId, Purpose)>>,
     ended: Option<CloseReason>,
     /// The tunnel is of no more use, for this reason.
     over: Option<Option<CloseCode>>,
@@ -225,12 +225,12 @@ impl ChannelHandle {
 
     /// The exposer's side, and the streams that the reacher opens. Their number is bounded by the
     /// channel, so the queue of them is too.
-    pub(crate) fn exposer() -> (Self, mpsc::UnboundedReceiver<StreamId>) {
+    pub(crate) fn exposer() -> (Self, mpsc::UnboundedReceiver<(StreamId, Purpose)>) {
         let (sender, receiver) = mpsc::unbounded_channel();
         (Self::new(Side::Exposer, Some(sender)), receiver)
     }
 
-    fn new(side: Side, incoming: Option<mpsc::UnboundedSender<StreamId>>) -> Self {
+    fn new(side: Side, incoming: Option<mpsc::UnboundedSender<(StreamId, Purpose)>>) -> Self {
         let jitter = Duration::from_millis((random::number() % JITTER_MILLIS).into());
         Self(Arc::new(Shared {
             inner: Mutex::new(Inner {
@@ -247,12 +247,12 @@ impl ChannelHandle {
         }))
     }
 
-    /// Opens a stream; the exposer dials while the first bytes already travel.
+    /// Opens a stream. For [`Purpose::Target`] the exposer dials while the first bytes already travel.
     ///
     /// # Errors
     /// [`StreamError`] when the channel is over or full.
-    pub(crate) fn open_stream(&self) -> std::result::Result<Stream, StreamError> {
-        let id = self.with(Channel::open)?;
+    pub(crate) fn open_stream(&self, purpose: Purpose) -> std::result::Result<Stream, StreamError> {
+        let id = self.with(|channel| channel.open(purpose))?;
         Ok(Stream { channel: self.clone(), id })
     }
 
@@ -289,6 +289,23 @@ impl ChannelHandle {
     /// Waits until the peer confirmed its keys on the tunnel that is up.
     pub(crate) async fn confirmed(&self) {
         self.reaches(|status| matches!(status, Status::Established { .. })).await;
+    }
+
+    /// Sends an encrypted ping and waits for its answer, on whatever tunnel is up by then.
+    pub(crate) async fn ping(&self) -> Duration {
+        let mut status = self.status();
+        status.mark_unchanged();
+        self.with(|channel| channel.ping(Instant::now()));
+        loop {
+            // The sender lives as long as this handle. What a tunnel that is lost does not answer, the pings
+            // after the next greeting do.
+            let _ = status.changed().await;
+            if let Status::Established { round_trip: Some(round_trip) } =
+                *status.borrow_and_update()
+            {
+                return round_trip;
+            }
+        }
     }
 
     /// The last round trip over the tunnel that is up.
@@ -371,8 +388,9 @@ impl ChannelHandle {
             Event::Ponged(round_trip) => {
                 self.0.status.send_replace(Status::Established { round_trip: Some(round_trip) });
             }
-            Event::Incoming(stream) => {
-                let sent = inner.incoming.as_ref().map(|incoming| incoming.send(stream));
+            Event::Incoming(stream, purpose) => {
+                let incoming = inner.incoming.as_ref();
+                let sent = incoming.map(|incoming| incoming.send((stream, purpose)));
                 if !matches!(sent, Some(Ok(()))) {
                     inner.channel.release(stream);
                 }
@@ -769,7 +787,11 @@ fn to_io(error: StreamError) -> io::Error {
         StreamError::Reset(ResetCode::TargetUnreachable) => io::ErrorKind::HostUnreachable,
         StreamError::Reset(ResetCode::TargetTimeout) => io::ErrorKind::TimedOut,
         StreamError::Reset(
-            ResetCode::Aborted | ResetCode::Busy | ResetCode::Lost | ResetCode::Other(_),
+            ResetCode::Aborted
+            | ResetCode::Busy
+            | ResetCode::Lost
+            | ResetCode::UnknownPurpose
+            | ResetCode::Other(_),
         )
         | StreamError::Closed => io::ErrorKind::ConnectionReset,
     };
@@ -787,12 +809,12 @@ mod tests {
     #[tokio::test]
     async fn bytes_whose_room_went_to_other_streams_wait_and_are_not_lost() {
         let channel = ChannelHandle::reacher();
-        let stream = channel.open_stream().unwrap();
+        let stream = channel.open_stream(Purpose::Target).unwrap();
         let bytes = Bytes::from(vec![7; stream.writable().await.unwrap()]);
         // No tunnel is up, so what the others write stays, and the room of the channel ends.
         let mut others = Vec::new();
         loop {
-            let other = channel.open_stream().unwrap();
+            let other = channel.open_stream(Purpose::Target).unwrap();
             let Some(room) = other.writable().now_or_never() else { break };
             other.write_all(vec![9; room.unwrap()].into()).await.unwrap();
             others.push(other);

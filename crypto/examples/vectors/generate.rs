@@ -15,6 +15,7 @@ use connect_crypto::{
 };
 use connect_spec::{
     cbor::FieldsWriter,
+    check::{CheckReport, Outcome, Printable, Protocol, Resolved, TlsReport},
     control::{EpochWrap, SealedRecord},
     encoding::{Encoding, decode_base64, encode_base64},
     hash::hash,
@@ -27,7 +28,7 @@ use connect_spec::{
     },
     prologue::{Prologue, Realm},
     record::{
-        CloseCode, End, Progress, Record, RekeyTry, ResetCode, StreamId, StreamState,
+        CloseCode, End, Progress, Purpose, Record, RekeyTry, ResetCode, StreamId, StreamState,
         put_trust_entry,
     },
     signed::{Body, Signed},
@@ -60,6 +61,7 @@ pub(crate) fn files() -> Vec<(String, String)> {
         prologues(),
         handshake(),
         records(),
+        checks(),
         packets(),
     ];
     files.into_iter().map(File::finish).collect()
@@ -1545,7 +1547,26 @@ fn records() -> File {
         ("TRUST_GET, 20 places".to_owned(), Record::TrustGet(places(&twenty))),
         ("TRUST of nothing".to_owned(), Record::Trust { more: false, entries: &[] }),
         ("TRUST of two entries".to_owned(), Record::Trust { more: true, entries: &two_entries }),
-        ("OPEN stream 2".to_owned(), Record::Open(stream(2))),
+        (
+            "OPEN stream 2 to the target".to_owned(),
+            Record::Open { stream: stream(2), purpose: Purpose::Target },
+        ),
+        (
+            "OPEN stream 4 for a check".to_owned(),
+            Record::Open { stream: stream(4), purpose: Purpose::Check },
+        ),
+        (
+            "OPEN stream 6 as a sink".to_owned(),
+            Record::Open { stream: stream(6), purpose: Purpose::Sink },
+        ),
+        (
+            "OPEN stream 8 as a source".to_owned(),
+            Record::Open { stream: stream(8), purpose: Purpose::Source },
+        ),
+        (
+            "OPEN stream 10 for a purpose of a later version".to_owned(),
+            Record::Open { stream: stream(10), purpose: Purpose::Other(200) },
+        ),
         ("OPENED stream 2".to_owned(), Record::Opened(stream(2))),
         ("DATA, one byte".to_owned(), Record::Data { stream: stream(2), offset: 0, bytes: b"x" }),
         (
@@ -1652,13 +1673,99 @@ fn records() -> File {
     let mut long = [&[0x05, 0][..], &59_997_u32.to_be_bytes()].concat();
     long.resize(2 + 60_001, 7);
     refuse("TRUST of 60,001 bytes", &long);
-    refuse("OPEN of stream 0", &[0x10, 0, 0, 0, 0]);
-    refuse("OPEN of an odd stream", &[0x10, 0, 0, 0, 3]);
+    refuse("OPEN of stream 0", &[0x10, 0, 0, 0, 0, 0]);
+    refuse("OPEN of an odd stream", &[0x10, 0, 0, 0, 3, 0]);
+    refuse("OPEN without a purpose", &[0x10, 0, 0, 0, 2]);
     refuse("WINDOW of an odd stream", &[&[0x14, 0, 0, 0, 1][..], &[0; 8]].concat());
     refuse("DATA with 16 bytes of padding", &patched(data, 1, 16));
     refuse("DATA with more padding than bytes", &patched(data, 1, 15));
     refuse("DATA with padding that is not zero", &patched(data, data.len() - 1, 1));
     refuse("DATA without a byte", &[&[0x12, 2, 0, 0, 0, 2][..], &[0; 10]].concat());
+    file
+}
+
+fn checks() -> File {
+    let mut file = File::new("checks", "Reports on check streams: each has one spelling");
+    let text = |text: &str| Printable::of(text).expect("printable");
+    let protocol = |name: &str| Protocol::new(name).expect("a name");
+    let plain = |outcome| CheckReport {
+        outcome,
+        resolved: None,
+        connected_micros: None,
+        protocol: protocol("tcp"),
+        detail: None,
+        warning: None,
+        tls: None,
+    };
+    let full = CheckReport {
+        outcome: Outcome::Connected,
+        resolved: Some(Resolved { addresses: 2, micros: 3100 }),
+        connected_micros: Some(400),
+        protocol: protocol("postgres"),
+        detail: Some(text("asks for a password")),
+        warning: Some(text("an odd thing")),
+        tls: Some(TlsReport {
+            version: text("TLS 1.3"),
+            names: vec![text("db.internal"), text("*.example")],
+            not_before: Some(1_700_000_000),
+            not_after: Some(1_800_000_000),
+            name_matches: Some(true),
+            trusted: Some(false),
+        }),
+    };
+    let mut sound = vec![
+        ("everything".to_owned(), full.clone()),
+        (
+            "a connection and no more".to_owned(),
+            CheckReport { connected_micros: Some(0), ..plain(Outcome::Connected) },
+        ),
+    ];
+    for (name, outcome) in [
+        ("the name is unknown", Outcome::NameUnknown),
+        ("refused", Outcome::Refused),
+        ("no answer", Outcome::TimedOut),
+        ("no way there", Outcome::Unreachable),
+    ] {
+        sound.push((name.to_owned(), plain(outcome)));
+    }
+    for (name, report) in &sound {
+        let wire = report.encode();
+        assert_eq!(CheckReport::decode(&wire).as_ref(), Ok(report));
+        file.valid(name, json!({ "report": hex(&wire) }));
+    }
+    let wire = full.encode();
+    // A key that readers of this version skip.
+    let mut later = wire.clone();
+    later[0] += 1;
+    later.extend([0x18, 0x40, 0x00]);
+    assert_eq!(CheckReport::decode(&later).as_ref(), Ok(&full));
+    file.valid("an optional field of a later version", json!({ "report": hex(&later) }));
+
+    let mut refuse = |name: &str, wire: &[u8]| {
+        file.invalid(name, CheckReport::decode(wire), json!({ "report": hex(wire) }));
+    };
+    let refused = plain(Outcome::Refused).encode();
+    let patched = |wire: &[u8], position: usize, value: u8| {
+        let mut changed = wire.to_vec();
+        changed[position] = value;
+        changed
+    };
+    let with = |key: u8, value: &[u8]| [&[refused[0] + 1], &refused[1..], &[key], value].concat();
+    refuse("nothing", &[]);
+    refuse("cut", &shorter(&wire));
+    refuse("longer", &longer(&wire));
+    refuse("another version", &patched(&wire, 2, 2));
+    refuse("an outcome that does not exist", &patched(&refused, 4, 5));
+    refuse("a connection without its time", &patched(&refused, 4, 0));
+    refuse("a protocol in capitals", &patched(&refused, 7, b'T'));
+    refuse("a text of nothing", &with(6, &[0x60]));
+    refuse("a text with an escape", &with(6, b"\x62\x1bc"));
+    refuse("a text that turns what follows", &with(6, b"\x63\xe2\x80\xae"));
+    let long = [&[0x78, 254], [b'x'; 254].as_slice()].concat();
+    refuse("a text that is too long", &with(6, &long));
+    refuse("a critical field of a later version", &with(9, &[0]));
+    let names = [&[0xa2, 0x01, 0x61, b'T', 0x02, 0x89], [0x61, b'n'].repeat(9).as_slice()].concat();
+    refuse("nine names", &with(8, &names));
     file
 }
 

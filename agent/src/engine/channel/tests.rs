@@ -121,9 +121,9 @@ impl Pair {
     }
 
     fn open(&mut self) -> StreamId {
-        let stream = self.reacher.open().expect("open channel");
+        let stream = self.reacher.open(Purpose::Target).expect("open channel");
         self.drive();
-        assert!(self.events.contains(&(Side::Exposer, Event::Incoming(stream))));
+        assert!(self.events.contains(&(Side::Exposer, Event::Incoming(stream, Purpose::Target))));
         stream
     }
 
@@ -168,7 +168,7 @@ fn pattern(length: usize) -> Vec<u8> {
 #[test]
 fn client_may_speak_before_the_target_answers() {
     let mut pair = Pair::new();
-    let stream = pair.reacher.open().expect("open before the greeting");
+    let stream = pair.reacher.open(Purpose::Target).expect("open before the greeting");
     assert_eq!(pair.reacher.write(stream, &b"early"[..]), Ok(5));
     pair.drive();
     assert_eq!(pair.read_all(Side::Exposer, stream), b"early");
@@ -287,7 +287,7 @@ fn transfer_survives_a_cut_at_every_record() {
     let mut cut_after = 0;
     loop {
         let mut pair = Pair::new();
-        let stream = pair.reacher.open().expect("open");
+        let stream = pair.reacher.open(Purpose::Target).expect("open");
         let (mut sent, mut answered) = (0, 0);
         let (mut received, mut answer_received) = (Vec::new(), Vec::new());
         let (mut records, mut was_cut) = (0, false);
@@ -359,8 +359,8 @@ fn stream_opened_and_closed_without_a_tunnel_is_made_up_for() {
     let mut pair = Pair::greeted();
     pair.reacher.detach();
     pair.exposer.detach();
-    let dropped = pair.reacher.open().expect("open without a tunnel");
-    let used = pair.reacher.open().expect("open without a tunnel");
+    let dropped = pair.reacher.open(Purpose::Target).expect("open without a tunnel");
+    let used = pair.reacher.open(Purpose::Target).expect("open without a tunnel");
     pair.reacher.write(used, &b"written meanwhile"[..]).expect("room");
     pair.reacher.release(dropped);
     pair.attach();
@@ -395,7 +395,7 @@ fn credit_of_a_skipped_stream_comes_back() {
     let mut pair = Pair::greeted();
     let mut record = Vec::new();
     for _ in 0..70 {
-        let stream = pair.reacher.open().expect("open");
+        let stream = pair.reacher.open(Purpose::Target).expect("open");
         let taken = pair.reacher.write(stream, &pattern(300_000)[..]).expect("live");
         assert!(taken > 0, "the channel is out of credit");
         while pair.reacher.poll_transmit(pair.now, &mut record) {}
@@ -438,7 +438,7 @@ fn credit_of_a_lost_reset_comes_back() {
 #[test]
 fn early_bytes_reach_the_target_once() {
     let mut pair = Pair::new();
-    let stream = pair.reacher.open().expect("open");
+    let stream = pair.reacher.open(Purpose::Target).expect("open");
     pair.reacher.write(stream, &b"POST /pay"[..]).expect("room");
     while pair.step(Side::Reacher) {}
     assert_eq!(pair.exposer.waiting(stream), 9);
@@ -464,7 +464,8 @@ fn exposer_that_restarted_says_that_the_channel_is_lost() {
 #[test]
 fn lists_of_thousands_of_streams_are_split() {
     let mut pair = Pair::greeted();
-    let streams: Vec<_> = (0..3000).map(|_| pair.reacher.open().expect("open")).collect();
+    let streams: Vec<_> =
+        (0..3000).map(|_| pair.reacher.open(Purpose::Target).expect("open")).collect();
     pair.drive();
     for stream in &streams {
         pair.reacher.write(*stream, &b"abc"[..]).expect("room");
@@ -639,7 +640,7 @@ fn closing_is_said_and_ends_every_stream() {
     pair.assert_closed(Side::Exposer, CloseReason::Local);
     pair.assert_closed(Side::Reacher, CloseReason::Peer(CloseCode::ServiceGone));
     assert_eq!(pair.reacher.read_into(stream, &mut [0; 8]), Err(StreamError::Closed));
-    assert_eq!(pair.reacher.open(), Err(StreamError::Closed));
+    assert_eq!(pair.reacher.open(Purpose::Target), Err(StreamError::Closed));
 }
 
 #[test]
@@ -667,14 +668,14 @@ fn channel_that_is_not_known_here_is_lost() {
 fn limit_of_streams_is_kept_at_the_limit() {
     let mut pair = Pair::greeted();
     for _ in 0..MAX_STREAMS {
-        pair.reacher.open().expect("below the limit");
+        pair.reacher.open(Purpose::Target).expect("below the limit");
     }
-    assert_eq!(pair.reacher.open(), Err(StreamError::Reset(ResetCode::Busy)));
+    assert_eq!(pair.reacher.open(Purpose::Target), Err(StreamError::Reset(ResetCode::Busy)));
     pair.drive();
     assert_eq!(pair.exposer.open_streams(), MAX_STREAMS);
     // A peer that does not keep to it is told stream by stream.
     pair.reacher.streams.pop_first();
-    let over = pair.reacher.open().expect("the reacher forgot one");
+    let over = pair.reacher.open(Purpose::Target).expect("the reacher forgot one");
     pair.drive();
     assert_eq!(pair.reacher.write(over, &b"x"[..]), Err(StreamError::Reset(ResetCode::Busy)));
 }
@@ -713,7 +714,7 @@ fn violations_close_the_channel() {
             ],
         ),
         ("reset beyond", vec![Record::Reset { stream, code: ResetCode::Aborted, total: over + 1 }]),
-        ("open again", vec![Record::Open(stream)]),
+        ("open again", vec![Record::Open { stream, purpose: Purpose::Target }]),
         ("second greeting", vec![Record::Ready]),
     ];
     for (name, records) in cases {
@@ -745,7 +746,7 @@ fn channel_credit_is_enforced() {
     for number in 0..u32::try_from(streams).expect("few") {
         let stream = StreamId::new(2 + 2 * number).expect("even");
         record.clear();
-        Record::Open(stream).encode(&mut record);
+        Record::Open { stream, purpose: Purpose::Target }.encode(&mut record);
         pair.exposer.handle(now, &record);
         for offset in (0..INITIAL_STREAM_WINDOW).step_by(MAX_DATA_BYTES) {
             record.clear();
@@ -818,7 +819,7 @@ fn a_rekey_before_the_greeting_is_over_ends_the_channel() {
 
 #[derive(Debug, Clone)]
 enum Action {
-    Open,
+    Open { purpose: u8 },
     Write { side: bool, stream: u8, length: u16 },
     Read { side: bool, stream: u8, length: u16 },
     Finish { side: bool, stream: u8 },
@@ -832,7 +833,7 @@ fn action() -> impl Strategy<Value = Action> {
     let side = any::<bool>;
     let stream = || 0u8..6;
     prop_oneof![
-        1 => Just(Action::Open),
+        1 => (0u8..6).prop_map(|purpose| Action::Open { purpose }),
         6 => (side(), stream(), any::<u16>()).prop_map(|(side, stream, length)| Action::Write { side, stream, length }),
         6 => (side(), stream(), any::<u16>()).prop_map(|(side, stream, length)| Action::Read { side, stream, length }),
         1 => (side(), stream()).prop_map(|(side, stream)| Action::Finish { side, stream }),
@@ -857,7 +858,7 @@ proptest! {
         let stream_of = |number: u8| StreamId::new(2 + 2 * u32::from(number)).expect("even");
         for action in actions {
             match action {
-                Action::Open => { let _ = pair.reacher.open(); }
+                Action::Open { purpose } => { let _ = pair.reacher.open(Purpose::from_number(purpose)); }
                 Action::Write { side, stream, length } => {
                     let id = stream_of(stream);
                     let done = written.entry((side, id)).or_default();
@@ -905,7 +906,7 @@ proptest! {
     #[test]
     fn garbage_never_panics(records in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..40), 0..20)) {
         let mut pair = Pair::greeted();
-        pair.reacher.open().expect("open channel");
+        pair.reacher.open(Purpose::Target).expect("open channel");
         let now = pair.now;
         for record in &records {
             pair.reacher.handle(now, record);
@@ -933,4 +934,82 @@ fn answers_that_nobody_takes_stop_the_questions() {
     assert!(pair.exposer.is_backed_up());
     assert!(pair.exposer.poll_transmit(now, &mut record));
     assert!(!pair.exposer.is_backed_up());
+}
+
+/// How the reacher's stream was reset, if it was.
+fn reset_of(pair: &mut Pair, stream: StreamId) -> Option<ResetCode> {
+    match pair.reacher.room(stream) {
+        Err(StreamError::Reset(code)) => Some(code),
+        Ok(_) | Err(StreamError::Closed) => None,
+    }
+}
+
+#[test]
+fn a_purpose_survives_a_tunnel_that_is_lost_before_the_exposer_heard_of_it() {
+    for purpose in [Purpose::Target, Purpose::Check, Purpose::Sink, Purpose::Source] {
+        for greeted in [false, true] {
+            let mut pair = if greeted { Pair::greeted() } else { Pair::new() };
+            let stream = pair.reacher.open(purpose).expect("open channel");
+            pair.reacher.write(stream, &b"asked"[..]).expect("room");
+            pair.cut();
+            pair.drive();
+            let incoming = |(side, event): &&(Side, Event)| {
+                *side == Side::Exposer && matches!(event, Event::Incoming(..))
+            };
+            let seen: Vec<_> =
+                pair.events.iter().filter(incoming).map(|(_, event)| *event).collect();
+            assert_eq!(seen, [Event::Incoming(stream, purpose)]);
+            assert_eq!(pair.read_all(Side::Exposer, stream), b"asked");
+        }
+    }
+}
+
+#[test]
+fn checks_beyond_the_limit_are_busy_and_streams_to_the_target_are_not() {
+    let mut pair = Pair::greeted();
+    let purposes = [Purpose::Check, Purpose::Sink, Purpose::Source].into_iter().cycle();
+    let open = |pair: &mut Pair, purpose| {
+        let stream = pair.reacher.open(purpose).expect("open channel");
+        pair.drive();
+        stream
+    };
+    let checks: Vec<_> =
+        purposes.take(MAX_CHECKS).map(|purpose| open(&mut pair, purpose)).collect();
+    for check in &checks {
+        assert_eq!(reset_of(&mut pair, *check), None, "at the limit");
+    }
+    let over = open(&mut pair, Purpose::Check);
+    assert_eq!(reset_of(&mut pair, over), Some(ResetCode::Busy));
+    let target = open(&mut pair, Purpose::Target);
+    assert_eq!(reset_of(&mut pair, target), None);
+    // One that the exposer is done with makes room.
+    pair.exposer.release(checks[0]);
+    pair.drive();
+    let next = open(&mut pair, Purpose::Sink);
+    assert_eq!(reset_of(&mut pair, next), None);
+}
+
+#[test]
+fn an_unknown_purpose_is_refused_by_name_and_harms_nothing() {
+    let mut pair = Pair::greeted();
+    for number in [4, 255] {
+        let stream = pair.reacher.open(Purpose::Other(number)).expect("open channel");
+        pair.drive();
+        assert_eq!(reset_of(&mut pair, stream), Some(ResetCode::UnknownPurpose));
+        assert_eq!(pair.exposer.open_streams(), 0);
+    }
+    assert!(!pair.events.iter().any(|(_, event)| matches!(event, Event::Incoming(..))));
+    pair.open();
+}
+
+#[test]
+fn a_ping_waits_for_no_tunnel_and_holds_up_no_greeting() {
+    let mut pair = Pair::greeted();
+    pair.reacher.detach();
+    pair.exposer.detach();
+    let now = pair.now;
+    pair.reacher.ping(now);
+    pair.attach();
+    pair.drive();
+    assert!(pair.reacher.is_greeted());
 }

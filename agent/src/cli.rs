@@ -10,7 +10,7 @@ use connect_spec::{
 
 /// Reach private services by name, end to end encrypted through a hub that cannot read them.
 #[derive(Debug, Parser)]
-#[command(name = "connect", version, max_term_width = 100, after_help = EXAMPLES)]
+#[command(name = "connect", version, max_term_width = 100, override_usage = USAGE, after_help = EXAMPLES)]
 pub(crate) struct Cli {
     /// Print JSON on stdout.
     #[arg(long, global = true)]
@@ -21,9 +21,17 @@ pub(crate) struct Cli {
     /// Read the passphrase of the signer key from the first line of this file; `-` is stdin.
     #[arg(long, global = true, value_name = "FILE")]
     pub(crate) passphrase_file: Option<PathBuf>,
+    /// What to do; without it, what this machine is and what one can do next.
     #[command(subcommand)]
-    pub(crate) command: Command,
+    pub(crate) command: Option<Command>,
+    /// The word that stood in place of a command: `connect prod-db` for `connect reach prod-db`.
+    #[arg(skip)]
+    pub(crate) short: Option<String>,
 }
+
+const USAGE: &str = "connect [OPTIONS] [COMMAND]
+       connect HOST:PORT …             short for `connect expose HOST:PORT …`
+       connect NAME …                  short for `connect reach NAME …`";
 
 const EXAMPLES: &str = "\
 Examples:

@@ -31,6 +31,8 @@ use crate::{
     cli::{self, AuditCommand, Cli, Command, Encoding, Trust},
     output::{self, Output},
     passphrase::Source,
+    suggest::{self, Own},
+    welcome,
 };
 
 /// Another process that holds the lock has its socket, or is gone, within this time.
@@ -52,16 +54,32 @@ const MAX_WORDS_BYTES: usize = 1024;
 pub(crate) async fn run(cli: Cli, output: Output) -> Result<()> {
     let home = Home::from_env()?;
     let passphrase = Source { file: cli.passphrase_file };
-    match cli.command {
+    let Some(command) = cli.command else {
+        return welcome::run(&home, output).await;
+    };
+    match command {
         Command::Init(init) => run_init(&home, init, output).await,
         Command::Invite(invite) => run_invite(&home, invite, &passphrase, output).await,
         Command::Join(join) => run_join(&home, join, output).await,
         Command::Up(up) => run_up(home, up, output).await,
         Command::Down => run_down(&home, output).await,
         Command::Expose(expose) => run_expose(home, expose, output).await,
-        Command::Unexpose { name } => tell(&home, &Ask::Unexpose { name }).await,
-        Command::Reach(reach) => run_reach(home, reach, output).await,
-        Command::Unreach { name } => tell(&home, &Ask::Unreach { name }).await,
+        Command::Unexpose { name } => {
+            let done = tell(&home, &Ask::Unexpose { name: name.clone() }).await;
+            suggest::for_own(&home, &name, Own::Exposed, done).await
+        }
+        Command::Reach(reach) => {
+            let name = reach.name.clone();
+            if let Some(word) = &cli.short {
+                suggest::check_word(&home, word).await?;
+            }
+            let done = run_reach(home.clone(), reach, output).await;
+            suggest::for_reach(&home, &name, cli.short.is_some(), done).await
+        }
+        Command::Unreach { name } => {
+            let done = tell(&home, &Ask::Unreach { name: name.clone() }).await;
+            suggest::for_own(&home, &name, Own::Reached, done).await
+        }
         Command::Services => {
             output::log_to_stderr("warn");
             output.services(&Directory::open(&home).await?.services().await?);
@@ -662,7 +680,7 @@ async fn attach_or_lock(home: &Home, command: &Ask) -> Result<Attached> {
     }
 }
 
-async fn ask(home: &Home, command: &Ask) -> Result<Answer> {
+pub(crate) async fn ask(home: &Home, command: &Ask) -> Result<Answer> {
     if !home.is_enrolled() {
         home.load()?;
     }

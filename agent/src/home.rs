@@ -575,6 +575,12 @@ impl Home {
         self.read_json_or_default("ports.json")
     }
 
+    /// Whether a service of this name was reached from here before.
+    #[must_use]
+    pub fn has_port_for(&self, name: &str) -> bool {
+        self.load_ports().is_ok_and(|ports| ports.keys().any(|known| known.as_str() == name))
+    }
+
     pub(crate) fn save_ports(&self, ports: &BTreeMap<ServiceName, u16>) -> Result<()> {
         self.write_json("ports.json", ports)
     }

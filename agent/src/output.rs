@@ -1,10 +1,13 @@
 //! Everything that this program prints: results on stdout, the rest on stderr.
 
-use std::io::{IsTerminal, Write};
+use std::{
+    io::{IsTerminal, Write},
+    path::Path,
+};
 
 use connect_agent::{
-    AgentInfo, ApiKeyInfo, AuditVerdict, EntryInfo, Error, Founded, InviteInfo, NewApiKey,
-    RecordedRow, Recovered, Revoked, Rotated, ServiceInfo, Verification, date,
+    AgentInfo, ApiKeyInfo, AuditVerdict, EntryInfo, Error, Founded, Identity, InviteInfo,
+    NewApiKey, RecordedRow, Recovered, Revoked, Rotated, ServiceInfo, Verification, date,
     local::{AgentStatus, ExposedStatus, ReachedStatus, TrustStatus},
 };
 use serde::Serialize;
@@ -23,6 +26,14 @@ macro_rules! eprintln {
 pub(crate) struct Output {
     pub(crate) json: bool,
     pub(crate) quiet: bool,
+}
+
+/// What `connect` alone finds.
+#[derive(Debug)]
+pub(crate) enum Situation {
+    NotEnrolled,
+    Stopped(Box<Identity>),
+    Running(Box<AgentStatus>),
 }
 
 impl Output {
@@ -168,6 +179,49 @@ impl Output {
                 (None, None) => "connecting".to_owned(),
             };
             println!("reached    {}  {}  {health}", reached.name, reached.address);
+        }
+    }
+
+    /// What this machine is, and what one can do next.
+    pub(crate) fn welcome(self, home: &Path, situation: &Situation) {
+        if self.json {
+            let status =
+                if let Situation::Running(status) = situation { Some(status) } else { None };
+            print_json(&json!({
+                "home": home,
+                "enrolled": !matches!(situation, Situation::NotEnrolled),
+                "running": status.is_some(),
+                "status": status,
+            }));
+            return;
+        }
+        match situation {
+            Situation::NotEnrolled => {
+                println!("This machine is in no workspace yet.");
+                println!(
+                    "  connect init --hub URL    begin one; URL is what `connect-hub serve` printed"
+                );
+                println!(
+                    "  connect join CODE         join one; `connect invite` on a member prints the code"
+                );
+                println!("`connect --help` shows all commands.");
+            }
+            Situation::Stopped(identity) => {
+                println!("This is agent {} ({}).", identity.label(), identity.agent_id().short());
+                println!("It is not running.");
+                println!("  connect up --detach       start it, and what it exposed and reached");
+            }
+            Situation::Running(status) => {
+                self.status(status);
+                if !status.connected {
+                    println!("\nIt goes on trying to connect. Is the hub up?");
+                } else if status.exposed.is_empty() && status.reached.is_empty() {
+                    println!("\n  connect HOST:PORT         offer a service");
+                    println!("  connect services          see what can be reached");
+                } else {
+                    println!("\n  connect services          see what else can be reached");
+                }
+            }
         }
     }
 

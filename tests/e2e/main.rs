@@ -25,3 +25,4 @@ mod tidy;
 mod tls;
 mod trust;
 mod verify;
+mod words;

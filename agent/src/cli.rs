@@ -3,6 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use connect_agent::Loopback;
 use connect_spec::{
     audit::ApiKeyId,
     ids::{CredentialId, Label, ServiceName},
@@ -336,6 +337,10 @@ pub(crate) struct Reach {
     /// Local port [default: the one of last time, else the service's own, else a free one].
     #[arg(long)]
     pub(crate) port: Option<u16>,
+    /// Local address, 127.x.y.z or ::1: with one each, several services can have the same port [default:
+    /// the one of last time, else 127.0.0.1].
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) bind: Option<Loopback>,
     /// Take it as it is that another agent exposes the name than when it was last reached.
     #[arg(long)]
     pub(crate) accept_new: bool,

@@ -12,8 +12,8 @@ use std::{
 
 use clap::CommandFactory;
 use connect_agent::{
-    AuditReader, Directory, Error, ErrorKind, Governor, Home, HomeLock, Host, HubCa, Keep, Options,
-    RekeyAfter, Result,
+    AuditReader, Directory, Error, ErrorKind, Governor, Home, HomeLock, Host, HubCa, Keep,
+    LocalEnd, Options, RekeyAfter, Result,
     local::{self, Answer, Command as Ask},
 };
 use connect_crypto::words::workspace_words;
@@ -580,8 +580,13 @@ fn default_name(target: &connect_agent::Target) -> ServiceName {
 }
 
 async fn run_reach(home: Home, reach: cli::Reach, output: Output) -> Result<()> {
-    let command =
-        Ask::Reach { name: reach.name.clone(), port: reach.port, accept_new: reach.accept_new };
+    let at = LocalEnd { port: reach.port, address: reach.bind };
+    let command = Ask::Reach {
+        name: reach.name.clone(),
+        port: at.port,
+        address: at.address,
+        accept_new: reach.accept_new,
+    };
     let lock = match attach_or_lock(&home, &command).await? {
         Attached::Lock(lock) => lock,
         Attached::Answer(answer) => {
@@ -595,7 +600,7 @@ async fn run_reach(home: Home, reach: cli::Reach, output: Output) -> Result<()> 
     output::log_to_stderr("warn");
     let host = start(home, lock, reach.run.encoding, Options::ROTATE_AFTER).await?;
     let reach_it =
-        async || host.reach(reach.name.clone(), reach.port, reach.accept_new, Keep::ThisRun).await;
+        async || host.reach(reach.name.clone(), at, reach.accept_new, Keep::ThisRun).await;
     let served = foreground(&host, output, reach_it, |reached| output.reached(reached)).await;
     host.stop().await;
     served

@@ -15,9 +15,10 @@ use crate::{
     agent::{Agent, Options},
     error::{Error, ErrorKind, Result},
     exposer::Exposed,
-    forward::{self, Forward},
+    forward::Forward,
     home::{Home, HomeLock, SavedExpose, SavedReach},
     local::{self, AgentStatus, Answer, Command, ExposedStatus, ReachedStatus, TrustStatus},
+    ports::{self, LocalEnd},
     random,
     target::Target,
 };
@@ -70,8 +71,9 @@ impl Host {
             down: Notify::new(),
             agent,
         });
-        for SavedReach { name, port } in saved.reaches {
-            if let Err(error) = host.listen_for(&name, port, None).await {
+        for SavedReach { name, port, address } in saved.reaches {
+            let at = LocalEnd { port, address };
+            if let Err(error) = host.listen_for(&name, at, None).await {
                 tracing::error!(service = %name, %error, "not restored");
             }
         }
@@ -137,8 +139,9 @@ impl Host {
             Command::Expose { name, target, allow, take_over } => {
                 self.expose(name, &target, allow, take_over, Keep::Saved).await.map(Answer::Exposed)
             }
-            Command::Reach { name, port, accept_new } => {
-                self.reach(name, port, accept_new, Keep::Saved).await.map(Answer::Reached)
+            Command::Reach { name, port, address, accept_new } => {
+                let at = LocalEnd { port, address };
+                self.reach(name, at, accept_new, Keep::Saved).await.map(Answer::Reached)
             }
             Command::Unexpose { name } => self.unexpose(&name).await.map(|()| Answer::Done),
             Command::Unreach { name } => self.unreach(&name).await.map(|()| Answer::Done),
@@ -223,7 +226,7 @@ impl Host {
     pub async fn reach(
         &self,
         name: ServiceName,
-        port: Option<u16>,
+        at: LocalEnd,
         accept_new: bool,
         keep: Keep,
     ) -> Result<ReachedStatus> {
@@ -238,7 +241,7 @@ impl Host {
         // here, the exposer would dial this agent, and so on without end.
         let down = found.record.target_ok == Some(false);
         let own = found.record.port_hint.filter(|_| !down);
-        let is_new = self.listen_for(&name, port, own).await?;
+        let is_new = self.listen_for(&name, at, own).await?;
         let ready = self.reached(&name).await.ok_or_else(gone)?.ready().await;
         if let Err(error) = &ready
             && is_new
@@ -254,8 +257,13 @@ impl Host {
         if keep == Keep::Saved {
             let core = self.agent.core();
             let mut state = core.state();
-            state.reaches.retain(|saved| saved.name != name);
-            state.reaches.push(SavedReach { name: name.clone(), port });
+            // Reaching it once more takes no pinned port back.
+            let is_saved = state.reaches.iter().any(|saved| saved.name == name);
+            if !is_saved || at != LocalEnd::default() {
+                let LocalEnd { port, address } = at;
+                state.reaches.retain(|saved| saved.name != name);
+                state.reaches.push(SavedReach { name: name.clone(), port, address });
+            }
             core.home.save_state(&state)?;
         }
         ready?;
@@ -267,26 +275,18 @@ impl Host {
     }
 
     /// Binds the port of a service and begins to reach it; false for one that is reached so already.
-    async fn listen_for(
-        &self,
-        name: &ServiceName,
-        port: Option<u16>,
-        own: Option<u16>,
-    ) -> Result<bool> {
-        let home = &self.agent.core().home;
+    async fn listen_for(&self, name: &ServiceName, at: LocalEnd, own: Option<u16>) -> Result<bool> {
         let mut forwards = self.forwards.lock().await;
         if let Some(forward) = forwards.get(name)
-            && port.is_none_or(|port| port == forward.address.port())
+            && at.is(forward.address)
         {
             return Ok(false);
         }
-        let mut ports = home.load_ports()?;
-        let listener = forward::bind(name, port, own, &ports).await?;
-        let bound = listener.local_addr()?.port();
-        if ports.insert(name.clone(), bound) != Some(bound) {
-            home.save_ports(&ports)?;
+        let bound = ports::bind(&self.agent.core().home, name, at, own).await?;
+        if let Some(reason) = &bound.passed_over {
+            tracing::warn!(service = %name, "it is not on {reason}");
         }
-        let forward = Forward::start(listener, self.agent.reach(name))?;
+        let forward = Forward::start(bound, self.agent.reach(name))?;
         forwards.insert(name.clone(), forward);
         Ok(true)
     }
@@ -333,6 +333,7 @@ impl Host {
                 active: status.active,
                 rtt_ms: status.round_trip.map(|time| time.as_secs_f64() * 1000.0),
                 streams: status.streams,
+                passed_over: forward.passed_over.clone(),
                 rekeys: status.rekeys,
                 error: status.error,
             }

@@ -16,6 +16,7 @@ use crate::{
     agent::Rotated,
     error::{Error, ErrorKind, Result},
     home::Home,
+    ports::Loopback,
 };
 
 /// Longest command or answer.
@@ -51,6 +52,9 @@ pub enum Command {
         name: ServiceName,
         /// On this local port, if given.
         port: Option<u16>,
+        /// On this address, if given.
+        #[serde(default)]
+        address: Option<Loopback>,
         /// Even if another agent exposes the name than when it was last reached.
         #[serde(default)]
         accept_new: bool,
@@ -157,6 +161,9 @@ pub struct ReachedStatus {
     pub rtt_ms: Option<f64>,
     /// Open streams.
     pub streams: usize,
+    /// Why it is not on the port that one would expect: `port 5432, which is held by …`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub passed_over: Option<String>,
     /// How often the keys were replaced under the conversation that goes on.
     #[serde(default)]
     pub rekeys: u64,

@@ -110,6 +110,9 @@ impl Output {
             return;
         }
         println!("{}", reached.address);
+        if let Some(reason) = &reached.passed_over {
+            self.note(format_args!("{} is not on {reason}.", reached.name));
+        }
         match reached.rtt_ms {
             Some(rtt) => self.note(format_args!("{} is reached, {rtt:.1} ms away", reached.name)),
             None => self.note(format_args!("{} is not reached yet", reached.name)),

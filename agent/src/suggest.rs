@@ -61,7 +61,9 @@ pub(crate) async fn services(home: &Home) -> Option<Vec<String>> {
 /// Without this, `connect statsu` on a machine without an agent would wait for a hub that is away.
 pub(crate) async fn check_word(home: &Home, word: &str) -> Result<()> {
     let commands = commands();
-    if nearest(word, commands.iter().map(String::as_str)).is_empty() || home.has_port_for(word) {
+    if nearest(word, commands.iter().map(String::as_str)).is_empty()
+        || connect_agent::is_known(home, word)
+    {
         return Ok(());
     }
     let services = services(home).await.unwrap_or_default();

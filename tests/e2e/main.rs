@@ -15,6 +15,7 @@ mod hub_sees;
 mod isolation;
 mod network;
 mod passphrase;
+mod ports;
 mod reconnect;
 mod rekey;
 mod resume;

@@ -3,6 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use connect_agent::Loopback;
 use connect_spec::{
     audit::ApiKeyId,
     ids::{CredentialId, Label, ServiceName},
@@ -10,7 +11,7 @@ use connect_spec::{
 
 /// Reach private services by name, end to end encrypted through a hub that cannot read them.
 #[derive(Debug, Parser)]
-#[command(name = "connect", version, max_term_width = 100, after_help = EXAMPLES)]
+#[command(name = "connect", version, max_term_width = 100, override_usage = USAGE, after_help = EXAMPLES)]
 pub(crate) struct Cli {
     /// Print JSON on stdout.
     #[arg(long, global = true)]
@@ -21,9 +22,17 @@ pub(crate) struct Cli {
     /// Read the passphrase of the signer key from the first line of this file; `-` is stdin.
     #[arg(long, global = true, value_name = "FILE")]
     pub(crate) passphrase_file: Option<PathBuf>,
+    /// What to do; without it, what this machine is and what one can do next.
     #[command(subcommand)]
-    pub(crate) command: Command,
+    pub(crate) command: Option<Command>,
+    /// The word that stood in place of a command: `connect prod-db` for `connect reach prod-db`.
+    #[arg(skip)]
+    pub(crate) short: Option<String>,
 }
+
+const USAGE: &str = "connect [OPTIONS] [COMMAND]
+       connect HOST:PORT …             short for `connect expose HOST:PORT …`
+       connect NAME …                  short for `connect reach NAME …`";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -362,6 +371,10 @@ pub(crate) struct Reach {
     /// Reach it by this share that this home joined [default: the own workspace first].
     #[arg(long, value_name = "LABEL")]
     pub(crate) share: Option<String>,
+    /// Local address, 127.x.y.z or ::1: with one each, several services can have the same port [default:
+    /// the one of last time, else 127.0.0.1].
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) bind: Option<Loopback>,
     /// Take it as it is that another agent exposes the name than when it was last reached.
     #[arg(long)]
     pub(crate) accept_new: bool,

@@ -12,8 +12,8 @@ use std::{
 
 use clap::CommandFactory;
 use connect_agent::{
-    AuditReader, Directory, Error, ErrorKind, Governor, Home, HomeLock, Host, HubCa, Keep, Options,
-    Reaching, RekeyAfter, Result,
+    AuditReader, Directory, Error, ErrorKind, Governor, Home, HomeLock, Host, HubCa, Keep,
+    LocalEnd, Options, Reaching, RekeyAfter, Result,
     local::{self, Answer, Command as Ask},
 };
 use connect_crypto::words::workspace_words;
@@ -32,6 +32,8 @@ use crate::{
     output::{self, Output},
     passphrase::Source,
     sharing,
+    suggest::{self, Own},
+    welcome,
 };
 
 /// Another process that holds the lock has its socket, or is gone, within this time.
@@ -53,16 +55,32 @@ const MAX_WORDS_BYTES: usize = 1024;
 pub(crate) async fn run(cli: Cli, output: Output) -> Result<()> {
     let home = Home::from_env()?;
     let passphrase = Source { file: cli.passphrase_file };
-    match cli.command {
+    let Some(command) = cli.command else {
+        return welcome::run(&home, output).await;
+    };
+    match command {
         Command::Init(init) => run_init(&home, init, output).await,
         Command::Invite(invite) => run_invite(&home, invite, &passphrase, output).await,
         Command::Join(join) => run_join(&home, join, output).await,
         Command::Up(up) => run_up(home, up, output).await,
         Command::Down => run_down(&home, output).await,
         Command::Expose(expose) => run_expose(home, expose, output).await,
-        Command::Unexpose { name } => tell(&home, &Ask::Unexpose { name }).await,
-        Command::Reach(reach) => run_reach(home, reach, output).await,
-        Command::Unreach { name } => tell(&home, &Ask::Unreach { name }).await,
+        Command::Unexpose { name } => {
+            let done = tell(&home, &Ask::Unexpose { name: name.clone() }).await;
+            suggest::for_own(&home, &name, Own::Exposed, done).await
+        }
+        Command::Reach(reach) => {
+            let name = reach.name.clone();
+            if let Some(word) = &cli.short {
+                suggest::check_word(&home, word).await?;
+            }
+            let done = run_reach(home.clone(), reach, output).await;
+            suggest::for_reach(&home, &name, cli.short.is_some(), done).await
+        }
+        Command::Unreach { name } => {
+            let done = tell(&home, &Ask::Unreach { name: name.clone() }).await;
+            suggest::for_own(&home, &name, Own::Reached, done).await
+        }
         Command::Services => {
             output::log_to_stderr("warn");
             output.services(&sharing::services(&home).await?);
@@ -575,8 +593,9 @@ async fn run_reach(home: Home, reach: cli::Reach, output: Output) -> Result<()> 
     if reach.check {
         return run_check(home, reach, output).await;
     }
-    let cli::Reach { name, share, port, accept_new, run, .. } = reach;
-    let command = Ask::Reach { name: name.clone(), share: share.clone(), port, accept_new };
+    let cli::Reach { name, share, port, bind, accept_new, run, .. } = reach;
+    let reaching = Reaching { name, share, at: LocalEnd { port, address: bind }, accept_new };
+    let command = Ask::Reach(reaching.clone());
     let lock = match attach_or_lock(&home, &command).await? {
         Attached::Lock(lock) => lock,
         Attached::Answer(answer) => {
@@ -589,7 +608,6 @@ async fn run_reach(home: Home, reach: cli::Reach, output: Output) -> Result<()> 
     };
     output::log_to_stderr("warn");
     let host = start(home, lock, run.encoding, Options::ROTATE_AFTER).await?;
-    let reaching = Reaching { name, share, port, accept_new };
     let reach_it = async || host.reach(&reaching, Keep::ThisRun).await;
     let served = foreground(&host, output, reach_it, |reached| output.reached(reached)).await;
     host.stop().await;
@@ -705,7 +723,7 @@ async fn attach_or_lock(home: &Home, command: &Ask) -> Result<Attached> {
     }
 }
 
-async fn ask(home: &Home, command: &Ask) -> Result<Answer> {
+pub(crate) async fn ask(home: &Home, command: &Ask) -> Result<Answer> {
     if !home.is_enrolled() {
         home.load()?;
     }

@@ -37,6 +37,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     identity::{Epochs, Identity, NoiseIdentity, RetiredNoise, SignerKey},
     io::tls::HubCa,
+    ports::Loopback,
     trust::{TrustLock, TrustLog},
 };
 
@@ -109,6 +110,9 @@ pub(crate) struct SavedReach {
     pub(crate) name: ServiceName,
     #[serde(default)]
     pub(crate) port: Option<u16>,
+    /// On this address, if one was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) address: Option<Loopback>,
 }
 
 /// What to restore when the agent starts, as `state.json` holds it.
@@ -568,7 +572,7 @@ impl Home {
             .map_err(|error| self.unwritable(&error))
     }
 
-    fn lock_file(&self, name: &str) -> Result<TrustLock> {
+    pub(crate) fn lock_file(&self, name: &str) -> Result<TrustLock> {
         let file = self.open_lock(name)?;
         file.lock().map_err(|error| self.unwritable(&error))?;
         Ok(TrustLock::held_by(file))
@@ -639,14 +643,6 @@ impl Home {
 
     pub(crate) fn save_state(&self, state: &State) -> Result<()> {
         self.write_json("state.json", state)
-    }
-
-    pub(crate) fn load_ports(&self) -> Result<BTreeMap<ServiceName, u16>> {
-        self.read_json_or_default("ports.json")
-    }
-
-    pub(crate) fn save_ports(&self, ports: &BTreeMap<ServiceName, u16>) -> Result<()> {
-        self.write_json("ports.json", ports)
     }
 
     pub(crate) fn load_peers(&self) -> Result<Peers> {

@@ -4,6 +4,7 @@
 use std::{fs, path::PathBuf, sync::Arc};
 
 use connect_spec::ids::ServiceName;
+use serde::{Deserialize, Serialize};
 use tokio::{
     io::BufReader,
     net::UnixListener,
@@ -18,6 +19,7 @@ use crate::{
     home::{Home, HomeLock, one_share},
     local::{self, AgentStatus, Answer, Command, ExposedStatus, ReachedStatus},
     membership::Membership,
+    ports::LocalEnd,
 };
 
 /// Whether an item comes back at the next start.
@@ -30,14 +32,14 @@ pub enum Keep {
 }
 
 /// What is to be reached.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Reaching {
     /// The service.
     pub name: ServiceName,
     /// Label or id of the share that it is reached by; otherwise the own workspace comes first.
     pub share: Option<String>,
-    /// The local port, if a certain one is wanted.
-    pub port: Option<u16>,
+    /// Where on this machine, if a certain place is wanted.
+    pub at: LocalEnd,
     /// Whether another agent may expose the name than when it was last reached.
     pub accept_new: bool,
 }
@@ -175,8 +177,7 @@ impl Host {
             Command::Expose { name, target, allow, take_over } => {
                 self.expose(name, &target, allow, take_over, Keep::Saved).await.map(Answer::Exposed)
             }
-            Command::Reach { name, share, port, accept_new } => {
-                let reaching = Reaching { name, share, port, accept_new };
+            Command::Reach(reaching) => {
                 self.reach(&reaching, Keep::Saved).await.map(Answer::Reached)
             }
             Command::Unexpose { name } => self.unexpose(&name).await.map(|()| Answer::Done),

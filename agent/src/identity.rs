@@ -62,6 +62,12 @@ impl fmt::Debug for Identity {
 }
 
 impl Identity {
+    /// What people call the agent.
+    #[must_use]
+    pub fn label(&self) -> &Label {
+        &self.label
+    }
+
     /// The agent's id.
     #[must_use]
     pub fn agent_id(&self) -> AgentId {

@@ -20,6 +20,7 @@ use crate::{
     check::Checked,
     error::{Error, ErrorKind, Result},
     home::Home,
+    host::Reaching,
 };
 
 /// Longest command or answer.
@@ -50,18 +51,7 @@ pub enum Command {
         name: ServiceName,
     },
     /// Reach a service, now and after each start.
-    Reach {
-        /// The service.
-        name: ServiceName,
-        /// By this share, if given.
-        #[serde(default)]
-        share: Option<String>,
-        /// On this local port, if given.
-        port: Option<u16>,
-        /// Even if another agent exposes the name than when it was last reached.
-        #[serde(default)]
-        accept_new: bool,
-    },
+    Reach(Reaching),
     /// Reach it no longer.
     Unreach {
         /// The service.
@@ -200,6 +190,9 @@ pub struct ReachedStatus {
     pub rtt_ms: Option<f64>,
     /// Open streams.
     pub streams: usize,
+    /// Why it is not on the port that one would expect: `port 5432, which is held by …`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub passed_over: Option<String>,
     /// How often the keys were replaced under the conversation that goes on.
     #[serde(default)]
     pub rekeys: u64,

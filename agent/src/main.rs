@@ -5,15 +5,23 @@ mod commands;
 mod output;
 mod passphrase;
 mod sharing;
+mod short;
+mod suggest;
+mod welcome;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use connect_agent::{Error, ErrorKind};
 
-use crate::{cli::Cli, output::Output};
+use crate::{output::Output, short::Unreadable};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let args: Vec<_> = std::env::args_os().collect();
+    let json = args.iter().any(|arg| arg == "--json");
+    let cli = match short::parse(args) {
+        Ok(cli) => cli,
+        Err(unreadable) => return refuse(unreadable, json),
+    };
     let output = Output { json: cli.json, quiet: cli.quiet };
     // One thread carries everything that moves: handing a packet from one to another costs more time
     // than sealing it. What computes for long has threads of its own (`spawn_blocking`).
@@ -32,4 +40,21 @@ fn main() -> ExitCode {
             ExitCode::from(error.kind.exit_code())
         }
     }
+}
+
+/// Says what is wrong with a command line; or prints the help or version that it asks for.
+fn refuse(unreadable: Unreadable, json: bool) -> ExitCode {
+    let output = Output { json, quiet: false };
+    let error = match unreadable {
+        Unreadable::Line(error) if json && error.use_stderr() => {
+            let text = error.to_string();
+            let said = text.lines().next().unwrap_or_default();
+            Error::new(ErrorKind::Usage, said.strip_prefix("error: ").unwrap_or(said))
+                .hint("`--help` shows how the command is used")
+        }
+        Unreadable::Line(error) => error.exit(),
+        Unreadable::Word(error) => error,
+    };
+    output.error(&error);
+    ExitCode::from(error.kind.exit_code())
 }

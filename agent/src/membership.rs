@@ -9,10 +9,11 @@ use crate::{
     agent::{Agent, Options},
     error::{Error, ErrorKind, Result},
     exposer::Exposed,
-    forward::{self, Forward},
+    forward::Forward,
     home::{Home, HomeLock, SavedExpose, SavedReach},
     host::{Keep, Reaching},
     local::{AgentStatus, ExposedStatus, ReachedStatus, ShareStatus, TrustStatus},
+    ports::{self, LocalEnd},
     target::Target,
 };
 
@@ -44,8 +45,9 @@ impl Membership {
             }
         }
         let membership = Self { forwards: Mutex::default(), agent };
-        for SavedReach { name, port } in saved.reaches {
-            if let Err(error) = membership.listen_for(&name, port, None).await {
+        for SavedReach { name, port, address } in saved.reaches {
+            let at = LocalEnd { port, address };
+            if let Err(error) = membership.listen_for(&name, at, None).await {
                 tracing::error!(service = %name, %error, "not restored");
             }
         }
@@ -134,7 +136,7 @@ impl Membership {
     /// [`ErrorKind::ServiceNotFound`] and [`ErrorKind::TrustViolation`], and nothing is kept;
     /// [`ErrorKind::ExposerOffline`], and the port is bound and further tries are made.
     pub(crate) async fn reach(&self, reaching: &Reaching, keep: Keep) -> Result<ReachedStatus> {
-        let Reaching { name, port, accept_new, .. } = reaching.clone();
+        let Reaching { name, at, accept_new, .. } = reaching.clone();
         if accept_new {
             // Begun anew: what is running may have given up on the other agent.
             self.forwards.lock().await.remove(&name);
@@ -146,7 +148,7 @@ impl Membership {
         // here, the exposer would dial this agent, and so on without end.
         let down = found.record.target_ok == Some(false);
         let own = found.record.port_hint.filter(|_| !down);
-        let is_new = self.listen_for(&name, port, own).await?;
+        let is_new = self.listen_for(&name, at, own).await?;
         let ready = self.reached(&name).await.ok_or_else(gone)?.ready().await;
         if let Err(error) = &ready
             && is_new
@@ -162,8 +164,13 @@ impl Membership {
         if keep == Keep::Saved {
             let core = self.agent.core();
             let mut state = core.state();
-            state.reaches.retain(|saved| saved.name != name);
-            state.reaches.push(SavedReach { name: name.clone(), port });
+            // Reaching it once more takes no pinned port back.
+            let is_saved = state.reaches.iter().any(|saved| saved.name == name);
+            if !is_saved || at != LocalEnd::default() {
+                let LocalEnd { port, address } = at;
+                state.reaches.retain(|saved| saved.name != name);
+                state.reaches.push(SavedReach { name: name.clone(), port, address });
+            }
             core.home.save_state(&state)?;
         }
         ready?;
@@ -175,26 +182,18 @@ impl Membership {
     }
 
     /// Binds the port of a service and begins to reach it; false for one that is reached so already.
-    async fn listen_for(
-        &self,
-        name: &ServiceName,
-        port: Option<u16>,
-        own: Option<u16>,
-    ) -> Result<bool> {
-        let home = &self.agent.core().home;
+    async fn listen_for(&self, name: &ServiceName, at: LocalEnd, own: Option<u16>) -> Result<bool> {
         let mut forwards = self.forwards.lock().await;
         if let Some(forward) = forwards.get(name)
-            && port.is_none_or(|port| port == forward.address.port())
+            && at.is(forward.address)
         {
             return Ok(false);
         }
-        let mut ports = home.load_ports()?;
-        let listener = forward::bind(name, port, own, &ports).await?;
-        let bound = listener.local_addr()?.port();
-        if ports.insert(name.clone(), bound) != Some(bound) {
-            home.save_ports(&ports)?;
+        let bound = ports::bind(&self.agent.core().home, name, at, own).await?;
+        if let Some(reason) = &bound.passed_over {
+            tracing::warn!(service = %name, "it is not on {reason}");
         }
-        let forward = Forward::start(listener, self.agent.reach(name))?;
+        let forward = Forward::start(bound, self.agent.reach(name))?;
         forwards.insert(name.clone(), forward);
         Ok(true)
     }
@@ -245,6 +244,7 @@ impl Membership {
                 active: status.active,
                 rtt_ms: status.round_trip.map(|time| time.as_secs_f64() * 1000.0),
                 streams: status.streams,
+                passed_over: forward.passed_over.clone(),
                 rekeys: status.rekeys,
                 error: status.error,
             }

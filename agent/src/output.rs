@@ -2,13 +2,14 @@
 
 use std::{
     io::{IsTerminal, Write},
+    path::Path,
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use connect_agent::{
     AgentInfo, ApiKeyInfo, AuditVerdict, Checked, EntryInfo, Error, Finding, FindingState, Founded,
-    InviteInfo, NewApiKey, NewShare, RecordedRow, Recovered, Revoked, Rotated, ServiceInfo,
-    ShareInfo, Verification, date,
+    Identity, InviteInfo, NewApiKey, NewShare, RecordedRow, Recovered, Revoked, Rotated,
+    ServiceInfo, ShareInfo, Verification, date,
     local::{AgentStatus, ExposedStatus, ReachedStatus, TrustStatus},
 };
 use connect_spec::{ids::CredentialId, objects::UnixTime};
@@ -48,6 +49,14 @@ impl JoinedShare {
 pub(crate) struct Output {
     pub(crate) json: bool,
     pub(crate) quiet: bool,
+}
+
+/// What `connect` alone finds.
+#[derive(Debug)]
+pub(crate) enum Situation {
+    NotEnrolled,
+    Stopped(Box<Identity>),
+    Running(Box<AgentStatus>),
 }
 
 impl Output {
@@ -135,6 +144,9 @@ impl Output {
             return;
         }
         println!("{}", reached.address);
+        if let Some(reason) = &reached.passed_over {
+            self.note(format_args!("{} is not on {reason}.", reached.name));
+        }
         match reached.rtt_ms {
             Some(rtt) => self.note(format_args!("{} is reached, {rtt:.1} ms away", reached.name)),
             None => self.note(format_args!("{} is not reached yet", reached.name)),
@@ -297,6 +309,49 @@ impl Output {
         for guest in &status.shares {
             println!();
             self.status(guest);
+        }
+    }
+
+    /// What this machine is, and what one can do next.
+    pub(crate) fn welcome(self, home: &Path, situation: &Situation) {
+        if self.json {
+            let status =
+                if let Situation::Running(status) = situation { Some(status) } else { None };
+            print_json(&json!({
+                "home": home,
+                "enrolled": !matches!(situation, Situation::NotEnrolled),
+                "running": status.is_some(),
+                "status": status,
+            }));
+            return;
+        }
+        match situation {
+            Situation::NotEnrolled => {
+                println!("This machine is in no workspace yet.");
+                println!(
+                    "  connect init --hub URL    begin one; URL is what `connect-hub serve` printed"
+                );
+                println!(
+                    "  connect join CODE         join one; `connect invite` on a member prints the code"
+                );
+                println!("`connect --help` shows all commands.");
+            }
+            Situation::Stopped(identity) => {
+                println!("This is agent {} ({}).", identity.label(), identity.agent_id().short());
+                println!("It is not running.");
+                println!("  connect up --detach       start it, and what it exposed and reached");
+            }
+            Situation::Running(status) => {
+                self.status(status);
+                if !status.connected {
+                    println!("\nIt goes on trying to connect. Is the hub up?");
+                } else if status.exposed.is_empty() && status.reached.is_empty() {
+                    println!("\n  connect HOST:PORT         offer a service");
+                    println!("  connect services          see what can be reached");
+                } else {
+                    println!("\n  connect services          see what else can be reached");
+                }
+            }
         }
     }
 

@@ -6,6 +6,7 @@
 #   make acceptance    the real programs through a tunnel: pgbench, redis, curl, ssh, rsync, …
 #   make soak          pgbench and a long transfer while the hub is killed again and again (TIME, KILLS, MIB, …)
 #   make rest          the REST interface against its own document, by schemathesis (EXAMPLES=60); needs python3
+#   make picture       draws docs/terminal.svg from what the commands print; needs python3
 #   make bench         how fast it is: the hot functions, then two agents and a hub beside direct loopback
 #   make fuzz          each fuzz target for TIME=60 seconds; needs nightly and cargo-fuzz
 #   make build         the release binaries
@@ -16,7 +17,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 
 TIME ?= 60
 
-.PHONY: build demo test check acceptance soak rest bench fuzz clean
+.PHONY: build demo test check acceptance soak rest picture bench fuzz clean
 
 build:
 	@scripts/toolchain
@@ -41,6 +42,9 @@ soak:
 
 rest:
 	@scripts/rest
+
+picture:
+	@scripts/picture
 
 bench:
 	@scripts/bench

@@ -747,7 +747,12 @@ async fn supervise(core: Arc<Core>) {
                 }
                 returning = true;
                 backoff.reset();
-                tracing::info!(hub = %core.hub, "connected");
+                let identity = core.identity();
+                if identity.share_id().is_some() {
+                    tracing::info!(hub = %core.hub, share = identity.share_name(), "connected as a guest");
+                } else {
+                    tracing::info!(hub = %core.hub, "connected");
+                }
                 core.link.send_replace(Link::Up(session.clone()));
                 let ended = serve(&core, &session, incoming, &mut identities).await;
                 match ended {

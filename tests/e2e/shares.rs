@@ -14,7 +14,9 @@ use connect_tests::{
     eventually,
     home::{Home, Workspace},
     hub::Hub,
-    postgres, random_word, runtime,
+    postgres,
+    process::Process,
+    random_word, runtime,
     services::Service,
 };
 use serde_json::Value;
@@ -60,6 +62,14 @@ fn join(home: &Home, code: &str) {
     });
 }
 
+/// Starts the agent of a home that is a guest and nothing else.
+#[track_caller]
+fn guest_up(home: &Home) -> Process {
+    let process = Process::spawn("connect up", home.command(&["up"]).env("CONNECT_LOG", "debug"));
+    process.stderr_line(" connected as a guest ");
+    process
+}
+
 fn names_of(services: &Value) -> Vec<&str> {
     let services = services.as_array().expect("a list").iter();
     services.map(|service| service["name"].as_str().expect("a name")).collect()
@@ -96,7 +106,7 @@ fn guest_reaches_what_is_shared_and_nothing_else() {
     guest.fails(&["invite"], 6, "signer");
     guest.fails(&["share", shared], 6, "signer");
     guest.fails(&["reach", private], 5, "no service is called");
-    let guest_agent = guest.up();
+    let guest_agent = guest_up(&guest);
     guest.fails(&["expose", "127.0.0.1:9", "--name", &name()], 6, "role");
     let _connection = open_echo(guest.reach(shared));
     guest.fails(&["reach", private], 5, "no service is called");
@@ -169,7 +179,7 @@ fn share_ends_at_once_when_it_is_taken_back() {
     giver.ok(&["expose", &service.address().to_string(), "--name", shared]);
     let guest = Home::new();
     join(&guest, &share(giver, &[shared], &["--name", "audit"]));
-    let _guest_agent = guest.up();
+    let _guest_agent = guest_up(&guest);
     let mut ended = open_echo(guest.reach(shared));
     let mut goes_on = open_echo(member.reach(shared));
 
@@ -200,7 +210,7 @@ fn share_ends_when_its_time_is_over() {
     let code = share(giver, &[shared], &["--expires", "12s"]);
     let made = Instant::now();
     join(&guest, &code);
-    let _guest_agent = guest.up();
+    let _guest_agent = guest_up(&guest);
     let mut connection = open_echo(guest.reach(shared));
     // The time is told in whole seconds.
     std::thread::sleep(Duration::from_secs(12).saturating_sub(made.elapsed()));
@@ -286,7 +296,7 @@ fn hub_that_lets_more_guests_join_is_caught_by_the_exposer() {
     let code = share(giver, &[shared], &[]);
     let (guest, thief) = (Home::new(), Home::new());
     join(&guest, &code);
-    let _guest_agent = guest.up();
+    let _guest_agent = guest_up(&guest);
     let _connection = open_echo(guest.reach(shared));
     let mut psql = Command::new(postgres::psql());
     psql.args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-d", "connect"]);
@@ -294,7 +304,7 @@ fn hub_that_lets_more_guests_join_is_caught_by_the_exposer() {
     let output = psql.arg("-h").arg(hub.data_dir().join("socket")).output().expect("psql runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     join(&thief, &code);
-    let _thief_agent = thief.up();
+    let _thief_agent = guest_up(&thief);
     thief.fails(&["reach", shared], 6, "does not allow");
     giver_agent.stderr_line("share_overused");
     // Nothing changed for who was there before.
@@ -315,7 +325,7 @@ fn service_exposed_again_is_still_shared() {
     giver.ok(&["unexpose", shared]);
     assert_eq!(guest.json(&["services"]), Value::Array(Vec::new()));
     giver.ok(&["expose", &second.address().to_string(), "--name", shared]);
-    let _guest_agent = guest.up();
+    let _guest_agent = guest_up(&guest);
     let mut client = TcpStream::connect(guest.reach(shared)).expect("a local port");
     client.set_read_timeout(Some(PATIENCE)).expect("our own socket");
     let mut read = [0; 6];

@@ -34,6 +34,7 @@ use crate::{
     },
     error::{Error, ErrorKind, Result},
     exposer::{Exposed, Exposer, names_service},
+    health,
     home::{Home, HomeLock, Peers, SeenNoiseKey, State},
     identity::Identity,
     io::{
@@ -64,11 +65,15 @@ pub struct Options {
     pub rotate_after: Duration,
     /// The keys of a tunnel are replaced after so much use.
     pub rekey_after: RekeyAfter,
+    /// The target of each exposed service is looked at so often.
+    pub health_every: Duration,
 }
 
 impl Options {
     /// The age at which a static key is rotated, unless another one is asked for.
     pub const ROTATE_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
+    /// How often targets are looked at: the list of services is right within about half a minute.
+    pub const HEALTH_EVERY: Duration = Duration::from_secs(30);
 }
 
 impl Default for Options {
@@ -77,6 +82,7 @@ impl Default for Options {
             encoding: Encoding::default(),
             rotate_after: Self::ROTATE_AFTER,
             rekey_after: RekeyAfter::default(),
+            health_every: Self::HEALTH_EVERY,
         }
     }
 }
@@ -96,6 +102,7 @@ struct Running {
     _key_keeper: AbortOnDrop,
     _judge: AbortOnDrop,
     _watch: AbortOnDrop,
+    _health: AbortOnDrop,
 }
 
 impl Drop for Running {
@@ -181,12 +188,19 @@ impl Agent {
         let key_keeper = AbortOnDrop(tokio::spawn(keep_keys_fresh(core.clone())).abort_handle());
         let judge = AbortOnDrop(tokio::spawn(judge_again(core.clone())).abort_handle());
         let watch = AbortOnDrop(tokio::spawn(look_around(core.clone())).abort_handle());
+        let health = health::watch(
+            core.clone(),
+            core.options.health_every,
+            core.exposer.health_changed.clone(),
+        );
+        let health = AbortOnDrop(tokio::spawn(health).abort_handle());
         let running = Running {
             core: core.clone(),
             _supervisor: supervisor,
             _key_keeper: key_keeper,
             _judge: judge,
             _watch: watch,
+            _health: health,
         };
         Ok(Self { core, _running: Arc::new(running) })
     }
@@ -469,8 +483,21 @@ impl Core {
     }
 
     async fn publish(&self, session: &Session, service: &Exposed, take_over: bool) -> Result<()> {
-        let target_ok = service.probe().await;
+        let target_ok = service.health.look(&service.target).await;
         self.publish_as(session, service, target_ok, take_over).await
+    }
+
+    /// Puts right what the hub says of a service that changed while it was published.
+    pub(crate) async fn publish_or_withdraw(&self, session: &Session, service_id: ServiceId) {
+        let exposed =
+            self.exposer.all().into_iter().find(|service| service.service_id == service_id);
+        let done = match exposed {
+            Some(service) => self.publish(session, &service, false).await,
+            None => session.request(Request::Unexpose { service_id }).await.map(|_| ()),
+        };
+        if let Err(error) = done {
+            tracing::debug!(%error, "the next login tells the hub");
+        }
     }
 
     /// Publishes the agent's own record and those of its services.
@@ -490,7 +517,7 @@ impl Core {
         Ok(())
     }
 
-    async fn publish_as(
+    pub(crate) async fn publish_as(
         &self,
         session: &Session,
         service: &Exposed,
@@ -507,6 +534,7 @@ impl Core {
         let service_id = service.service_id;
         let expose = Request::Expose { service_id, tag, record, take_over };
         session.request(expose).await?;
+        service.health.published(target_ok);
         for share_id in self.exposer.shares_of(service_id) {
             self.publish_to_share(session, service, share_id, target_ok).await?;
         }

@@ -348,7 +348,7 @@ pub(crate) enum Encoding {
 pub(crate) struct Expose {
     /// Where connections go: `host:port`, or a port of this machine.
     pub(crate) target: String,
-    /// The name by which others reach it [default: by the port, such as `postgres`].
+    /// The name by which others reach it [default: what it speaks, such as `postgres`].
     #[arg(long)]
     pub(crate) name: Option<ServiceName>,
     /// Tag or agent id that may reach it; repeatable [default: every member].

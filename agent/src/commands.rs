@@ -1,6 +1,7 @@
 //! What each command does: asks the running agent, or the hub, or becomes the agent.
 
 use std::{
+    cell::OnceCell,
     fs,
     io::{BufRead, IsTerminal, Read},
     os::unix::{fs::OpenOptionsExt, process::CommandExt},
@@ -19,7 +20,7 @@ use connect_agent::{
 use connect_crypto::words::workspace_words;
 use connect_spec::{
     audit::Scope,
-    ids::{CredentialId, Label, ServiceName},
+    ids::{CredentialId, Label},
     log::Policy,
     objects::{AgentRole, SignerRole},
 };
@@ -532,12 +533,10 @@ async fn run_rotate(home: &Home, output: Output) -> Result<()> {
 
 async fn run_expose(home: Home, expose: cli::Expose, output: Output) -> Result<()> {
     let target: connect_agent::Target = expose.target.parse()?;
-    let name = match expose.name {
-        Some(name) => name,
-        None => default_name(&target),
-    };
-    if Cli::command().get_subcommands().any(|command| command.get_name() == name.as_str())
-        || name.as_str() == "help"
+    let name = expose.name;
+    if let Some(name) = &name
+        && (Cli::command().get_subcommands().any(|command| command.get_name() == name.as_str())
+            || name.as_str() == "help")
     {
         return Err(Error::new(
             ErrorKind::Usage,
@@ -570,23 +569,22 @@ async fn run_expose(home: Home, expose: cli::Expose, output: Output) -> Result<(
         let allow = expose.allow.clone();
         host.expose(name.clone(), &target, allow, expose.take_over, Keep::ThisRun).await
     };
-    let served = foreground(&host, output, expose_it, |exposed| output.exposed(exposed)).await;
+    let named = OnceCell::new();
+    let served = foreground(&host, output, expose_it, |exposed| {
+        output.exposed(exposed);
+        // Printed once, and so set once.
+        let _ = named.set(exposed.name.clone());
+    })
+    .await;
     // Its own item ends with it. A hub that is away hears of it at the next start.
-    if let Ok(Err(error)) = tokio::time::timeout(RETRY, host.unexpose(&name)).await
+    if let Some(name) = named.get().or(name.as_ref())
+        && let Ok(Err(error)) = tokio::time::timeout(RETRY, host.unexpose(name)).await
         && error.kind != ErrorKind::ServiceNotFound
     {
         tracing::warn!(%error, "the hub was not told that the service is withdrawn");
     }
     host.stop().await;
     served
-}
-
-fn default_name(target: &connect_agent::Target) -> ServiceName {
-    let name = match target.protocol() {
-        "tcp" => format!("tcp-{}", target.port()),
-        protocol => protocol.to_owned(),
-    };
-    name.parse().expect("protocols and ports make names")
 }
 
 async fn run_reach(home: Home, reach: cli::Reach, output: Output) -> Result<()> {
@@ -744,6 +742,10 @@ fn misunderstood() -> Error {
 
 /// Makes keys of tunnels live shorter, for tests: see `RekeyAfter`.
 const REKEY_AFTER: &str = "CONNECT_REKEY_AFTER";
+/// How often targets are looked at, in milliseconds, for tests: see `Options::HEALTH_EVERY`.
+const HEALTH_EVERY: &str = "CONNECT_HEALTH_EVERY_MS";
+/// More often than that nobody wants to know.
+const LEAST_HEALTH_EVERY: Duration = Duration::from_millis(100);
 
 async fn start(
     home: Home,
@@ -767,7 +769,16 @@ fn options(encoding: Encoding) -> Result<Options> {
         })?,
         Err(_) => RekeyAfter::default(),
     };
-    Ok(Options { encoding, rekey_after, ..Options::default() })
+    let health_every = match std::env::var(HEALTH_EVERY) {
+        Ok(text) => text
+            .parse()
+            .map(|millis| Duration::from_millis(millis).max(LEAST_HEALTH_EVERY))
+            .map_err(|error| {
+                Error::new(ErrorKind::Usage, format_args!("{HEALTH_EVERY}: {error}"))
+            })?,
+        Err(_) => Options::HEALTH_EVERY,
+    };
+    Ok(Options { encoding, rekey_after, health_every, ..Options::default() })
 }
 
 /// A thousand connections are a thousand files, more than systems allow by default.

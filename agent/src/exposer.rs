@@ -3,10 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet, VecDeque},
     io,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -30,7 +27,12 @@ use connect_spec::{
     record::{CloseCode, Purpose, ResetCode, StreamId},
     trust::{TrustError, VerifiedPeer},
 };
-use tokio::{net::TcpStream, sync::mpsc, task::JoinSet, time::timeout};
+use tokio::{
+    net::TcpStream,
+    sync::{Notify, mpsc},
+    task::JoinSet,
+    time::timeout,
+};
 
 use crate::{
     agent::Core,
@@ -38,22 +40,19 @@ use crate::{
     check, clock,
     engine::rekey::{Answer, Answered, Failed, Role},
     error::{Error, ErrorKind},
+    health::Health,
     identity::{Epoch, Identity, NoiseIdentity},
     io::{
         hub::Session,
         splice::splice,
         tunnel::{ChannelHandle, End, Status, Stream, TunnelEnd},
     },
-    keeper,
-    probe::knock,
-    random,
+    keeper, random,
     target::Target,
 };
 
 /// A target that does not answer a dial within this time is reported to the client.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
-/// A probe at registration is shorter: it only informs.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A service that this agent offers.
 #[derive(Debug)]
@@ -66,7 +65,10 @@ pub struct Exposed {
     pub target: Target,
     /// Tags and agents that may reach it; empty: every member.
     pub allow: BTreeSet<String>,
-    target_ok: AtomicBool,
+    /// What is spoken there, where that was found out; else the port says.
+    protocol: Option<String>,
+    /// How its target is.
+    pub(crate) health: Health,
 }
 
 impl Exposed {
@@ -78,20 +80,24 @@ impl Exposed {
         target: Target,
         allow: BTreeSet<String>,
     ) -> Self {
-        Self { name, service_id, target, allow, target_ok: AtomicBool::new(false) }
+        Self { name, service_id, target, allow, protocol: None, health: Health::default() }
     }
 
-    /// Whether the target accepts a connection now.
-    pub(crate) async fn probe(&self) -> bool {
-        let ok = matches!(timeout(PROBE_TIMEOUT, knock(&self.target)).await, Ok(Ok(())));
-        self.target_ok.store(ok, Ordering::Relaxed);
-        ok
+    /// The same service, speaking what was found out.
+    #[must_use]
+    pub(crate) fn speaking(self, protocol: Option<String>) -> Self {
+        Self { protocol, ..self }
+    }
+
+    /// What is spoken there, as far as it is known.
+    pub(crate) fn protocol(&self) -> &str {
+        self.protocol.as_deref().unwrap_or_else(|| self.target.protocol())
     }
 
     /// Whether the target answered when it was last tried.
     #[must_use]
     pub fn target_ok(&self) -> bool {
-        self.target_ok.load(Ordering::Relaxed)
+        self.health.is_ok()
     }
 
     /// The signed and sealed record that others find: members by the current epoch, guests by that of their
@@ -111,7 +117,7 @@ impl Exposed {
             counter,
             epoch: epoch.number,
             name: self.name.clone(),
-            protocol: self.target.protocol().to_owned(),
+            protocol: self.protocol().to_owned(),
             certificate: presented.certificate.clone(),
             credential: presented.credential.clone(),
             noise_key: presented.noise_key.clone(),
@@ -128,7 +134,7 @@ impl Exposed {
     }
 
     async fn dial(&self) -> Result<TcpStream, ResetCode> {
-        let dialled = match timeout(DIAL_TIMEOUT, self.target.connect()).await {
+        match timeout(DIAL_TIMEOUT, self.target.connect()).await {
             Ok(Ok(tcp)) => tcp.set_nodelay(true).map(|()| tcp).map_err(|_| ResetCode::Aborted),
             Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
                 Err(ResetCode::TargetRefused)
@@ -138,9 +144,7 @@ impl Exposed {
             }
             Ok(Err(_)) => Err(ResetCode::TargetUnreachable),
             Err(_) => Err(ResetCode::TargetTimeout),
-        };
-        self.target_ok.store(dialled.is_ok(), Ordering::Relaxed);
-        dialled
+        }
     }
 }
 
@@ -151,6 +155,8 @@ pub(crate) struct Exposer {
     shares: Mutex<BTreeMap<CredentialId, Credential>>,
     channels: Mutex<BTreeMap<ChannelKey, LiveChannel>>,
     door: Mutex<Door>,
+    /// A dial went another way than the record of its service says.
+    pub(crate) health_changed: Arc<Notify>,
 }
 
 /// What names a channel. The workspace is the agent's own.
@@ -537,7 +543,7 @@ impl Exposer {
             let (core, handle) = (core.clone(), handle.clone());
             async move {
                 tokio::join!(
-                    serve_streams(&handle, &service, streams),
+                    serve_streams(&handle, &service, streams, &core.exposer.health_changed),
                     handle.expire_after(PARKED_AT_EXPOSER),
                 );
                 core.exposer.channels().remove(&key);
@@ -623,6 +629,7 @@ async fn serve_streams(
     channel: &ChannelHandle,
     service: &Arc<Exposed>,
     mut streams: mpsc::UnboundedReceiver<(StreamId, Purpose)>,
+    health_changed: &Arc<Notify>,
 ) {
     let mut connections = JoinSet::new();
     loop {
@@ -634,9 +641,10 @@ async fn serve_streams(
                     return;
                 };
                 let (stream, service) = (channel.incoming_stream(id), service.clone());
+                let changed = health_changed.clone();
                 connections.spawn(async move {
                     match purpose {
-                        Purpose::Target => serve_stream(stream, service).await,
+                        Purpose::Target => serve_stream(stream, service, &changed).await,
                         Purpose::Check | Purpose::Sink | Purpose::Source | Purpose::Other(_) => {
                             check::serve(stream, purpose, &service.target).await;
                         }
@@ -648,8 +656,12 @@ async fn serve_streams(
     }
 }
 
-async fn serve_stream(stream: Stream, service: Arc<Exposed>) {
-    match service.dial().await {
+async fn serve_stream(stream: Stream, service: Arc<Exposed>, health_changed: &Notify) {
+    let dialled = service.dial().await;
+    if service.health.note(dialled.is_ok()) {
+        health_changed.notify_one();
+    }
+    match dialled {
         Ok(tcp) => {
             stream.opened();
             splice(tcp, &stream).await;

@@ -102,6 +102,9 @@ pub(crate) struct SavedExpose {
     pub(crate) service_id: ServiceId,
     #[serde(default)]
     pub(crate) allow: Vec<String>,
+    /// What is spoken there, where that was found out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) protocol: Option<String>,
 }
 
 /// A service that the agent reaches whenever it runs.

@@ -199,13 +199,14 @@ impl Host {
         done.unwrap_or_else(Answer::Failed)
     }
 
-    /// Exposes a service and waits until the hub knows it.
+    /// Exposes a service and waits until the hub knows it. Without a name it gets one that says what it is,
+    /// or keeps the one that it got so before.
     ///
     /// # Errors
     /// As [`Agent::expose`]; a target that cannot be parsed.
     pub async fn expose(
         &self,
-        name: ServiceName,
+        name: Option<ServiceName>,
         target: &str,
         allow: Vec<String>,
         take_over: bool,

@@ -36,8 +36,8 @@ pub enum Command {
     Status,
     /// Offer a service, now and after each start.
     Expose {
-        /// Under this name.
-        name: ServiceName,
+        /// Under this name; `None`: under one that says what it is.
+        name: Option<ServiceName>,
         /// From here.
         target: String,
         /// To these tags and agents; to all members when empty.

@@ -13,6 +13,7 @@ use crate::{
     home::{Home, HomeLock, SavedExpose, SavedReach},
     host::{Keep, Reaching},
     local::{AgentStatus, ExposedStatus, ReachedStatus, ShareStatus, TrustStatus},
+    naming,
     ports::{self, LocalEnd},
     target::Target,
 };
@@ -35,12 +36,11 @@ impl Membership {
         let saved = core.state().clone();
         for expose in saved.exposes {
             match expose.target.parse() {
-                Ok(target) => core.exposer.add(Arc::new(Exposed::new(
-                    expose.name,
-                    expose.service_id,
-                    target,
-                    expose.allow.into_iter().collect(),
-                ))),
+                Ok(target) => {
+                    let allow = expose.allow.into_iter().collect();
+                    let service = Exposed::new(expose.name, expose.service_id, target, allow);
+                    core.exposer.add(Arc::new(service.speaking(expose.protocol)));
+                }
                 Err(error) => tracing::error!(service = %expose.name, %error, "not restored"),
             }
         }
@@ -69,26 +69,64 @@ impl Membership {
         self.agent.stop().await;
     }
 
-    /// Exposes a service and waits until the hub knows it.
+    /// Exposes a service and waits until the hub knows it. Without a name it gets one that says what it is,
+    /// or keeps the one that it got so before.
     ///
     /// # Errors
     /// As [`Agent::expose`]; a target that cannot be parsed.
     pub(crate) async fn expose(
         &self,
-        name: ServiceName,
+        name: Option<ServiceName>,
         target: &str,
         allow: Vec<String>,
         take_over: bool,
         keep: Keep,
     ) -> Result<ExposedStatus> {
         let target: Target = target.parse()?;
+        if let Some(name) = name {
+            return self.expose_as(name, &target, None, allow, take_over, keep).await;
+        }
+        let services = self.agent.core().exposer.all();
+        let before = naming::exposed_before(services.iter().map(AsRef::as_ref), &target);
+        let protocol = naming::protocol_of(&target).await;
+        if let Some(before) = before {
+            // A target that is down says nothing new.
+            let known = if protocol == "tcp" { before.protocol() } else { &protocol };
+            let (name, known) = (before.name.clone(), Some(known.to_owned()));
+            return self.expose_as(name, &target, known, allow, take_over, keep).await;
+        }
+        for name in naming::candidates(&target, &protocol) {
+            if !self.agent.is_free(&name).await? {
+                continue;
+            }
+            let (known, allow) = (Some(protocol.clone()), allow.clone());
+            match self.expose_as(name.clone(), &target, known, allow, take_over, keep).await {
+                // Somebody else was faster.
+                Err(error)
+                    if error.kind == ErrorKind::Refused && !self.agent.is_free(&name).await? => {}
+                settled => return settled,
+            }
+        }
+        Err(naming::none_free(&target, &protocol))
+    }
+
+    async fn expose_as(
+        &self,
+        name: ServiceName,
+        target: &Target,
+        protocol: Option<String>,
+        allow: Vec<String>,
+        take_over: bool,
+        keep: Keep,
+    ) -> Result<ExposedStatus> {
         let core = self.agent.core();
         // A service that is exposed again is the same service: its id stays.
         let running = core.exposer.all().into_iter().find(|service| service.name == name);
         let service_id =
             running.map_or_else(|| self.agent.service_id(&name), |service| service.service_id);
         let service =
-            Exposed::new(name.clone(), service_id, target.clone(), allow.iter().cloned().collect());
+            Exposed::new(name.clone(), service_id, target.clone(), allow.iter().cloned().collect())
+                .speaking(protocol.clone());
         if keep == Keep::ThisRun {
             // Should this process be killed, the next one tells the hub. Not before the login, which
             // tells of everything that is noted and not exposed.
@@ -101,7 +139,8 @@ impl Membership {
             state.withdrawn.retain(|withdrawn| *withdrawn != service_id);
             state.exposes.retain(|saved| saved.name != name);
             let target = target.to_string();
-            state.exposes.push(SavedExpose { name: name.clone(), target, service_id, allow });
+            let name = name.clone();
+            state.exposes.push(SavedExpose { name, target, service_id, allow, protocol });
             core.home.save_state(&state)?;
         }
         self.exposed()

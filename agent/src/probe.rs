@@ -600,7 +600,7 @@ async fn mysql(mut tcp: TcpStream, greeting: &[u8]) -> Finding {
     let detail = match heard.bytes.get(4) {
         Some(0) => {
             part(&mut tcp, &mysql_packet(0, &[1])).await;
-            format!("{version}, lets anybody in")
+            format!("{version}, asks for no password")
         }
         Some(0xff) => format!("{version}, asks for a password"),
         Some(_) | None => version,
@@ -644,7 +644,7 @@ fn postgres_answer(bytes: &[u8]) -> Option<Finding> {
         b'R' => {
             let [a, b, c, d, ..] = body else { return None };
             Some(match u32::from_be_bytes([*a, *b, *c, *d]) {
-                0 => finding.detail("lets anybody in"),
+                0 => finding.detail("asks for no password"),
                 3 | 5 | 10 => finding.detail("asks for a password"),
                 _ => finding.detail("asks for credentials"),
             })

@@ -6,6 +6,7 @@ mod audit;
 mod bench;
 mod carry;
 mod certificates;
+mod check;
 mod database;
 mod enrol;
 mod garbage;

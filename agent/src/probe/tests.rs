@@ -137,7 +137,7 @@ async fn mysql_is_left_by_a_login_that_it_refuses() {
 
     // A user without a name may come in.
     let (target, mut said) = mysql_server(&[b"\x07\0\0\x02\0\0\0\x02\0\0\0"]).await;
-    says(&probe(&target).await, "mysql", Some("lets anybody in"), None);
+    says(&probe(&target).await, "mysql", Some("asks for no password"), None);
     said.recv().await.unwrap();
     assert_eq!(said.recv().await.unwrap(), [1, 0, 0, 0, 1], "COM_QUIT");
 
@@ -174,8 +174,12 @@ async fn postgres_is_well_whatever_it_answers_a_stranger() {
     .await;
     check(&[(SSL_REQUEST, b"N"), (STARTUP, b"R\0\0\0\x08\0\0\0\x07")], Some("credentials"), None)
         .await;
-    check(&[(SSL_REQUEST, b"N"), (STARTUP, b"R\0\0\0\x08\0\0\0\0")], Some("lets anybody in"), None)
-        .await;
+    check(
+        &[(SSL_REQUEST, b"N"), (STARTUP, b"R\0\0\0\x08\0\0\0\0")],
+        Some("asks for no password"),
+        None,
+    )
+    .await;
     // No entry in pg_hba.conf, with an address in it that stays here.
     check(
         &[

@@ -6,6 +6,7 @@ mod audit;
 mod bench;
 mod carry;
 mod certificates;
+mod daemon;
 mod database;
 mod enrol;
 mod garbage;

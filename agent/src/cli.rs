@@ -58,6 +58,11 @@ pub(crate) enum Command {
     Up(Up),
     /// Stop the running agent.
     Down,
+    /// Show the log of an agent that runs in the background.
+    Logs(Logs),
+    /// Have the agent started with the system, and again when it fails.
+    #[command(subcommand)]
+    Daemon(Daemon),
     /// Offer a service of this machine, or one that it can reach, to the workspace.
     Expose(Expose),
     /// Offer a service no longer.
@@ -321,9 +326,44 @@ pub(crate) struct Up {
     /// Go on in the background; logs to `agent.log` in the home.
     #[arg(long)]
     pub(crate) detach: bool,
+    /// Run for a service manager: log to `agent.log` in the home, tell systemd when the agent is up.
+    #[arg(long, conflicts_with = "detach")]
+    pub(crate) service: bool,
     /// Age at which the agent makes a new static key: `1h` to `90d`.
     #[arg(long, default_value = "30d", value_parser = rotation)]
     pub(crate) rotate_after: Duration,
+    #[command(flatten)]
+    pub(crate) run: Run,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Logs {
+    /// Go on with what is added, until Ctrl-C.
+    #[arg(long, short)]
+    pub(crate) follow: bool,
+    /// How many lines of the end.
+    #[arg(long, short = 'n', value_name = "N", default_value_t = 100)]
+    pub(crate) lines: usize,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Daemon {
+    /// Install the agent of this home as a service, or bring it up to date, and start it.
+    Install(DaemonInstall),
+    /// Stop the service of this home and remove it.
+    Uninstall,
+    /// Say whether the service of this home runs; exits 0 only when it does.
+    Status,
+    /// Show its log.
+    Logs(Logs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DaemonInstall {
+    /// As a service of the whole system, which needs root. It runs as the owner of the home, which is that of
+    /// CONNECT_HOME, else root's `~/.connect` [default: a service of this user].
+    #[arg(long)]
+    pub(crate) system: bool,
     #[command(flatten)]
     pub(crate) run: Run,
 }

@@ -4,7 +4,7 @@ use std::{
     cell::OnceCell,
     fs,
     io::{BufRead, IsTerminal, Read},
-    os::unix::{fs::OpenOptionsExt, process::CommandExt},
+    os::unix::process::CommandExt,
     path::Path,
     process::{Child, Stdio},
     sync::Arc,
@@ -29,7 +29,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use zeroize::Zeroizing;
 
 use crate::{
+    agent_log,
     cli::{self, AuditCommand, Cli, Command, Encoding, Trust},
+    daemon,
     output::{self, Output},
     passphrase::Source,
     sharing,
@@ -49,6 +51,9 @@ const RETRY: Duration = Duration::from_secs(1);
 /// `audit --follow` looks for new rows this often.
 const FOLLOW_PAUSE: Duration = Duration::from_secs(1);
 
+/// Of what an agent says that ends as it starts.
+const MAX_SAID_BYTES: u64 = 64 * 1024;
+
 /// More than 24 words of any list.
 const MAX_WORDS_BYTES: usize = 1024;
 
@@ -65,6 +70,8 @@ pub(crate) async fn run(cli: Cli, output: Output) -> Result<()> {
         Command::Join(join) => run_join(&home, join, output).await,
         Command::Up(up) => run_up(home, up, output).await,
         Command::Down => run_down(&home, output).await,
+        Command::Logs(logs) => agent_log::show(&home, logs.lines, logs.follow, output).await,
+        Command::Daemon(command) => daemon::run(&home, command, output).await,
         Command::Expose(expose) => run_expose(home, expose, output).await,
         Command::Unexpose { name } => {
             let done = tell(&home, &Ask::Unexpose { name: name.clone() }).await;
@@ -414,6 +421,10 @@ async fn run_up(home: Home, up: cli::Up, output: Output) -> Result<()> {
         home.set_label(label)?;
     }
     let lock = match attach_or_lock(&home, &Ask::Status).await? {
+        Attached::Answer(_) if up.service => {
+            return Err(Error::new(ErrorKind::Other, "another process is the agent of this home")
+                .hint("`connect down` stops it"));
+        }
         Attached::Answer(_) => {
             output.note("The agent is already running.");
             return Ok(());
@@ -424,37 +435,64 @@ async fn run_up(home: Home, up: cli::Up, output: Output) -> Result<()> {
         drop(lock);
         return detach(&home, &up, output).await;
     }
-    output::log_to_stderr("info");
-    let host = start(home, lock, up.run.encoding, up.rotate_after).await?;
-    let served = serve(&host, output).await;
-    host.stop().await;
-    served
+    if up.service {
+        output::log_to_home(&home, "info")?;
+    } else {
+        output::log_to_stderr("info");
+    }
+    let ran = async {
+        let host = start(home, lock, up.run.encoding, up.rotate_after).await?;
+        if up.service {
+            daemon::notify("READY=1");
+        }
+        let served = serve(&host, output).await;
+        host.stop().await;
+        served
+    };
+    let ended = ran.await;
+    if up.service
+        && let Err(error) = &ended
+    {
+        let hint = error.hint.as_deref().unwrap_or_default();
+        tracing::error!(%error, hint, "the agent ends");
+    }
+    ended
 }
 
 /// Starts the agent in a process of its own and waits until it answers.
 async fn detach(home: &Home, up: &cli::Up, output: Output) -> Result<()> {
     // What is wrong with the home is said here, not in a log.
     home.load()?;
-    let log_path = home.dir().join("agent.log");
-    let log = fs::OpenOptions::new().create(true).append(true).mode(0o600).open(&log_path)?;
-    let encoding = match up.run.encoding {
-        Encoding::Base64 => "base64",
-        Encoding::Binary => "binary",
-    };
     let mut child = std::process::Command::new(std::env::current_exe()?)
-        .args(["up", "--encoding", encoding])
+        .args(["up", "--service", "--encoding", encoding_name(up.run.encoding)])
         .arg(format!("--rotate-after={}s", up.rotate_after.as_secs()))
         .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
         .process_group(0)
         .spawn()?;
+    let log = agent_log::path(home);
+    wait_for_agent(home, || has_ended(&mut child))
+        .await
+        .map_err(|error| error.hint(format_args!("its log is `{}`", log.display())))?;
+    output.note(format_args!(
+        "The agent runs in the background; `connect logs` shows its log, {}",
+        log.display()
+    ));
+    Ok(())
+}
+
+/// Waits until the agent of a home answers, unless it has ended.
+pub(crate) async fn wait_for_agent(
+    home: &Home,
+    mut has_ended: impl FnMut() -> Result<bool>,
+) -> Result<()> {
     let started = async {
         loop {
             if let Some(Answer::Status(_)) = local::ask(home, &Ask::Status).await? {
                 return Ok(());
             }
-            if has_ended(&mut child)? {
+            if has_ended()? {
                 return Err(Error::new(ErrorKind::Other, "the agent ended as soon as it started"));
             }
             tokio::time::sleep(LOOK_AGAIN).await;
@@ -463,17 +501,42 @@ async fn detach(home: &Home, up: &cli::Up, output: Output) -> Result<()> {
     tokio::time::timeout(DETACH_TIMEOUT, started)
         .await
         .unwrap_or_else(|_| Err(Error::new(ErrorKind::Other, "the agent does not come up")))
-        .map_err(|error| error.hint(format_args!("its log is `{}`", log_path.display())))?;
-    output
-        .note(format_args!("The agent runs in the background; its log is {}", log_path.display()));
-    Ok(())
 }
 
+/// An encoding as `--encoding` takes it.
+pub(crate) fn encoding_name(encoding: Encoding) -> &'static str {
+    match encoding {
+        Encoding::Base64 => "base64",
+        Encoding::Binary => "binary",
+    }
+}
+
+/// Whether it ended; then what it said is the error.
 fn has_ended(child: &mut Child) -> Result<bool> {
-    Ok(child.try_wait()?.is_some())
+    if child.try_wait()?.is_none() {
+        return Ok(false);
+    }
+    let mut said = String::new();
+    if let Some(stderr) = &mut child.stderr {
+        stderr.take(MAX_SAID_BYTES).read_to_string(&mut said)?;
+    }
+    match said.lines().find_map(|line| line.strip_prefix("error: ")) {
+        Some(said) => Err(Error::new(ErrorKind::Other, format_args!("the agent ended: {said}"))),
+        None => Ok(true),
+    }
 }
 
 async fn run_down(home: &Home, output: Output) -> Result<()> {
+    stop(home).await?;
+    output.stopped();
+    if daemon::is_installed(home) {
+        output.note("It starts again with the system; `connect daemon uninstall` ends that.");
+    }
+    Ok(())
+}
+
+/// Stops the running agent; then the next one can start.
+pub(crate) async fn stop(home: &Home) -> Result<()> {
     tell(home, &Ask::Down).await?;
     // Stopped means that the next agent can start.
     let free = async {
@@ -486,8 +549,8 @@ async fn run_down(home: &Home, output: Output) -> Result<()> {
     };
     tokio::time::timeout(ATTACH_TIMEOUT, free).await.map_err(|_| {
         Error::new(ErrorKind::Other, "the agent was told to stop, but still runs")
+            .hint("it may be ending connections: try it again in a moment")
     })??;
-    output.stopped();
     Ok(())
 }
 

@@ -151,7 +151,8 @@ impl Host {
                 }
                 () = self.own.agent().displaced() => {
                     return Err(Error::new(
-                        ErrorKind::Other,
+                        // Not `Other`: who starts failed agents again must not start this one.
+                        ErrorKind::Refused,
                         "another process connected as this agent, and the newest one counts",
                     )
                     .hint("is a copy of this home in use somewhere? one home is for one machine"));

@@ -1,7 +1,9 @@
 //! `connect`: a thin command line on the library `connect_agent`.
 
+mod agent_log;
 mod cli;
 mod commands;
+mod daemon;
 mod output;
 mod passphrase;
 mod sharing;

@@ -1,20 +1,23 @@
 //! Everything that this program prints: results on stdout, the rest on stderr.
 
 use std::{
-    io::{IsTerminal, Write},
+    io::{self, IsTerminal, Write},
     path::Path,
+    sync::Mutex,
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use connect_agent::{
     AgentInfo, ApiKeyInfo, AuditVerdict, Checked, EntryInfo, Error, Finding, FindingState, Founded,
-    Identity, InviteInfo, NewApiKey, NewShare, RecordedRow, Recovered, Revoked, Rotated,
+    Home, Identity, InviteInfo, NewApiKey, NewShare, RecordedRow, Recovered, Revoked, Rotated,
     ServiceInfo, ShareInfo, Verification, date,
     local::{AgentStatus, ExposedStatus, ReachedStatus, TrustStatus},
 };
 use connect_spec::{ids::CredentialId, objects::UnixTime};
 use serde::Serialize;
 use serde_json::json;
+
+use crate::{agent_log::RotatingFile, daemon::Service};
 
 // In place of the standard library's, which panic when the reader is gone, as in `connect agents | head`.
 macro_rules! println {
@@ -344,7 +347,9 @@ impl Output {
             Situation::Running(status) => {
                 self.status(status);
                 if !status.connected {
-                    println!("\nIt goes on trying to connect. Is the hub up?");
+                    println!(
+                        "\nIt goes on trying to connect. Is the hub up? An agent in the background says more in `connect logs`."
+                    );
                 } else if status.exposed.is_empty() && status.reached.is_empty() {
                     println!("\n  connect HOST:PORT         offer a service");
                     println!("  connect services          see what can be reached");
@@ -560,6 +565,32 @@ impl Output {
         }));
     }
 
+    /// A service of the system: its definition on stdout.
+    pub(crate) fn daemon_installed(self, service: &Service, said: &str) {
+        if self.json {
+            print_json(service);
+        } else {
+            println!("{}", service.file.display());
+            self.note(said);
+        }
+    }
+
+    /// Lines of a log as they are; with `--json` each in an object.
+    ///
+    /// # Errors
+    /// Nobody reads them.
+    pub(crate) fn log_lines(self, text: &[u8]) -> io::Result<()> {
+        let mut stdout = io::stdout().lock();
+        if self.json {
+            for line in String::from_utf8_lossy(text).lines() {
+                writeln!(stdout, "{}", json!({ "line": line }))?;
+            }
+        } else {
+            stdout.write_all(text)?;
+        }
+        stdout.flush()
+    }
+
     pub(crate) fn stopped(self) {
         self.note("The agent is stopped.");
     }
@@ -639,6 +670,25 @@ pub(crate) fn log_to_stderr(default: &str) {
         .with_target(false)
         .with_writer(std::io::stderr)
         .init();
+}
+
+/// Writes the log to `agent.log` in the home, and panics, which nobody would see otherwise.
+///
+/// # Errors
+/// The home cannot be written.
+pub(crate) fn log_to_home(home: &Home, default: &str) -> io::Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("CONNECT_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(false)
+        .with_target(false)
+        // A full disk costs events and nothing else.
+        .log_internal_errors(false)
+        .with_writer(Mutex::new(RotatingFile::open(home)?))
+        .init();
+    std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "a task panicked")));
+    Ok(())
 }
 
 /// Pushes out what was printed, before a process goes on for long.

@@ -7,6 +7,7 @@ mod bench;
 mod carry;
 mod certificates;
 mod check;
+mod daemon;
 mod database;
 mod enrol;
 mod garbage;

@@ -221,7 +221,7 @@ fn copy_of_a_home_displaces_and_does_not_fight() {
     let second = copy.up();
     // The newest counts; the other one stays away and says why.
     let outcome = first.outcome();
-    assert_eq!(outcome.code, Some(1), "{}", outcome.stderr);
+    assert_eq!(outcome.code, Some(6), "{}", outcome.stderr);
     assert!(outcome.stderr.contains("copy of this home"), "{}", outcome.stderr);
     assert_eq!(copy.json(&["status"])["connected"], true);
     drop(second);

@@ -336,7 +336,12 @@ impl Governor {
     /// # Errors
     /// [`ErrorKind::Refused`] when this signer is no owner.
     pub async fn add_signer(&self, agent: &ListedMember, role: SignerRole) -> Result<u64> {
-        let key = agent.presented.certificate.object().identity_key;
+        let certificate = agent.presented.certificate.object();
+        if certificate.role == AgentRole::Guest {
+            return Err(Error::new(ErrorKind::Usage, "a guest does not sign for the workspace")
+                .hint("let that machine join by an invite: `connect invite`"));
+        }
+        let key = certificate.identity_key;
         let add = Change::AddSigner { key, role };
         self.append(|_| Ok(vec![add.clone()]), NextEpoch::Stay).await
     }

@@ -371,7 +371,7 @@ impl Epochs {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::fs;
 
     use connect_crypto::founding::Founding;
@@ -382,7 +382,7 @@ mod tests {
     use crate::home::Home;
 
     /// A founder.
-    fn identity() -> Identity {
+    pub(crate) fn identity() -> Identity {
         let mut rng = random::rng();
         let Founding { genesis, signer, epoch, .. } = Founding::create(&mut rng);
         let trust = TrustState::from_genesis(WorkspaceId(genesis.hash()), &genesis).expect("sound");

@@ -12,6 +12,7 @@ use connect_spec::{
     ids::AgentId,
     limits::{BEAT_INTERVAL, BEAT_STALE},
     log::Beat,
+    objects::AgentRole,
     signed::Signed,
     trust::{Presented, VerifiedPeer},
 };
@@ -160,12 +161,21 @@ async fn exchange_beats(core: &Core, session: &Session) -> Result<()> {
     Ok(())
 }
 
-fn verify_beat(identity: &Identity, beat: &Signed<Beat>, presented: Presented) -> Option<AgentId> {
+/// The witness, if the beat is the word of another member.
+pub(crate) fn verify_beat(
+    identity: &Identity,
+    beat: &Signed<Beat>,
+    presented: Presented,
+) -> Option<AgentId> {
     let object = beat.object();
     if object.workspace_id != identity.workspace_id() || object.agent_id == identity.agent_id {
         return None;
     }
     let witness = identity.trust.verify_peer(object.agent_id, presented, clock::now()).ok()?;
+    // A guest is an outsider, who may side with the hub.
+    if witness.certificate().role == AgentRole::Guest {
+        return None;
+    }
     beat.verify_by(&witness.identity_key()).ok()?;
     Some(witness.agent_id())
 }

@@ -17,7 +17,7 @@ use connect_spec::{
     keys::WrapPublicKey,
     limits::{MAX_LOG_BYTES, OLD_EPOCH},
     log::{Head, LogEntry},
-    objects::{Certificate, Credential, CredentialKind},
+    objects::{AgentRole, Certificate, Credential, CredentialKind},
     signed::Signed,
     trust::Presented,
 };
@@ -396,12 +396,15 @@ impl Workspace {
     }
 }
 
-/// A wrap for an agent that is verified here; the hub's word that it is one does not do.
+/// A wrap for a member that is verified here; the hub's word that it is one does not do. Guests are verified
+/// too, and get none: these secrets are what their share keeps from them.
 fn wrap_for_agent(identity: &Identity, agent: &UnwrappedAgent) -> Option<AddressedWrap> {
     let presented = Presented::from_blobs(&agent.presented).ok()?;
     let peer = identity.trust.verify_peer(agent.agent_id, presented, clock::now()).ok()?;
     let key = WrapPublicKey::decode(&agent.wrap_key.0)?;
-    if key.hash() != peer.presented().noise_key.object().wrap_key_hash {
+    if peer.certificate().role == AgentRole::Guest
+        || key.hash() != peer.presented().noise_key.object().wrap_key_hash
+    {
         return None;
     }
     wrap(identity, Recipient::Agent(agent.agent_id), &key)
@@ -430,4 +433,97 @@ fn wrap(identity: &Identity, recipient: Recipient, key: &WrapPublicKey) -> Optio
     let wrapped =
         epoch.secrets.wrap(&identity.workspace_id(), epoch.number, key, &mut random::rng());
     wrapped.ok().map(|wrap| AddressedWrap { recipient, wrap })
+}
+
+#[cfg(test)]
+mod tests {
+    use connect_crypto::keys::{SigningKey, StaticKeypair, WrapKeypair};
+    use connect_spec::{
+        ids::{AgentId, ServiceId},
+        log::Beat,
+        objects::{Attributes, Issuer, NoiseKey, SUITE_1},
+    };
+
+    use super::*;
+    use crate::{
+        identity::{SignerKey, tests::identity},
+        keeper::verify_beat,
+    };
+
+    /// An agent that a founder let in, as the hub lists one without a wrap: by an invite or a share.
+    fn joined(founder: &Identity, kind: CredentialKind) -> (SigningKey, UnwrappedAgent) {
+        let mut rng = random::rng();
+        let Some(SignerKey::Open(signer)) = &founder.signer else { panic!("a founder") };
+        let workspace_id = founder.workspace_id();
+        let (code, signing) = (SigningKey::generate(&mut rng), SigningKey::generate(&mut rng));
+        let (wrap, noise) = (WrapKeypair::generate(&mut rng), StaticKeypair::generate(&mut rng));
+        let attrs = Attributes::new([0; 16], Vec::new()).expect("no tag").hash();
+        let is_share = kind == CredentialKind::Share;
+        let role = if is_share { AgentRole::Guest } else { AgentRole::Member };
+        let services = is_share.then(|| vec![ServiceId([1; 16])]);
+        let end = clock::now() + 3600;
+        let credential = signer.sign(&Credential {
+            workspace_id,
+            kind,
+            invite_key: code.public(),
+            role,
+            attrs,
+            services: services.clone(),
+            uses: 1,
+            join_until: end,
+            certs_end: end,
+            issuer: signer.public(),
+            wrap_key_hash: wrap.public().hash(),
+        });
+        let certificate = code.sign(&Certificate {
+            workspace_id,
+            identity_key: signing.public(),
+            role,
+            attrs,
+            serial: 1,
+            not_after: None,
+            issuer: Issuer::Credential(credential.hash()),
+            services,
+        });
+        let agent_id = AgentId::of(&workspace_id, &signing.public());
+        let noise_key = signing.sign(&NoiseKey {
+            workspace_id,
+            agent_id,
+            suite: SUITE_1,
+            counter: 1,
+            static_key: noise.public(),
+            wrap_key_hash: wrap.public().hash(),
+        });
+        let presented = Presented { certificate, credential: Some(credential), noise_key };
+        let wrap_key = Blob(wrap.public().encode());
+        (signing, UnwrappedAgent { agent_id, presented: presented.to_blobs(), wrap_key })
+    }
+
+    #[test]
+    fn secrets_of_the_workspace_are_not_wrapped_to_guests_whatever_the_hub_lists() {
+        let founder = identity();
+        let (_, member) = joined(&founder, CredentialKind::Invite);
+        assert!(wrap_for_agent(&founder, &member).is_some());
+        let (_, guest) = joined(&founder, CredentialKind::Share);
+        assert!(wrap_for_agent(&founder, &guest).is_none());
+        // Nor to a key that the agent did not bind.
+        let other = joined(&founder, CredentialKind::Invite).1.wrap_key;
+        assert!(wrap_for_agent(&founder, &UnwrappedAgent { wrap_key: other, ..member }).is_none());
+    }
+
+    #[test]
+    fn guests_are_no_witnesses() {
+        let founder = identity();
+        for (kind, expected) in [(CredentialKind::Invite, true), (CredentialKind::Share, false)] {
+            let (signing, agent) = joined(&founder, kind);
+            let beat = signing.sign(&Beat {
+                workspace_id: founder.workspace_id(),
+                agent_id: agent.agent_id,
+                head: founder.trust.head(),
+                time: clock::now(),
+            });
+            let presented = Presented::from_blobs(&agent.presented).expect("sound");
+            assert_eq!(verify_beat(&founder, &beat, presented).is_some(), expected);
+        }
+    }
 }

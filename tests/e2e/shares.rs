@@ -164,7 +164,20 @@ fn guest_reaches_what_is_shared_and_nothing_else() {
     assert!(
         opened.iter().any(|row| row["share_id"] == given["id"] && row["agent"] == "contractor")
     );
+    giver.fails(&["trust", "add-signer", "contractor"], 2, "guest");
+    giver.fails(&["trust", "role", "contractor", "member"], 2, "guest");
+
+    // When the workspace gets new secrets, the guest has no part in it and loses nothing.
+    let _leaver = workspace.join("leaver");
+    giver.ok(&["revoke", "leaver", "--yes"]);
+    let later = &name();
+    giver.ok(&["expose", &service.address().to_string(), "--name", later]);
+    assert_eq!(names_of(&guest.json(&["services"])), [shared.as_str()]);
+    let status = guest.json(&["status"]);
+    assert_eq!((&status["connected"], &status["trust"]["seq"]), (&true.into(), &1.into()));
     drop(guest_agent);
+    let _guest_agent = guest_up(&guest);
+    let _connection = open_echo(guest.reach(shared));
 }
 
 #[test]

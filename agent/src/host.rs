@@ -147,6 +147,7 @@ impl Host {
             Command::Check { name, speed } => {
                 self.agent.check(&name, speed).await.map(Answer::Checked)
             }
+            Command::SelfTest => self.agent.self_test().await.map(Answer::SelfTested),
             Command::Rotate => self.agent.rotate().await.map(Answer::Rotated),
             Command::Down => {
                 self.down.notify_one();
@@ -386,6 +387,7 @@ impl Host {
         let identity = self.agent.core().identity();
         let head = identity.trust.head();
         AgentStatus {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
             agent_id: identity.agent_id,
             label: identity.label.clone(),
             workspace_id: identity.workspace_id(),

@@ -26,6 +26,7 @@ mod catch_up;
 mod check;
 mod clock;
 mod directory;
+mod doctor;
 mod engine;
 mod enrol;
 mod error;
@@ -58,6 +59,7 @@ pub use clock::date;
 pub use directory::{
     AgentInfo, ApiKeyInfo, Directory, ListedMember, NewApiKey, ServiceInfo, Verification,
 };
+pub use doctor::{SelfTest, examine};
 pub use engine::rekey::RekeyAfter;
 pub use enrol::{FIRST_INVITE, Founded, init, invite, join};
 pub use error::{Error, ErrorKind, Result};

@@ -8,6 +8,7 @@ mod carry;
 mod certificates;
 mod check;
 mod database;
+mod doctor;
 mod enrol;
 mod garbage;
 mod hostile;

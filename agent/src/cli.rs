@@ -121,6 +121,8 @@ pub(crate) enum Command {
     Rotate,
     /// Show how the running agent is doing; exits 0 only when it is connected.
     Status,
+    /// Look for what keeps this agent from working, and say what to do about it.
+    Doctor,
     /// Show what happened in the workspace, as the hub recorded it.
     Audit(Audit),
     /// Manage the keys with which programs read the workspace at the hub over HTTP.

@@ -109,6 +109,7 @@ pub(crate) async fn run(cli: Cli, output: Output) -> Result<()> {
         Command::Verify { agent } => run_verify(&home, agent.as_deref(), output).await,
         Command::Rotate => run_rotate(&home, output).await,
         Command::Status => run_status(&home, output).await,
+        Command::Doctor => run_doctor(&home, output).await,
         Command::Audit(audit) => run_audit(&home, audit, output).await,
         Command::ApiKey(command) => run_api_key(&home, command, output).await,
     }
@@ -564,6 +565,21 @@ async fn run_status(home: &Home, output: Output) -> Result<()> {
     }
     Err(Error::new(ErrorKind::HubUnreachable, "the agent is not connected to its hub")
         .hint("it goes on trying; is the hub up?"))
+}
+
+/// Warnings are no failure; the first failure's kind is the exit code.
+async fn run_doctor(home: &Home, output: Output) -> Result<()> {
+    output::log_to_stderr("error");
+    let findings = connect_agent::examine(home).await;
+    output.examined(&findings);
+    let failure = findings.iter().find_map(|finding| finding.code.map(|code| (code, finding)));
+    match failure {
+        None => Ok(()),
+        Some((code, finding)) => Err(Error::new(
+            code,
+            format_args!("{}: {}", finding.title.to_lowercase(), finding.text),
+        )),
+    }
 }
 
 async fn run_verify(home: &Home, agent: Option<&str>, output: Output) -> Result<()> {

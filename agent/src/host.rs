@@ -191,6 +191,7 @@ impl Host {
             Command::Check { name, share, speed } => {
                 self.check(&name, share.as_deref(), speed).await.map(Answer::Checked)
             }
+            Command::SelfTest => self.agent().self_test().await.map(Answer::SelfTested),
             Command::Rotate => self.agent().rotate().await.map(Answer::Rotated),
             Command::Down => {
                 self.down.notify_one();

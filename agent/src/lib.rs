@@ -29,6 +29,7 @@ mod clock;
 #[path = "../../crypto/tests/common/mod.rs"]
 mod common;
 mod directory;
+mod doctor;
 mod engine;
 mod enrol;
 mod error;
@@ -65,6 +66,7 @@ pub use clock::date;
 pub use directory::{
     AgentInfo, ApiKeyInfo, Directory, ListedMember, NewApiKey, ServiceInfo, Verification,
 };
+pub use doctor::{SelfTest, examine};
 pub use engine::rekey::RekeyAfter;
 pub use enrol::{FIRST_INVITE, Founded, init, invite, join};
 pub use error::{Error, ErrorKind, Result};

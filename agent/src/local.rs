@@ -18,6 +18,7 @@ use tokio::{
 use crate::{
     agent::Rotated,
     check::Checked,
+    doctor::SelfTest,
     error::{Error, ErrorKind, Result},
     home::Home,
     host::Reaching,
@@ -74,6 +75,8 @@ pub enum Command {
         /// Whether to measure how fast bytes travel.
         speed: bool,
     },
+    /// Reach yourself through the hub.
+    SelfTest,
     /// Make a new static key.
     Rotate,
     /// Read the trust log again: another process of the home added to it.
@@ -94,6 +97,8 @@ pub enum Answer {
     Reached(ReachedStatus),
     /// To [`Command::Check`].
     Checked(Checked),
+    /// To [`Command::SelfTest`].
+    SelfTested(SelfTest),
     /// To [`Command::Rotate`].
     Rotated(Rotated),
     /// To the rest.
@@ -105,6 +110,9 @@ pub enum Answer {
 /// How an agent is doing.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct AgentStatus {
+    /// The version of the program that runs.
+    #[serde(default)]
+    pub version: String,
     /// The agent.
     pub agent_id: AgentId,
     /// What people call it.

@@ -296,6 +296,7 @@ impl Membership {
         let identity = self.agent.core().identity();
         let head = identity.trust.head();
         AgentStatus {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
             agent_id: identity.agent_id,
             label: identity.label.clone(),
             workspace_id: identity.workspace_id(),

@@ -215,6 +215,15 @@ impl Output {
         }
     }
 
+    pub(crate) fn examined(self, findings: &[Finding]) {
+        if self.json {
+            let ok = findings.iter().all(|finding| finding.state != FindingState::Fail);
+            print_json(&json!({ "ok": ok, "findings": findings }));
+        } else {
+            self.findings(findings);
+        }
+    }
+
     /// One line for each finding, and below it what to do.
     fn findings(self, findings: &[Finding]) {
         let unicode = speaks_unicode();

@@ -160,14 +160,22 @@ pub(crate) struct Bound {
     pub(crate) passed_over: Option<String>,
 }
 
+/// The local address that each service had last, for whoever only looks.
+///
+/// # Errors
+/// When the file cannot be read; [`bind`] would set it aside.
+pub(crate) fn remembered(home: &Home) -> Result<BTreeMap<ServiceName, SocketAddr>> {
+    let ports = home.read_json_if_there::<Ports>(FILE)?.unwrap_or_default();
+    Ok(ports.into_iter().map(|(name, place)| (name, place.socket_address())).collect())
+}
+
 /// Whether a service of this name was reached from this home before.
 #[must_use]
 pub fn is_known(home: &Home, name: &str) -> bool {
     let mut homes = home.shares().unwrap_or_default();
     homes.push(home.clone());
     homes.iter().any(|home| {
-        let ports = home.read_json_if_there::<Ports>(FILE).ok().flatten().unwrap_or_default();
-        ports.keys().any(|known| known.as_str() == name)
+        remembered(home).is_ok_and(|ports| ports.keys().any(|known| known.as_str() == name))
     })
 }
 

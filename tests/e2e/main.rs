@@ -9,6 +9,7 @@ mod certificates;
 mod check;
 mod daemon;
 mod database;
+mod doctor;
 mod enrol;
 mod garbage;
 mod hostile;

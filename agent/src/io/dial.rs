@@ -6,7 +6,7 @@ use std::{
     pin::Pin,
     str::FromStr,
     task::{Context, Poll, ready},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -14,7 +14,7 @@ use connect_crypto::invite::HubAddress;
 use http::{HeaderMap, HeaderValue, StatusCode, Uri, header, uri::Scheme};
 use rustls::pki_types::ServerName;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::TcpStream,
     time::timeout,
 };
@@ -42,6 +42,20 @@ pub(crate) struct HubUrl {
     port: u16,
     sockets: Sockets,
 }
+
+/// What a look at a hub found.
+#[derive(Debug)]
+pub(crate) struct Look {
+    /// By what its certificate was verified, in words.
+    pub(crate) verified_by: &'static str,
+    /// How long it took, from TCP to the end of the answer.
+    pub(crate) took: Duration,
+    /// Its `Date` header.
+    pub(crate) date: Option<String>,
+}
+
+/// Bytes that are read of the answer to a look.
+const MAX_LOOK: u64 = 16 * 1024;
 
 /// A WebSocket to the hub, whatever is under it.
 pub(crate) type HubSocket = WebSocketStream<Upgrading>;
@@ -159,24 +173,57 @@ impl HubUrl {
         }
     }
 
+    /// Asks the hub whether it is well, as a load balancer would: over TCP and TLS as an agent uses them.
+    ///
+    /// # Errors
+    /// As [`HubUrl::open`].
+    pub(crate) async fn look(&self) -> Result<Look> {
+        let look = async {
+            let begun = Instant::now();
+            let mut io = self.connect().await?;
+            let request = format!(
+                "GET /healthz HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n",
+                self.authority()
+            );
+            io.write_all(request.as_bytes()).await.map_err(|error| self.unreachable(error))?;
+            let mut answer = Vec::new();
+            let reading = (&mut io).take(MAX_LOOK).read_to_end(&mut answer).await;
+            let text = String::from_utf8_lossy(&answer);
+            if !text.starts_with("HTTP/1.") {
+                let error = match reading {
+                    Err(error) => self.unreachable(error),
+                    Ok(_) => {
+                        self.unreachable("something answers there, but it does not speak HTTP")
+                    }
+                };
+                return Err(error.hint("is this a Private Connect ZK hub?"));
+            }
+            let date = text.lines().take_while(|line| !line.is_empty()).find_map(|line| {
+                let (name, value) = line.split_once(':')?;
+                name.eq_ignore_ascii_case("date").then(|| value.trim().to_owned())
+            });
+            let verified_by = match &self.tls {
+                Some(Verification::Pin(_)) => "its certificate is the pinned one",
+                Some(Verification::Authorities(_)) => {
+                    "its certificate is by the authority of `--ca`"
+                }
+                Some(Verification::System) => "its certificate is by an authority of the system",
+                None => "on this machine, without TLS",
+            };
+            Ok(Look { verified_by, took: begun.elapsed(), date })
+        };
+        timeout(DIAL_TIMEOUT, look).await.unwrap_or_else(|_| {
+            Err(self.unreachable("no answer in 10 s").hint("is the address right, and the hub up?"))
+        })
+    }
+
     async fn open_unbounded(
         &self,
         path: &str,
         headers: &[(http::HeaderName, HeaderValue)],
         config: WebSocketConfig,
     ) -> Result<HubSocket> {
-        let host = self.host.trim_start_matches('[').trim_end_matches(']');
-        let tcp = TcpStream::connect((host, self.port)).await.map_err(|error| {
-            self.unreachable(error)
-                .hint("is the address right, and is `connect-hub serve` running there?")
-        })?;
-        tcp.set_nodelay(true).map_err(|error| self.unreachable(error))?;
-        let tcp = self.sockets.add(tcp).map_err(|error| self.unreachable(error))?;
-        let io: Box<dyn Io> = match &self.tls {
-            Some(verification) => Box::new(self.tls(verification, host, tcp).await?),
-            None => Box::new(tcp),
-        };
-
+        let io = self.connect().await?;
         let scheme = if self.tls.is_some() { "wss" } else { "ws" };
         let mut request = format!("{scheme}://{}{path}", self.authority())
             .into_client_request()
@@ -197,6 +244,21 @@ impl HubUrl {
             self.unreachable(error).hint("something answers there, but it does not speak WebSocket")
         })?;
         Ok(socket)
+    }
+
+    /// TCP, and TLS where the hub has it.
+    async fn connect(&self) -> Result<Box<dyn Io>> {
+        let host = self.host.trim_start_matches('[').trim_end_matches(']');
+        let tcp = TcpStream::connect((host, self.port)).await.map_err(|error| {
+            self.unreachable(error)
+                .hint("is the address right, and is `connect-hub serve` running there?")
+        })?;
+        tcp.set_nodelay(true).map_err(|error| self.unreachable(error))?;
+        let tcp = self.sockets.add(tcp).map_err(|error| self.unreachable(error))?;
+        Ok(match &self.tls {
+            Some(verification) => Box::new(self.tls(verification, host, tcp).await?),
+            None => Box::new(tcp),
+        })
     }
 
     async fn tls(

@@ -570,6 +570,8 @@ async fn mysql(mut tcp: TcpStream, greeting: &[u8]) -> Finding {
         };
     }
     let version = greeting.get(5..).map(token).unwrap_or_default();
+    // MariaDB 10 puts this before its own, for replicas that cannot read two digits.
+    let version = version.strip_prefix("5.5.5-").unwrap_or(&version).to_owned();
     // The greeting has to be whole before it is answered.
     let whole = |bytes: &[u8]| {
         let length =

@@ -343,3 +343,77 @@ fn a_knock_on_a_closed_door_fails() {
         assert!(knock(&open).await.is_ok());
     });
 }
+
+/// A certificate for these names that signed itself, and TLS with it.
+fn acceptor(names: &[&str]) -> tokio_rustls::TlsAcceptor {
+    let names: Vec<_> = names.iter().map(|&name| name.to_owned()).collect();
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut params = rcgen::CertificateParams::new(names).unwrap();
+    params.not_before = rcgen::date_time_ymd(2020, 1, 1);
+    params.not_after = rcgen::date_time_ymd(2120, 1, 1);
+    let certificate = params.self_signed(&key).unwrap();
+    let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(
+            vec![certificate.der().clone()],
+            rustls::pki_types::PrivateKeyDer::try_from(key.serialize_der()).unwrap(),
+        )
+        .unwrap();
+    tokio_rustls::TlsAcceptor::from(std::sync::Arc::new(config))
+}
+
+#[tokio::test]
+async fn postgres_is_asked_for_tls_and_shows_its_certificate() {
+    let acceptor = acceptor(&["db.internal", "10.1.2.3"]);
+    let target = served(move |mut tcp| {
+        let acceptor = acceptor.clone();
+        async move {
+            let mut request = [0; 8];
+            if tcp.read_exact(&mut request).await.is_err() || request != *SSL_REQUEST {
+                return;
+            }
+            let _ = tcp.write_all(b"S").await;
+            let Ok(mut tls) = acceptor.accept(tcp).await else { return };
+            let _ = tls.read(&mut [0; 1024]).await;
+            let _ = tls.write_all(b"R\0\0\0\x17\0\0\0\x0aSCRAM-SHA-256\0\0").await;
+            let _ = tls.read(&mut [0; 1024]).await;
+        }
+    })
+    .await;
+    let report = probe(&target).await;
+    says(&report, "postgres", Some("asks for a password"), None);
+    let tls = report.tls.unwrap();
+    let names: Vec<_> = tls.names.iter().map(Printable::as_str).collect();
+    assert_eq!((tls.version.as_str(), names), ("TLS 1.3", vec!["db.internal", "10.1.2.3"]));
+    assert_eq!(tls.not_before, Some(1_577_836_800));
+    assert_eq!(tls.not_after, Some(4_733_510_400));
+    assert_eq!(tls.name_matches, Some(false), "it was dialled as 127.0.0.1");
+    assert_ne!(tls.trusted, Some(true));
+}
+
+#[tokio::test]
+async fn tls_is_seen_whatever_is_inside_and_whatever_comes_of_it() {
+    let acceptor = acceptor(&["127.0.0.1"]);
+    let silent = served(move |tcp| {
+        let acceptor = acceptor.clone();
+        async move {
+            let Ok(mut tls) = acceptor.accept(tcp).await else { return };
+            let _ = tls.read_to_end(&mut Vec::new()).await;
+        }
+    })
+    .await;
+    let report = probe(&silent).await;
+    says(&report, "tls", None, None);
+    assert_eq!(report.tls.unwrap().name_matches, Some(true));
+
+    // Alert: handshake failure, to everything.
+    let refusing: &[(&[u8], &[u8])] = &[(b"", b"\x15\x03\x03\0\x02\x02\x28")];
+    says(&probe(&answering(refusing).await).await, "tls", None, Some("refuses the TLS handshake"));
+    // 'S', and then no TLS.
+    let odd: &[(&[u8], &[u8])] = &[(SSL_REQUEST, b"S"), (b"\x16\x03", b"nothing of the kind\r\n")];
+    let report = probe(&answering(odd).await).await;
+    says(&report, "postgres", None, Some("ends the TLS handshake"));
+}

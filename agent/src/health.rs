@@ -24,6 +24,9 @@ use crate::{
 const LOOK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Looks are spread by up to a sixth of their interval.
 const JITTER_SHARE: u32 = 6;
+/// A server that greets writes each visitor who says nothing, or whom it has to refuse, into its log: one that
+/// is well is looked at so rarely. A client that finds it down is news at once.
+const GREETERS_EVERY: u32 = 20;
 /// Between two rounds of publishing, whatever happens: a target that comes and goes is no flood for the hub.
 const BETWEEN_ROUNDS: Duration = Duration::from_secs(1);
 
@@ -31,6 +34,8 @@ const BETWEEN_ROUNDS: Duration = Duration::from_secs(1);
 #[derive(Debug, Default)]
 pub(crate) struct Health {
     ok: AtomicBool,
+    /// Whether it spoke first when it was last looked at.
+    greets: Arc<AtomicBool>,
     seen: Mutex<Seen>,
 }
 
@@ -58,7 +63,8 @@ impl Health {
 
     /// Looks whether the target accepts a connection.
     pub(crate) async fn look(&self, target: &Target) -> bool {
-        let ok = matches!(timeout(LOOK_TIMEOUT, knock(target)).await, Ok(Ok(())));
+        let knocked = timeout(LOOK_TIMEOUT, knock(target, self.greets.clone())).await;
+        let ok = matches!(knocked, Ok(Ok(())));
         self.note(ok);
         ok
     }
@@ -73,9 +79,13 @@ impl Health {
         seen.published.is_some_and(|published| published != self.is_ok())
     }
 
-    fn was_tried_within(&self, time: Duration) -> bool {
+    /// Whether it is time for another look, where each is looked at once in `every`.
+    fn is_due(&self, every: Duration) -> bool {
+        let rarely = self.is_ok() && self.greets.load(Ordering::Relaxed);
+        // Somewhat less, so that a jitter does not skip a round.
+        let pause = if rarely { every * GREETERS_EVERY } else { every } - every / 2;
         let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.tried.is_some_and(|tried| tried.elapsed() < time)
+        seen.tried.is_none_or(|tried| tried.elapsed() >= pause)
     }
 }
 
@@ -85,7 +95,7 @@ pub(crate) async fn watch(core: Arc<Core>, every: Duration, changed: Arc<Notify>
     loop {
         let jitter = every / JITTER_SHARE * (random::number() % 256) / 256;
         tokio::select! {
-            () = sleep(every - every / JITTER_SHARE + jitter) => look_at_all(&core, every / 2).await,
+            () = sleep(every - every / JITTER_SHARE + jitter) => look_at_all(&core, every).await,
             () = changed.notified() => {}
         }
         publish_news(&core).await;
@@ -93,13 +103,10 @@ pub(crate) async fn watch(core: Arc<Core>, every: Duration, changed: Arc<Notify>
     }
 }
 
-async fn look_at_all(core: &Core, recent: Duration) {
+async fn look_at_all(core: &Core, every: Duration) {
     let services = core.exposer.all().into_iter();
-    let looks = services.filter(|service| !service.health.was_tried_within(recent)).map(
-        |service| async move {
-            service.health.look(&service.target).await;
-        },
-    );
+    let due = services.filter(|service| service.health.is_due(every));
+    let looks = due.map(|service| async move { service.health.look(&service.target).await });
     futures_util::future::join_all(looks).await;
 }
 
@@ -120,5 +127,26 @@ async fn publish_news(core: &Core) {
             Ok(()) => tracing::warn!(service = %service.name, "the target does not answer"),
             Err(error) => tracing::debug!(service = %service.name, %error, "not published"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn servers_that_greet_are_looked_at_rarely_while_they_are_well() {
+        let every = Duration::from_millis(40);
+        let health = Health::default();
+        assert!(health.is_due(every), "it was never looked at");
+        health.note(true);
+        assert!(!health.is_due(every), "a client was just served");
+        sleep(every).await;
+        assert!(health.is_due(every));
+        health.greets.store(true, Ordering::Relaxed);
+        assert!(!health.is_due(every));
+        health.note(false);
+        sleep(every).await;
+        assert!(health.is_due(every), "one that is down may be back");
     }
 }

@@ -14,6 +14,10 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -125,18 +129,17 @@ pub(crate) async fn probe(target: &Target) -> CheckReport {
 }
 
 /// Whether a target accepts a connection. Where it is a server that takes offence at connections that
-/// only end, it is told properly, on a task that ends by itself in a moment.
+/// only end, it is told properly, on a task that ends by itself in a moment and takes note of who `greets`.
 ///
 /// # Errors
 /// Why there is no connection; the caller bounds the time.
-pub(crate) async fn knock(target: &Target) -> io::Result<()> {
+pub(crate) async fn knock(target: &Target, greets: Arc<AtomicBool>) -> io::Result<()> {
     let mut tcp = target.connect().await?;
     tokio::spawn(async move {
         let part = async {
-            if let Heard { bytes, ended: Ended::Waiting, .. } =
-                listen(&mut tcp, GREETING_WAIT).await
-                && recognise(&bytes) == Some("mysql")
-            {
+            let Heard { bytes, ended, .. } = listen(&mut tcp, GREETING_WAIT).await;
+            greets.store(!bytes.is_empty(), Ordering::Relaxed);
+            if ended == Ended::Waiting && recognise(&bytes) == Some("mysql") {
                 mysql(tcp, &bytes).await;
             }
         };

@@ -143,7 +143,7 @@ async fn mysql_is_left_by_a_login_that_it_refuses() {
 
     // A knock is as polite, or the health of a database would lock this machine out of it.
     let (target, mut said) = mysql_server(&[DENIED]).await;
-    knock(&target).await.unwrap();
+    knock(&target, Arc::default()).await.unwrap();
     assert!(said.recv().await.unwrap().len() > 32);
 }
 
@@ -338,9 +338,9 @@ fn a_knock_on_a_closed_door_fails() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        assert!(knock(&closed.to_string().parse().unwrap()).await.is_err());
+        assert!(knock(&closed.to_string().parse().unwrap(), Arc::default()).await.is_err());
         let open = greeting(b"").await;
-        assert!(knock(&open).await.is_ok());
+        assert!(knock(&open, Arc::default()).await.is_ok());
     });
 }
 

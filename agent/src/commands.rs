@@ -23,14 +23,17 @@ use connect_spec::{
     log::Policy,
     objects::{AgentRole, SignerRole},
 };
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::{
+    resource::{Resource, getrlimit, setrlimit},
+    signal::Signal,
+};
 use tokio::signal::unix::{SignalKind, signal};
 use zeroize::Zeroizing;
 
 use crate::{
     agent_log,
     cli::{self, AuditCommand, Cli, Command, Encoding, Trust},
-    daemon,
+    daemon, examples,
     output::{self, Output},
     passphrase::Source,
     suggest::{self, Own},
@@ -57,6 +60,8 @@ const MAX_WORDS_BYTES: usize = 1024;
 
 /// Runs one command.
 pub(crate) async fn run(cli: Cli, output: Output) -> Result<()> {
+    // A file that may not grow (RLIMIT_FSIZE) is an error to report and not the end of the agent.
+    let _handled = signal(SignalKind::from_raw(Signal::SIGXFSZ as i32))?;
     let home = Home::from_env()?;
     let passphrase = Source { file: cli.passphrase_file };
     let Some(command) = cli.command else {
@@ -89,12 +94,14 @@ pub(crate) async fn run(cli: Cli, output: Output) -> Result<()> {
         }
         Command::Services => {
             output::log_to_stderr("warn");
-            output.services(&Directory::open(&home).await?.services().await?);
+            let listed = async { Directory::open(&home).await?.services().await };
+            output.services(&output.wait("Asking the hub", listed).await?);
             Ok(())
         }
         Command::Agents => {
             output::log_to_stderr("warn");
-            output.agents(&Directory::open(&home).await?.agents().await?);
+            let listed = async { Directory::open(&home).await?.agents().await };
+            output.agents(&output.wait("Asking the hub", listed).await?);
             Ok(())
         }
         Command::Invites { revoke } => run_invites(&home, revoke, &passphrase, output).await,
@@ -105,6 +112,10 @@ pub(crate) async fn run(cli: Cli, output: Output) -> Result<()> {
         Command::Status => run_status(&home, output).await,
         Command::Audit(audit) => run_audit(&home, audit, output).await,
         Command::ApiKey(command) => run_api_key(&home, command, output).await,
+        Command::Completions { shell } => {
+            output.completions(shell, &mut examples::command());
+            Ok(())
+        }
     }
 }
 
@@ -167,7 +178,8 @@ async fn run_init(home: &Home, init: cli::Init, output: Output) -> Result<()> {
     })?;
     let label = init.label.unwrap_or_else(host_label);
     let ca = read_ca(&init.ca)?;
-    let founded = connect_agent::init(home, &hub, ca, &label, init.registration_token).await?;
+    let founding = connect_agent::init(home, &hub, ca, &label, init.registration_token);
+    let founded = output.wait("Beginning a workspace", founding).await?;
     output.founded(&founded);
     Ok(())
 }
@@ -259,7 +271,7 @@ fn confirm(question: &str) -> Result<()> {
     if matches!(answer.trim(), "y" | "Y" | "yes") {
         Ok(())
     } else {
-        Err(Error::new(ErrorKind::Other, "nothing was changed"))
+        Err(Error::new(ErrorKind::Other, "nothing was changed").hint("answer `y`, or say `--yes`"))
     }
 }
 
@@ -350,7 +362,8 @@ fn run_passphrase(
     let was_locked = identity.signer_is_locked()?;
     let stdin = |file: &Option<_>| file.as_deref() == Some(Path::new("-"));
     if was_locked && stdin(&passphrase.file) && stdin(&args.new_passphrase_file) {
-        return Err(Error::new(ErrorKind::Usage, "stdin holds one passphrase, not two"));
+        return Err(Error::new(ErrorKind::Usage, "stdin holds one passphrase, not two")
+            .hint("give one of them by a file"));
     }
     let signer = identity.unlock_signer(|| passphrase.current())?;
     if args.remove {
@@ -379,7 +392,8 @@ async fn run_join(home: &Home, join: cli::Join, output: Output) -> Result<()> {
         join.code
     };
     let label = join.label.unwrap_or_else(host_label);
-    let identity = connect_agent::join(home, &code, read_ca(&join.ca)?, &label).await?;
+    let joining = connect_agent::join(home, &code, read_ca(&join.ca)?, &label);
+    let identity = output.wait("Joining the workspace", joining).await?;
     output.joined(&identity);
     Ok(())
 }
@@ -461,7 +475,8 @@ async fn detach(home: &Home, up: &cli::Up, output: Output) -> Result<()> {
         .process_group(0)
         .spawn()?;
     let log = agent_log::path(home);
-    wait_for_agent(home, || has_ended(&mut child))
+    output
+        .wait("Starting the agent", wait_for_agent(home, || has_ended(&mut child)))
         .await
         .map_err(|error| error.hint(format_args!("its log is `{}`", log.display())))?;
     output.note(format_args!(
@@ -516,7 +531,7 @@ fn has_ended(child: &mut Child) -> Result<bool> {
 }
 
 async fn run_down(home: &Home, output: Output) -> Result<()> {
-    stop(home).await?;
+    output.wait("Stopping the agent", stop(home)).await?;
     output.stopped();
     if daemon::is_installed(home) {
         output.note("It starts again with the system; `connect daemon uninstall` ends that.");
@@ -559,7 +574,10 @@ async fn run_verify(home: &Home, agent: Option<&str>, output: Output) -> Result<
     output::log_to_stderr("warn");
     let words = workspace_words(&home.load()?.workspace_id()).join(" ");
     let verified = match agent {
-        Some(agent) => Some(Directory::open(home).await?.verify(agent).await?),
+        Some(agent) => {
+            let verifying = async { Directory::open(home).await?.verify(agent).await };
+            Some(output.wait("Asking the hub", verifying).await?)
+        }
         None => None,
     };
     output.verify(&words, verified.as_ref());
@@ -607,7 +625,8 @@ async fn run_expose(home: Home, expose: cli::Expose, output: Output) -> Result<(
         allow: expose.allow.clone(),
         take_over: expose.take_over,
     };
-    let lock = match attach_or_lock(&home, &command).await? {
+    let waiting = format!("Waiting for `{name}`");
+    let lock = match output.wait(&waiting, attach_or_lock(&home, &command)).await? {
         Attached::Lock(lock) => lock,
         Attached::Answer(answer) => {
             let Answer::Exposed(exposed) = *answer else {
@@ -650,7 +669,8 @@ async fn run_reach(home: Home, reach: cli::Reach, output: Output) -> Result<()> 
         address: at.address,
         accept_new: reach.accept_new,
     };
-    let lock = match attach_or_lock(&home, &command).await? {
+    let waiting = format!("Waiting for `{}`", reach.name);
+    let lock = match output.wait(&waiting, attach_or_lock(&home, &command)).await? {
         Attached::Lock(lock) => lock,
         Attached::Answer(answer) => {
             let Answer::Reached(reached) = *answer else {

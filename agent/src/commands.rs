@@ -24,14 +24,17 @@ use connect_spec::{
     log::Policy,
     objects::{AgentRole, SignerRole},
 };
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::{
+    resource::{Resource, getrlimit, setrlimit},
+    signal::Signal,
+};
 use tokio::signal::unix::{SignalKind, signal};
 use zeroize::Zeroizing;
 
 use crate::{
     agent_log,
     cli::{self, AuditCommand, Cli, Command, Encoding, Trust},
-    daemon,
+    daemon, examples,
     output::{self, Output},
     passphrase::Source,
     sharing,
@@ -59,6 +62,8 @@ const MAX_WORDS_BYTES: usize = 1024;
 
 /// Runs one command.
 pub(crate) async fn run(cli: Cli, output: Output) -> Result<()> {
+    // A file that may not grow (RLIMIT_FSIZE) is an error to report and not the end of the agent.
+    let _handled = signal(SignalKind::from_raw(Signal::SIGXFSZ as i32))?;
     let home = Home::from_env()?;
     let passphrase = Source { file: cli.passphrase_file };
     let Some(command) = cli.command else {
@@ -91,7 +96,7 @@ pub(crate) async fn run(cli: Cli, output: Output) -> Result<()> {
         }
         Command::Services => {
             output::log_to_stderr("warn");
-            output.services(&sharing::services(&home).await?);
+            output.services(&output.wait("Asking the hub", sharing::services(&home)).await?);
             Ok(())
         }
         Command::Share(share) => sharing::share(&home, share, &passphrase, output).await,
@@ -100,7 +105,8 @@ pub(crate) async fn run(cli: Cli, output: Output) -> Result<()> {
         Command::Leave { share } => sharing::leave(&home, &share, output).await,
         Command::Agents => {
             output::log_to_stderr("warn");
-            output.agents(&Directory::open(&home).await?.agents().await?);
+            let listed = async { Directory::open(&home).await?.agents().await };
+            output.agents(&output.wait("Asking the hub", listed).await?);
             Ok(())
         }
         Command::Invites { revoke } => run_invites(&home, revoke, &passphrase, output).await,
@@ -112,6 +118,10 @@ pub(crate) async fn run(cli: Cli, output: Output) -> Result<()> {
         Command::Doctor => run_doctor(&home, output).await,
         Command::Audit(audit) => run_audit(&home, audit, output).await,
         Command::ApiKey(command) => run_api_key(&home, command, output).await,
+        Command::Completions { shell } => {
+            output.completions(shell, &mut examples::command());
+            Ok(())
+        }
     }
 }
 
@@ -174,7 +184,8 @@ async fn run_init(home: &Home, init: cli::Init, output: Output) -> Result<()> {
     })?;
     let label = init.label.unwrap_or_else(host_label);
     let ca = read_ca(&init.ca)?;
-    let founded = connect_agent::init(home, &hub, ca, &label, init.registration_token).await?;
+    let founding = connect_agent::init(home, &hub, ca, &label, init.registration_token);
+    let founded = output.wait("Beginning a workspace", founding).await?;
     output.founded(&founded);
     Ok(())
 }
@@ -266,7 +277,7 @@ fn confirm(question: &str) -> Result<()> {
     if matches!(answer.trim(), "y" | "Y" | "yes") {
         Ok(())
     } else {
-        Err(Error::new(ErrorKind::Other, "nothing was changed"))
+        Err(Error::new(ErrorKind::Other, "nothing was changed").hint("answer `y`, or say `--yes`"))
     }
 }
 
@@ -357,7 +368,8 @@ fn run_passphrase(
     let was_locked = identity.signer_is_locked()?;
     let stdin = |file: &Option<_>| file.as_deref() == Some(Path::new("-"));
     if was_locked && stdin(&passphrase.file) && stdin(&args.new_passphrase_file) {
-        return Err(Error::new(ErrorKind::Usage, "stdin holds one passphrase, not two"));
+        return Err(Error::new(ErrorKind::Usage, "stdin holds one passphrase, not two")
+            .hint("give one of them by a file"));
     }
     let signer = identity.unlock_signer(|| passphrase.current())?;
     if args.remove {
@@ -386,7 +398,8 @@ async fn run_join(home: &Home, join: cli::Join, output: Output) -> Result<()> {
         join.code
     };
     let label = join.label.unwrap_or_else(host_label);
-    let identity = connect_agent::join(home, &code, read_ca(&join.ca)?, &label).await?;
+    let joining = connect_agent::join(home, &code, read_ca(&join.ca)?, &label);
+    let identity = output.wait("Joining the workspace", joining).await?;
     if identity.share_id().is_some() {
         // An agent that does not answer finds the share when it starts.
         let told = local::ask(home, &Ask::LookAtShares).await;
@@ -473,7 +486,8 @@ async fn detach(home: &Home, up: &cli::Up, output: Output) -> Result<()> {
         .process_group(0)
         .spawn()?;
     let log = agent_log::path(home);
-    wait_for_agent(home, || has_ended(&mut child))
+    output
+        .wait("Starting the agent", wait_for_agent(home, || has_ended(&mut child)))
         .await
         .map_err(|error| error.hint(format_args!("its log is `{}`", log.display())))?;
     output.note(format_args!(
@@ -528,7 +542,7 @@ fn has_ended(child: &mut Child) -> Result<bool> {
 }
 
 async fn run_down(home: &Home, output: Output) -> Result<()> {
-    stop(home).await?;
+    output.wait("Stopping the agent", stop(home)).await?;
     output.stopped();
     if daemon::is_installed(home) {
         output.note("It starts again with the system; `connect daemon uninstall` ends that.");
@@ -570,7 +584,7 @@ async fn run_status(home: &Home, output: Output) -> Result<()> {
 /// Warnings are no failure; the first failure's kind is the exit code.
 async fn run_doctor(home: &Home, output: Output) -> Result<()> {
     output::log_to_stderr("error");
-    let findings = connect_agent::examine(home).await;
+    let findings = output.wait("Looking", connect_agent::examine(home)).await;
     output.examined(&findings);
     let failure = findings.iter().find_map(|finding| finding.code.map(|code| (code, finding)));
     match failure {
@@ -586,7 +600,10 @@ async fn run_verify(home: &Home, agent: Option<&str>, output: Output) -> Result<
     output::log_to_stderr("warn");
     let words = workspace_words(&home.load()?.workspace_id()).join(" ");
     let verified = match agent {
-        Some(agent) => Some(Directory::open(home).await?.verify(agent).await?),
+        Some(agent) => {
+            let verifying = async { Directory::open(home).await?.verify(agent).await };
+            Some(output.wait("Asking the hub", verifying).await?)
+        }
         None => None,
     };
     output.verify(&words, verified.as_ref());
@@ -632,7 +649,8 @@ async fn run_expose(home: Home, expose: cli::Expose, output: Output) -> Result<(
         allow: expose.allow.clone(),
         take_over: expose.take_over,
     };
-    let lock = match attach_or_lock(&home, &command).await? {
+    let attached = output.wait("Telling the hub", attach_or_lock(&home, &command)).await?;
+    let lock = match attached {
         Attached::Lock(lock) => lock,
         Attached::Answer(answer) => {
             let Answer::Exposed(exposed) = *answer else {
@@ -671,9 +689,10 @@ async fn run_reach(home: Home, reach: cli::Reach, output: Output) -> Result<()> 
         return run_check(home, reach, output).await;
     }
     let cli::Reach { name, share, port, bind, accept_new, run, .. } = reach;
+    let waiting = format!("Waiting for `{name}`");
     let reaching = Reaching { name, share, at: LocalEnd { port, address: bind }, accept_new };
     let command = Ask::Reach(reaching.clone());
-    let lock = match attach_or_lock(&home, &command).await? {
+    let lock = match output.wait(&waiting, attach_or_lock(&home, &command)).await? {
         Attached::Lock(lock) => lock,
         Attached::Answer(answer) => {
             let Answer::Reached(reached) = *answer else {
@@ -696,7 +715,8 @@ async fn run_reach(home: Home, reach: cli::Reach, output: Output) -> Result<()> 
 async fn run_check(home: Home, reach: cli::Reach, output: Output) -> Result<()> {
     let cli::Reach { name, share, speed, run, .. } = reach;
     let command = Ask::Check { name: name.clone(), share: share.clone(), speed };
-    let checked = match attach_or_lock(&home, &command).await? {
+    let waiting = format!("Checking `{name}`");
+    let checked = match output.wait(&waiting, attach_or_lock(&home, &command)).await? {
         Attached::Answer(answer) => {
             let Answer::Checked(checked) = *answer else {
                 return Err(misunderstood());
@@ -706,7 +726,8 @@ async fn run_check(home: Home, reach: cli::Reach, output: Output) -> Result<()> 
         Attached::Lock(lock) => {
             output::log_to_stderr("error");
             let host = Host::start(home, lock, options(run.encoding)?).await?;
-            let checked = host.check(&name, share.as_deref(), speed).await;
+            let checking = host.check(&name, share.as_deref(), speed);
+            let checked = output.wait(&waiting, checking).await;
             host.stop().await;
             checked?
         }

@@ -242,18 +242,31 @@ impl Home {
                 .recursive(true)
                 .mode(0o700)
                 .create(dir)
-                .and_then(|()| fs::set_permissions(dir, fs::Permissions::from_mode(0o700)))
+                .and_then(|()| {
+                    // A home on a file system that is read only is private already.
+                    if fs::metadata(dir)?.mode() & 0o777 == 0o700 {
+                        return Ok(());
+                    }
+                    fs::set_permissions(dir, fs::Permissions::from_mode(0o700))
+                })
                 .map_err(|error| self.unwritable(&error))?;
         }
         Ok(())
     }
 
     fn unwritable(&self, error: &io::Error) -> Error {
-        Error::new(
+        let told = Error::new(
             ErrorKind::Other,
             format_args!("cannot write to `{}`: {error}", self.dir.display()),
-        )
-        .hint("make the directory yours and writable, or set CONNECT_HOME to another one")
+        );
+        let kind = error.kind();
+        if matches!(
+            kind,
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
+        ) {
+            return told.hint("make room there; what was saved before is unharmed");
+        }
+        told.hint("make the directory yours and writable, or set CONNECT_HOME to another one")
     }
 
     /// Takes the lock of this home; `None` when another process holds it.
@@ -321,6 +334,11 @@ impl Home {
 
     /// As [`Home::load`], with the trust log.
     pub(crate) fn load_with_log(&self) -> Result<(Identity, TrustLog)> {
+        if let Err(error) = fs::metadata(self.path("membership.json"))
+            && error.kind() == io::ErrorKind::PermissionDenied
+        {
+            return Err(unreadable(&self.dir, &error));
+        }
         if !self.is_enrolled() {
             return Err(Error::new(
                 ErrorKind::NotEnrolled,
@@ -572,6 +590,13 @@ impl Home {
             .write(true)
             .mode(0o600)
             .open(self.path(name))
+            .or_else(|error| {
+                // What only reads needs the lock, too, and a file need not be writable to be locked.
+                if error.kind() == io::ErrorKind::ReadOnlyFilesystem {
+                    return File::open(self.path(name)).map_err(|_| error);
+                }
+                Err(error)
+            })
             .map_err(|error| self.unwritable(&error))
     }
 
@@ -666,12 +691,7 @@ impl Home {
     }
 
     pub(crate) fn read(&self, name: &str) -> Result<Vec<u8>> {
-        fs::read(self.path(name)).map_err(|error| {
-            Error::new(
-                ErrorKind::Other,
-                format_args!("cannot read `{}`: {error}", self.path(name).display()),
-            )
-        })
+        fs::read(self.path(name)).map_err(|error| unreadable(&self.path(name), &error))
     }
 
     pub(crate) fn read_json<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
@@ -708,8 +728,17 @@ impl Home {
             fs::rename(&temporary, &path)?;
             File::open(path.parent().unwrap_or(&self.dir))?.sync_all()
         })();
-        written.map_err(|error| self.unwritable(&error))
+        written.map_err(|error| {
+            // Where there was no room for the file there is none for its beginning.
+            let _ = fs::remove_file(&temporary);
+            self.unwritable(&error)
+        })
     }
+}
+
+fn unreadable(path: &Path, error: &io::Error) -> Error {
+    Error::new(ErrorKind::Other, format_args!("cannot read `{}`: {error}", path.display()))
+        .hint("is it yours? CONNECT_HOME names the home to use")
 }
 
 /// A file of secrets: a line `name hex` each. Wiped from memory when dropped.
@@ -744,9 +773,7 @@ impl SecretFile {
             file.take(SECRET_FILE_BYTES as u64).read_to_string(&mut text)?;
             Ok(text)
         };
-        let text = open().map_err(|error: io::Error| {
-            Error::new(ErrorKind::Other, format_args!("cannot read `{}`: {error}", path.display()))
-        })?;
+        let text = open().map_err(|error: io::Error| unreadable(path, &error))?;
         let mode = fs::metadata(path)?.mode();
         if mode & 0o077 != 0 {
             return Err(Error::new(

@@ -243,14 +243,18 @@ pub async fn ask(home: &Home, command: &Command) -> Result<Option<Answer>> {
 
 /// Opens the socket of a home whose lock is held, in place of one that a crash left.
 pub(crate) fn listen(path: &Path) -> Result<UnixListener> {
+    let failed = |error: &io::Error| {
+        Error::new(ErrorKind::Other, format_args!("cannot listen on `{}`: {error}", path.display()))
+            .hint(
+                "an agent writes to its home: make it writable, or set CONNECT_HOME to another one",
+            )
+    };
     if let Err(error) = fs::remove_file(path)
         && error.kind() != io::ErrorKind::NotFound
     {
-        return Err(error.into());
+        return Err(failed(&error));
     }
-    UnixListener::bind(path).map_err(|error| {
-        Error::new(ErrorKind::Other, format_args!("cannot listen on `{}`: {error}", path.display()))
-    })
+    UnixListener::bind(path).map_err(|error| failed(&error))
 }
 
 /// Reads one command; `None` when the other side says nothing that is one.

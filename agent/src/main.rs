@@ -4,11 +4,13 @@ mod agent_log;
 mod cli;
 mod commands;
 mod daemon;
+mod examples;
 mod output;
 mod passphrase;
 mod sharing;
 mod short;
 mod suggest;
+mod terminal;
 mod welcome;
 
 use std::process::ExitCode;
@@ -20,11 +22,12 @@ use crate::{output::Output, short::Unreadable};
 fn main() -> ExitCode {
     let args: Vec<_> = std::env::args_os().collect();
     let json = args.iter().any(|arg| arg == "--json");
+    let color = terminal::choice_in(&args);
     let cli = match short::parse(args) {
         Ok(cli) => cli,
-        Err(unreadable) => return refuse(unreadable, json),
+        Err(unreadable) => return refuse(unreadable, &Output::new(json, false, color)),
     };
-    let output = Output { json: cli.json, quiet: cli.quiet };
+    let output = Output::new(cli.json, cli.quiet, cli.color);
     // One thread carries everything that moves: handing a packet from one to another costs more time
     // than sealing it. What computes for long has threads of its own (`spawn_blocking`).
     let runtime =
@@ -45,10 +48,9 @@ fn main() -> ExitCode {
 }
 
 /// Says what is wrong with a command line; or prints the help or version that it asks for.
-fn refuse(unreadable: Unreadable, json: bool) -> ExitCode {
-    let output = Output { json, quiet: false };
+fn refuse(unreadable: Unreadable, output: &Output) -> ExitCode {
     let error = match unreadable {
-        Unreadable::Line(error) if json && error.use_stderr() => {
+        Unreadable::Line(error) if output.json && error.use_stderr() => {
             let text = error.to_string();
             let said = text.lines().next().unwrap_or_default();
             Error::new(ErrorKind::Usage, said.strip_prefix("error: ").unwrap_or(said))

@@ -209,8 +209,8 @@ impl Membership {
                 let LocalEnd { port, address } = at;
                 state.reaches.retain(|saved| saved.name != name);
                 state.reaches.push(SavedReach { name: name.clone(), port, address });
+                core.home.save_state(&state)?;
             }
-            core.home.save_state(&state)?;
         }
         ready?;
         self.all_reached().await.into_iter().find(|reached| reached.name == name).ok_or_else(gone)

@@ -1,23 +1,24 @@
 //! Everything that this program prints: results on stdout, the rest on stderr.
 
 use std::{
-    io::{self, IsTerminal, Write},
+    io::{self, Write},
     path::Path,
     sync::Mutex,
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use clap::ColorChoice;
 use connect_agent::{
-    AgentInfo, ApiKeyInfo, AuditVerdict, Checked, EntryInfo, Error, Finding, FindingState, Founded,
-    Home, Identity, InviteInfo, NewApiKey, NewShare, RecordedRow, Recovered, Revoked, Rotated,
-    ServiceInfo, ShareInfo, Verification, date,
+    AgentInfo, ApiKeyInfo, AuditVerdict, Checked, EntryInfo, Error, ErrorKind, Finding,
+    FindingState, Founded, Home, Identity, InviteInfo, NewApiKey, NewShare, RecordedRow, Recovered,
+    Revoked, Rotated, ServiceInfo, ShareInfo, Verification, date,
     local::{AgentStatus, ExposedStatus, ReachedStatus, TrustStatus},
 };
 use connect_spec::{ids::CredentialId, objects::UnixTime};
 use serde::Serialize;
 use serde_json::json;
 
-use crate::{agent_log::RotatingFile, daemon::Service};
+use crate::{agent_log::RotatingFile, daemon::Service, terminal};
 
 // In place of the standard library's, which panic when the reader is gone, as in `connect agents | head`.
 macro_rules! println {
@@ -52,6 +53,7 @@ impl JoinedShare {
 pub(crate) struct Output {
     pub(crate) json: bool,
     pub(crate) quiet: bool,
+    color: ColorChoice,
 }
 
 /// What `connect` alone finds.
@@ -63,6 +65,23 @@ pub(crate) enum Situation {
 }
 
 impl Output {
+    pub(crate) fn new(json: bool, quiet: bool, color: ColorChoice) -> Self {
+        Self { json, quiet, color }
+    }
+
+    /// Waits for something; on a terminal, if it takes long, it is shown what.
+    pub(crate) async fn wait<T>(self, what: &str, awaited: impl Future<Output = T>) -> T {
+        terminal::wait(what, !self.quiet && !self.json, awaited).await
+    }
+
+    /// Prints what completes command lines in a shell.
+    pub(crate) fn completions(self, shell: clap_complete::Shell, command: &mut clap::Command) {
+        let mut script = Vec::new();
+        clap_complete::generate(shell, command, "connect", &mut script);
+        // A reader that went away does not want it.
+        let _ = io::stdout().write_all(&script);
+    }
+
     /// A word to people.
     pub(crate) fn note(self, text: impl std::fmt::Display) {
         if !self.quiet && !self.json {
@@ -72,13 +91,23 @@ impl Output {
 
     /// The error that ends the program.
     pub(crate) fn error(self, error: &Error) {
+        let hint = error.hint.as_deref().unwrap_or_else(|| what_to_do(error.kind));
         if self.json {
-            eprintln!("{}", serde_json::to_string(error).expect("errors become JSON"));
+            let error = error.clone().hint(hint);
+            eprintln!("{}", serde_json::to_string(&error).expect("errors become JSON"));
         } else {
-            eprintln!("error: {error}");
-            if let Some(hint) = &error.hint {
-                eprintln!("hint: {hint}");
-            }
+            let coloured = terminal::is_coloured(self.color, &io::stderr());
+            eprintln!("{} {error}", terminal::paint("error:", terminal::FAILURE, coloured));
+            eprintln!("{} {hint}", terminal::paint("hint:", terminal::ADVICE, coloured));
+        }
+    }
+
+    /// Prints a table.
+    fn table<const N: usize>(self, header: [&str; N], rows: impl Iterator<Item = [String; N]>) {
+        let coloured = terminal::is_coloured(self.color, &io::stdout());
+        let rows: Vec<_> = rows.collect();
+        for line in terminal::lines(header, &rows, terminal::width(), coloured, style) {
+            println!("{line}");
         }
     }
 
@@ -181,30 +210,28 @@ impl Output {
         if given.is_empty() && joined.is_empty() {
             self.note("There is no share. connect share NAME makes one.");
         }
-        table(given.iter().map(|share| {
-            let guests: Vec<_> = share.guests.iter().map(|guest| guest.label.as_str()).collect();
-            [
-                share.label.clone(),
-                share.services.join(","),
-                format!(
-                    "{} until {}",
-                    if share.over { "over" } else { "open" },
-                    date(share.expires)
-                ),
-                format!("{} of {} joined", share.used, share.uses),
-                guests.join(","),
-                share.id.to_string(),
-            ]
-        }));
-        table(joined.iter().map(|share| {
-            let state = if share.over { "over" } else { "joined" };
-            [
-                share.label.clone(),
-                format!("{state} until {}", date(share.expires)),
-                share.hub.clone(),
-                share.id.to_string(),
-            ]
-        }));
+        self.table(
+            ["SHARED", "SERVICES", "UNTIL", "JOINED", "GUESTS", "ID"],
+            given.iter().map(|share| {
+                let guests: Vec<_> =
+                    share.guests.iter().map(|guest| guest.label.as_str()).collect();
+                [
+                    share.label.clone(),
+                    share.services.join(","),
+                    until(share.expires, share.over),
+                    format!("{} of {}", share.used, share.uses),
+                    guests.join(","),
+                    share.id.to_string(),
+                ]
+            }),
+        );
+        self.table(
+            ["GUEST BY", "HUB", "UNTIL", "ID"],
+            joined.iter().map(|share| {
+                let until = until(share.expires, share.over);
+                [share.label.clone(), share.hub.clone(), until, share.id.to_string()]
+            }),
+        );
     }
 
     pub(crate) fn checked(self, checked: &Checked) {
@@ -256,20 +283,23 @@ impl Output {
         if services.is_empty() {
             self.note("No service is exposed. connect expose HOST:PORT --name NAME offers one.");
         }
-        table(services.iter().map(|service| {
-            let state = match (service.online, service.target_ok) {
-                (false, _) => "offline",
-                (true, Some(false)) => "online, target down",
-                (true, Some(true) | None) => "online",
-            };
-            [
-                service.name.to_string(),
-                service.protocol.clone(),
-                service.label.clone(),
-                state.into(),
-                service.share.as_ref().map_or_else(String::new, |share| format!("by {share}")),
-            ]
-        }));
+        self.table(
+            ["NAME", "PROTOCOL", "AGENT", "STATE", "SHARE"],
+            services.iter().map(|service| {
+                let state = match (service.online, service.target_ok) {
+                    (false, _) => "offline",
+                    (true, Some(false)) => "online, target down",
+                    (true, Some(true) | None) => "online",
+                };
+                [
+                    service.name.to_string(),
+                    service.protocol.clone(),
+                    service.label.clone(),
+                    state.into(),
+                    service.share.clone().unwrap_or_default(),
+                ]
+            }),
+        );
     }
 
     pub(crate) fn agents(self, agents: &[AgentInfo]) {
@@ -277,15 +307,24 @@ impl Output {
             print_json(agents);
             return;
         }
-        table(agents.iter().map(|agent| {
-            let state = match (agent.revoked, agent.online) {
-                (true, _) => "revoked",
-                (false, true) => "online",
-                (false, false) => "offline",
-            };
-            let tags = agent.tags.join(",");
-            [agent.label.clone(), agent.agent_id.to_string(), agent.role.into(), state.into(), tags]
-        }));
+        self.table(
+            ["LABEL", "ID", "ROLE", "STATE", "TAGS"],
+            agents.iter().map(|agent| {
+                let state = match (agent.revoked, agent.online) {
+                    (true, _) => "revoked",
+                    (false, true) => "online",
+                    (false, false) => "offline",
+                };
+                let tags = agent.tags.join(",");
+                [
+                    agent.label.clone(),
+                    agent.agent_id.to_string(),
+                    agent.role.into(),
+                    state.into(),
+                    tags,
+                ]
+            }),
+        );
     }
 
     pub(crate) fn status(self, status: &AgentStatus) {
@@ -303,21 +342,20 @@ impl Output {
         println!("workspace  {}", status.workspace_id);
         println!("hub        {} ({connected})", status.hub);
         println!("trust      {}", trust_line(&status.trust));
-        for exposed in &status.exposed {
+        let exposed = status.exposed.iter().map(|exposed| {
             let health = if exposed.target_ok { "target ok" } else { "target down" };
-            println!(
-                "exposed    {}  {}  {health}, {} streams",
-                exposed.name, exposed.target, exposed.streams
-            );
-        }
-        for reached in &status.reached {
+            let health = format!("{health}, {} streams", exposed.streams);
+            ["exposed  ".to_owned(), exposed.name.to_string(), exposed.target.clone(), health]
+        });
+        let reached = status.reached.iter().map(|reached| {
             let health = match (&reached.error, reached.rtt_ms) {
                 (_, Some(rtt)) => format!("active, {rtt:.1} ms, {} streams", reached.streams),
                 (Some(error), None) => format!("not active: {error}"),
                 (None, None) => "connecting".to_owned(),
             };
-            println!("reached    {}  {}  {health}", reached.name, reached.address);
-        }
+            ["reached  ".to_owned(), reached.name.to_string(), reached.address.clone(), health]
+        });
+        self.table(["", "NAME", "ADDRESS", "STATE"], exposed.chain(reached));
         for guest in &status.shares {
             println!();
             self.status(guest);
@@ -413,15 +451,18 @@ impl Output {
         if invites.is_empty() {
             self.note("No invite is open.");
         }
-        table(invites.iter().map(|invite| {
-            let state = if invite.over { "over" } else { "open" };
-            [
-                invite.id.to_string(),
-                format!("{} of {} used", invite.used, invite.uses),
-                format!("until {}", date(invite.join_until)),
-                state.to_owned(),
-            ]
-        }));
+        self.table(
+            ["ID", "USED", "UNTIL", "STATE"],
+            invites.iter().map(|invite| {
+                let state = if invite.over { "over" } else { "open" };
+                [
+                    invite.id.to_string(),
+                    format!("{} of {} used", invite.used, invite.uses),
+                    format!("until {}", date(invite.join_until)),
+                    state.to_owned(),
+                ]
+            }),
+        );
     }
 
     pub(crate) fn log(self, entries: &[EntryInfo]) {
@@ -432,14 +473,17 @@ impl Output {
         if entries.is_empty() {
             self.note("Nothing was signed since the workspace began.");
         }
-        table(entries.iter().map(|entry| {
-            [
-                entry.seq.to_string(),
-                date(entry.time),
-                entry.signed_by.join(", "),
-                entry.changes.join("; "),
-            ]
-        }));
+        self.table(
+            ["ENTRY", "TIME", "SIGNED BY", "CHANGES"],
+            entries.iter().map(|entry| {
+                [
+                    entry.seq.to_string(),
+                    date(entry.time),
+                    entry.signed_by.join(", "),
+                    entry.changes.join("; "),
+                ]
+            }),
+        );
     }
 
     pub(crate) fn signed(self, seq: u64, what: impl std::fmt::Display) {
@@ -557,21 +601,25 @@ impl Output {
         if keys.is_empty() {
             self.note("There is no API key.");
         }
-        table(keys.iter().map(|info| {
-            let key = &info.key;
-            let scopes: Vec<String> = key
-                .scopes
-                .iter()
-                .map(|scope| shown(&serde_json::to_value(scope).unwrap_or_default()))
-                .collect();
-            [
-                key.key_id.to_string(),
-                info.label.clone().unwrap_or_else(|| key.agent_id.short()),
-                scopes.join(","),
-                format!("until {}", date(key.expires_at)),
-                key.last_used_at.map_or("never used".to_owned(), |at| format!("used {}", date(at))),
-            ]
-        }));
+        self.table(
+            ["ID", "AGENT", "SCOPES", "UNTIL", "USED"],
+            keys.iter().map(|info| {
+                let key = &info.key;
+                let scopes: Vec<String> = key
+                    .scopes
+                    .iter()
+                    .map(|scope| shown(&serde_json::to_value(scope).unwrap_or_default()))
+                    .collect();
+                [
+                    key.key_id.to_string(),
+                    info.label.clone().unwrap_or_else(|| key.agent_id.short()),
+                    scopes.join(","),
+                    format!("until {}", date(key.expires_at)),
+                    key.last_used_at
+                        .map_or("never used".to_owned(), |at| format!("used {}", date(at))),
+                ]
+            }),
+        );
     }
 
     /// A service of the system: its definition on stdout.
@@ -605,6 +653,41 @@ impl Output {
     }
 }
 
+/// What to do about an error that does not say it itself.
+fn what_to_do(kind: ErrorKind) -> &'static str {
+    match kind {
+        ErrorKind::Other => {
+            "`CONNECT_LOG=debug` in the environment shows more; so does `connect logs`"
+        }
+        ErrorKind::Usage => "`--help` shows how the command is used",
+        ErrorKind::NotEnrolled => "`connect init` begins a workspace, `connect join` joins one",
+        ErrorKind::HubUnreachable => {
+            "is the hub up, and can this machine reach it? `connect status` shows which one it is"
+        }
+        ErrorKind::ServiceNotFound => "`connect services` lists what there is",
+        ErrorKind::Refused => {
+            "`connect agents` shows what this agent may do; ask who runs the other side"
+        }
+        ErrorKind::TrustViolation => {
+            "`connect trust log` and `connect verify` show what others should see, too; do not go on before \
+             it is clear"
+        }
+        ErrorKind::TargetUnreachable => "is the service up on the machine that exposes it?",
+        ErrorKind::NoAgent => "start it: `connect up --detach`",
+        ErrorKind::ExposerOffline => "start the agent on the machine that exposes the service",
+    }
+}
+
+/// How a cell looks that says how something is.
+fn style(cell: &str) -> anstyle::Style {
+    match cell {
+        "online" | "open" | "connected" => terminal::GOOD,
+        "offline" | "over" | "online, target down" | "not connected" => terminal::DOUBTFUL,
+        "revoked" => terminal::BAD,
+        _ => anstyle::Style::new(),
+    }
+}
+
 /// A field of an event: text without quotes.
 fn shown(value: &serde_json::Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
@@ -616,6 +699,12 @@ fn speaks_unicode() -> bool {
     let locale = set("LC_ALL").or_else(|| set("LC_CTYPE")).or_else(|| set("LANG"));
     let locale = locale.unwrap_or_default().to_ascii_lowercase();
     locale.contains("utf-8") || locale.contains("utf8")
+}
+
+/// When a share ends, and whether it has.
+fn until(expires: UnixTime, over: bool) -> String {
+    let date = date(expires);
+    if over { format!("{date}, over") } else { date }
 }
 
 /// Recovery words, six a line.
@@ -655,24 +744,12 @@ fn print_json<T: Serialize + ?Sized>(value: &T) {
     println!("{}", serde_json::to_string(value).expect("plain data becomes JSON"));
 }
 
-fn table<const N: usize>(rows: impl Iterator<Item = [String; N]>) {
-    let rows: Vec<_> = rows.collect();
-    let width = |column: usize| {
-        rows.iter().map(|row| row[column].chars().count()).max().unwrap_or_default()
-    };
-    let widths: [usize; N] = std::array::from_fn(width);
-    for row in rows {
-        let cells: Vec<_> =
-            row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
-        println!("{}", cells.join("  ").trim_end());
-    }
-}
-
 /// Writes the log to stderr, with colours on a terminal that wants them.
 pub(crate) fn log_to_stderr(default: &str) {
     let filter = tracing_subscriber::EnvFilter::try_from_env("CONNECT_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
-    let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let choice = terminal::choice_in(&std::env::args_os().collect::<Vec<_>>());
+    let colours = terminal::is_coloured(choice, &io::stderr());
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(colours)

@@ -2,10 +2,10 @@
 
 use std::ffi::OsString;
 
-use clap::{ArgMatches, Command, CommandFactory, FromArgMatches, error::ErrorKind as ClapError};
+use clap::{ArgMatches, Command, FromArgMatches, error::ErrorKind as ClapError};
 use connect_agent::{Error, Target};
 
-use crate::{cli::Cli, suggest};
+use crate::{cli::Cli, examples, suggest, terminal};
 
 /// Why a command line cannot be run.
 #[derive(Debug)]
@@ -19,7 +19,8 @@ pub(crate) enum Unreadable {
 /// Reads a command line. One whose first word is no command is read as the long form that it stands for,
 /// with all of its options; [`Cli::short`] remembers the word.
 pub(crate) fn parse(mut args: Vec<OsString>) -> Result<Cli, Unreadable> {
-    let line = read(Cli::command().allow_external_subcommands(true), &args)?;
+    let command = examples::command().color(terminal::choice_in(&args));
+    let line = read(command.clone().allow_external_subcommands(true), &args)?;
     let commands = suggest::commands();
     let given = match line.subcommand() {
         Some((word, rest)) if !commands.iter().any(|command| command == word) => {
@@ -33,7 +34,7 @@ pub(crate) fn parse(mut args: Vec<OsString>) -> Result<Cli, Unreadable> {
     };
     let is_target = word.contains(':') || word.parse::<Target>().is_ok();
     args.insert(args.len() - after - 1, if is_target { "expose" } else { "reach" }.into());
-    match read(Cli::command(), &args).and_then(|line| build(&line)) {
+    match read(command, &args).and_then(|line| build(&line)) {
         Ok(cli) => Ok(Cli { short: Some(word), ..cli }),
         // `connect exopse localhost:5432` is no `reach` with too many arguments.
         Err(Unreadable::Line(error))
@@ -54,7 +55,8 @@ fn read(command: Command, args: &[OsString]) -> Result<ArgMatches, Unreadable> {
 }
 
 fn build(line: &ArgMatches) -> Result<Cli, Unreadable> {
-    Cli::from_arg_matches(line).map_err(|error| Unreadable::Line(error.format(&mut Cli::command())))
+    Cli::from_arg_matches(line)
+        .map_err(|error| Unreadable::Line(error.format(&mut examples::command())))
 }
 
 #[cfg(test)]

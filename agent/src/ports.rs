@@ -162,7 +162,7 @@ pub(crate) struct Bound {
 
 /// Whether a service of this name was reached from this home before.
 #[must_use]
-pub fn is_known(home: &Home, name: &str) -> bool {
+pub fn was_reached(home: &Home, name: &str) -> bool {
     let ports = home.read_json_if_there::<Ports>(FILE);
     ports.is_ok_and(|ports| ports.unwrap_or_default().keys().any(|known| known.as_str() == name))
 }

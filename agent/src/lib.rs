@@ -77,7 +77,7 @@ pub use home::{Home, HomeLock};
 pub use host::{Host, Keep, Reaching};
 pub use identity::Identity;
 pub use io::{tls::HubCa, tunnel::Stream};
-pub use ports::{LocalEnd, Loopback, is_known};
+pub use ports::{LocalEnd, Loopback, was_reached};
 pub use reacher::{ReachStatus, Reached};
 pub use share::{GuestInfo, NewShare, ShareInfo, shares};
 pub use target::Target;

@@ -171,7 +171,7 @@ pub(crate) fn remembered(home: &Home) -> Result<BTreeMap<ServiceName, SocketAddr
 
 /// Whether a service of this name was reached from this home before.
 #[must_use]
-pub fn is_known(home: &Home, name: &str) -> bool {
+pub fn was_reached(home: &Home, name: &str) -> bool {
     let mut homes = home.shares().unwrap_or_default();
     homes.push(home.clone());
     homes.iter().any(|home| {

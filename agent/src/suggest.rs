@@ -61,7 +61,7 @@ pub(crate) async fn services(home: &Home) -> Option<Vec<String>> {
 pub(crate) async fn check_word(home: &Home, word: &str) -> Result<()> {
     let commands = commands();
     if nearest(word, commands.iter().map(String::as_str)).is_empty()
-        || connect_agent::is_known(home, word)
+        || connect_agent::was_reached(home, word)
     {
         return Ok(());
     }

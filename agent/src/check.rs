@@ -449,7 +449,11 @@ fn title_of(protocol: &str) -> &str {
 
 fn millis(time: Duration) -> String {
     let millis = time.as_secs_f64() * 1000.0;
-    if millis < 10.0 { format!("{millis:.1} ms") } else { format!("{millis:.0} ms") }
+    match millis {
+        millis if millis < 1.0 => format!("{millis:.2} ms"),
+        millis if millis < 10.0 => format!("{millis:.1} ms"),
+        millis => format!("{millis:.0} ms"),
+    }
 }
 
 /// A rate in decimal units.

@@ -14,16 +14,16 @@ use connect_spec::{
 #[command(name = "connect", version, max_term_width = 100, override_usage = USAGE, after_help = EXAMPLES)]
 pub(crate) struct Cli {
     /// Print JSON on stdout.
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = GLOBAL)]
     pub(crate) json: bool,
     /// Print results only.
-    #[arg(long, short, global = true)]
+    #[arg(long, short, global = true, help_heading = GLOBAL)]
     pub(crate) quiet: bool,
     /// Colours: `auto` has them on a terminal, unless NO_COLOR is set.
-    #[arg(long, global = true, value_name = "WHEN", default_value_t, hide_default_value = true)]
+    #[arg(long, global = true, help_heading = GLOBAL, value_name = "WHEN", default_value_t, hide_default_value = true)]
     pub(crate) color: ColorChoice,
     /// Read the passphrase of the signer key from the first line of this file; `-` is stdin.
-    #[arg(long, global = true, value_name = "FILE")]
+    #[arg(long, global = true, help_heading = GLOBAL, value_name = "FILE")]
     pub(crate) passphrase_file: Option<PathBuf>,
     /// What to do; without it, what this machine is and what one can do next.
     #[command(subcommand)]
@@ -36,6 +36,9 @@ pub(crate) struct Cli {
 const USAGE: &str = "connect [OPTIONS] [COMMAND]
        connect HOST:PORT …             short for `connect expose HOST:PORT …`
        connect NAME …                  short for `connect reach NAME …`";
+
+/// Options of every command, below its own.
+const GLOBAL: &str = "Global options";
 
 const EXAMPLES: &str = "\
 Examples:

@@ -105,6 +105,13 @@ pub(crate) async fn run(cli: Cli, output: Output) -> Result<()> {
         Command::Leave { share } => sharing::leave(&home, &share, output).await,
         Command::Agents => {
             output::log_to_stderr("warn");
+            if home.load()?.share_id().is_some() {
+                return Err(Error::new(
+                    ErrorKind::Refused,
+                    "a guest of a share is not told which agents there are",
+                )
+                .hint("`connect services` lists what is shared"));
+            }
             let listed = async { Directory::open(&home).await?.agents().await };
             output.agents(&output.wait("Asking the hub", listed).await?);
             Ok(())

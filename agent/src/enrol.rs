@@ -119,7 +119,13 @@ pub async fn join(
     })?;
     let home = match &invite.share {
         Some(_) if home.is_enrolled() => {
-            home.of_share(&CredentialId::of(&InviteKeys::derive(&invite.seed).signing.public()))
+            let id = CredentialId::of(&InviteKeys::derive(&invite.seed).signing.public());
+            let share = home.of_share(&id);
+            if share.is_enrolled() || home.load()?.share_id() == Some(id) {
+                return Err(Error::new(ErrorKind::Usage, "this home joined the share already")
+                    .hint("`connect services` lists what it brings"));
+            }
+            share
         }
         Some(_) | None => home.clone(),
     };

@@ -166,6 +166,8 @@ fn hint(report: &ErrorReport) -> Option<String> {
          with an empty home"
     } else if code == ErrorCode::Stale {
         "was this home restored from an older copy? Use the newest one, or join again with an empty home"
+    } else if code == ErrorCode::Revoked {
+        "a signer of the workspace ended this; ask for a new code, and join with an empty home"
     } else if code == ErrorCode::NameTaken {
         let agent = report.agent_id.map_or_else(|| "its agent".into(), |id| id.short());
         return Some(format!(

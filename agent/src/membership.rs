@@ -230,7 +230,7 @@ impl Membership {
         }
         let bound = ports::bind(&self.agent.core().home, name, at, own).await?;
         if let Some(reason) = &bound.passed_over {
-            tracing::warn!(service = %name, "it is not on {reason}");
+            tracing::info!(service = %name, "it is not on {reason}");
         }
         let forward = Forward::start(bound, self.agent.reach(name))?;
         forwards.insert(name.clone(), forward);

@@ -198,8 +198,10 @@ impl Output {
             info.services.join(", "),
             date(info.expires)
         ));
-        self.note("There: connect join CODE. To end it here: connect unshare LABEL, which is");
-        self.note(format_args!("`{}`.", info.label));
+        self.note(format_args!(
+            "There: connect join CODE. To end it here: connect unshare {}",
+            as_word(&info.label)
+        ));
     }
 
     pub(crate) fn shares(self, given: &[ShareInfo], joined: &[JoinedShare]) {
@@ -283,21 +285,24 @@ impl Output {
         if services.is_empty() {
             self.note("No service is exposed. connect expose HOST:PORT --name NAME offers one.");
         }
+        let row = |service: &ServiceInfo| {
+            let state = match (service.online, service.target_ok) {
+                (false, _) => "offline",
+                (true, Some(false)) => "online, target down",
+                (true, Some(true) | None) => "online",
+            };
+            let (name, protocol) = (service.name.to_string(), service.protocol.clone());
+            [name, protocol, service.label.clone(), state.to_owned()]
+        };
+        if services.iter().all(|service| service.share.is_none()) {
+            self.table(["NAME", "PROTOCOL", "AGENT", "STATE"], services.iter().map(row));
+            return;
+        }
         self.table(
             ["NAME", "PROTOCOL", "AGENT", "STATE", "SHARE"],
             services.iter().map(|service| {
-                let state = match (service.online, service.target_ok) {
-                    (false, _) => "offline",
-                    (true, Some(false)) => "online, target down",
-                    (true, Some(true) | None) => "online",
-                };
-                [
-                    service.name.to_string(),
-                    service.protocol.clone(),
-                    service.label.clone(),
-                    state.into(),
-                    service.share.clone().unwrap_or_default(),
-                ]
+                let [name, protocol, agent, state] = row(service);
+                [name, protocol, agent, state, service.share.clone().unwrap_or_default()]
             }),
         );
     }
@@ -699,6 +704,16 @@ fn speaks_unicode() -> bool {
     let locale = set("LC_ALL").or_else(|| set("LC_CTYPE")).or_else(|| set("LANG"));
     let locale = locale.unwrap_or_default().to_ascii_lowercase();
     locale.contains("utf-8") || locale.contains("utf8")
+}
+
+/// A label as a shell takes it.
+fn as_word(label: &str) -> String {
+    if label.chars().all(|character| character.is_ascii_alphanumeric() || "-_.".contains(character))
+    {
+        label.to_owned()
+    } else {
+        format!("'{}'", label.replace('\'', "'\\''"))
+    }
 }
 
 /// When a share ends, and whether it has.

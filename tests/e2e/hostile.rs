@@ -31,6 +31,7 @@ use connect_tests::{
     home::{Home, Workspace},
     hostile_relay::{Data, HostileRelay, Passing, Verdict},
     hub::Hub,
+    meddle::{Meddler, Rule},
     process::Process,
     random, runtime,
     services::{Inbox, Service},
@@ -38,7 +39,7 @@ use connect_tests::{
 use futures_util::{SinkExt, StreamExt};
 use tokio_tungstenite::tungstenite::Message;
 
-type Rule = Box<dyn FnMut(Passing<'_>) -> Verdict + Send>;
+type Judge = Box<dyn FnMut(Passing<'_>) -> Verdict + Send>;
 
 /// An exposer with an honest way to the hub, and a reacher with a relay that does what it is told.
 struct Stage {
@@ -47,14 +48,14 @@ struct Stage {
     service: Service,
     inbox: Inbox,
     probed: usize,
-    rule: Arc<Mutex<Rule>>,
+    rule: Arc<Mutex<Judge>>,
     _relay: HostileRelay,
     exposer_agent: Process,
 }
 
 impl Stage {
     fn set() -> Self {
-        let rule: Arc<Mutex<Rule>> = Arc::new(Mutex::new(Box::new(|_| Verdict::Forward)));
+        let rule: Arc<Mutex<Judge>> = Arc::new(Mutex::new(Box::new(|_| Verdict::Forward)));
         let current = rule.clone();
         let hub = Hub::shared();
         let relay = HostileRelay::start(hub, move |passing| {
@@ -452,6 +453,11 @@ fn swapped_packets_are_never_delivered() {
 }
 
 #[test]
+fn packet_that_comes_back_is_never_taken_for_the_peers() {
+    check_tampering(|_| Verdict::Reflect);
+}
+
+#[test]
 fn packet_that_is_no_packet_ends_the_tunnel() {
     check_tampering(|message| {
         *message = Message::text("!not base64!");
@@ -546,14 +552,14 @@ struct Door {
     reacher: Home,
     service: Service,
     probed: usize,
-    rule: Arc<Mutex<Rule>>,
+    rule: Arc<Mutex<Judge>>,
     _relay: HostileRelay,
     _exposer_agent: Process,
 }
 
 impl Door {
     fn set() -> Self {
-        let rule: Arc<Mutex<Rule>> = Arc::new(Mutex::new(Box::new(|_| Verdict::Forward)));
+        let rule: Arc<Mutex<Judge>> = Arc::new(Mutex::new(Box::new(|_| Verdict::Forward)));
         let current = rule.clone();
         let relay = HostileRelay::start(Hub::shared(), move |passing| {
             (current.lock().unwrap_or_else(PoisonError::into_inner))(passing)
@@ -731,4 +737,85 @@ fn nothing_is_dialled_before_the_first_authenticated_record() {
     // The exposer is as it was.
     let _agent = door.reacher.up();
     door.reacher.reach("prod-db");
+}
+
+/// Meddles once with one packet of each tunnel that is opened from now on, as the next rule says.
+struct OneRuleForEachTunnel {
+    rules: Vec<Rule>,
+    /// The rule at work, and the data socket that it is for.
+    current: Option<(Meddler, usize)>,
+    first_socket: usize,
+    done: Arc<AtomicUsize>,
+}
+
+impl OneRuleForEachTunnel {
+    fn judge(&mut self, passing: Passing<'_>) -> Verdict {
+        let Passing::Data(data) = passing else { return Verdict::Forward };
+        // The tunnel that is there when this begins only gives way to the next.
+        if data.socket < self.first_socket {
+            flip(data.message);
+            return Verdict::Forward;
+        }
+        if self.current.as_ref().is_none_or(|(_, socket)| *socket < data.socket) {
+            let Some(rule) = self.rules.pop() else { return Verdict::Forward };
+            let done = self.done.clone();
+            let meddler = Meddler::new(vec![rule], move |report| {
+                done.fetch_add(usize::from(report["done"] == true), Ordering::SeqCst);
+            });
+            self.current = Some((meddler, data.socket));
+        }
+        match &mut self.current {
+            Some((meddler, socket)) if *socket == data.socket => meddler.judge(Passing::Data(data)),
+            Some(_) | None => Verdict::Forward,
+        }
+    }
+}
+
+/// Each of the first packets of a tunnel, bent, cut and doubled: whatever is done, one connection goes on over
+/// tunnel after tunnel, and not a byte of it is lost, changed or repeated.
+#[test]
+fn meddling_with_any_of_the_first_packets_costs_a_tunnel_and_no_byte() {
+    let stage = Stage::set();
+    let echo = Service::echo();
+    stage.workspace.founder.ok(&["expose", &echo.address().to_string(), "--name", "echo"]);
+    let _agent = stage.reacher.up();
+    let last_socket = Arc::new(AtomicUsize::new(0));
+    let last = last_socket.clone();
+    stage.rule(move |passing| {
+        if let Passing::Data(data) = passing {
+            last.fetch_max(data.socket, Ordering::SeqCst);
+        }
+        Verdict::Forward
+    });
+    let mut client = TcpStream::connect(stage.reacher.reach("echo")).expect("the local port");
+    client.set_read_timeout(Some(PATIENCE)).expect("our own socket");
+    client.set_nodelay(true).expect("our own socket");
+    let mut rules: Vec<Rule> = Vec::new();
+    // Tunnels that were confirmed come in between: after others the next try waits longer and longer.
+    for deed in ["flip=0", "flip=130", "truncate=0", "truncate=17", "twice"] {
+        for number in [0, 3, 1, 4] {
+            for place in ["up", "down"] {
+                rules.push(format!("{place}#{number}:{deed}").parse().expect("a rule"));
+            }
+        }
+    }
+    let (count, done) = (rules.len(), Arc::new(AtomicUsize::new(0)));
+    let mut one_each = OneRuleForEachTunnel {
+        rules,
+        current: None,
+        first_socket: last_socket.load(Ordering::SeqCst) + 1,
+        done: done.clone(),
+    };
+    stage.rule(move |passing| one_each.judge(passing));
+    let start = std::time::Instant::now();
+    let mut sent = 0_u64;
+    while done.load(Ordering::SeqCst) < count {
+        assert!(start.elapsed() < 4 * PATIENCE, "{} of {count}", done.load(Ordering::SeqCst));
+        let bytes = random(1500);
+        client.write_all(&bytes).expect("the tunnel takes it, or the next one");
+        let mut echoed = vec![0; bytes.len()];
+        client.read_exact(&mut echoed).expect("the echo");
+        assert!(echoed == bytes, "after {sent} bytes");
+        sent += 1500;
+    }
 }

@@ -9,7 +9,7 @@ use std::{fs, path::Path};
 
 use connect_tests::{
     eventually,
-    home::{Home, Pair},
+    home::{Home, Pair, Workspace},
     hub::Hub,
     process::Outcome,
     services::Service,
@@ -54,7 +54,7 @@ impl Session {
             (r"\b(127\.0\.\d+\.\d+):\d{5}", "$1:[PORT]"),
             (r"\bport \d{5}\b", "port [PORT]"),
             (r"`[^` ]*` \(pid \d+\)", "`PROGRAM` (pid [PID])"),
-            (r"\d+\.\d ms", "[MS] ms"),
+            (r"\d+\.\d+ ms", "[MS] ms"),
             (r"confirmed \d+ s ago|not confirmed by a witness yet", "[CONFIRMED]"),
             (r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d)?(\.\d+)?Z?( UTC)?", "[TIME]"),
             (r"connect \d+\.\d+\.\d+", "connect [VERSION]"),
@@ -241,4 +241,38 @@ fn a_session_of_two_agents() {
     session.run("reacher", reacher, &[]);
     session.run("reacher", reacher, &["status"]);
     session.check("session.txt");
+}
+
+#[test]
+fn a_session_with_a_guest() {
+    let workspace = Workspace::found(Hub::shared());
+    let (giver, guest) = (&workspace.founder, Home::new());
+    let _giver_agent = giver.up();
+    let service = Service::greeting(b"SSH-2.0-test\r\n");
+    let target = service.address().to_string();
+    let mut session = Session::default();
+    session.run("giver", giver, &["shares"]);
+    session.run("giver", giver, &["share", "build-box"]);
+    session.run("giver", giver, &["expose", &target]);
+    session.run("giver", giver, &["expose", &target]);
+    session.run("giver", giver, &["share", "ssh", "--expires", "7d", "--name", "acme"]);
+    let code = giver.json(&["share", "ssh", "--name", "other", "--uses", "2"])["code"].clone();
+    let code = code.as_str().expect("a code").to_owned();
+    session.run("giver", giver, &["shares"]);
+    session.replaced.push((code.clone(), "[CODE]".to_owned()));
+    session.run("guest", &guest, &["join", &code, "--label", "contractor"]);
+    session.run("guest", &guest, &["join", &code]);
+    eventually("the service is there for guests", || guest.ok(&["services"]).contains("ssh"));
+    session.run("guest", &guest, &["services"]);
+    session.run("guest", &guest, &["agents"]);
+    session.run("guest", &guest, &["reach", "ssh", "--check"]);
+    session.run("guest", &guest, &["shares"]);
+    session.run("guest", &guest, &["leave", "other"]);
+    session.run("giver", giver, &["agents"]);
+    session.run("giver", giver, &["unshare", "nobody"]);
+    session.run("giver", giver, &["unshare", "other"]);
+    session.run("guest", &guest, &["reach", "ssh", "--check"]);
+    session.run("giver", giver, &["shares"]);
+    session.run("giver", giver, &["status"]);
+    session.check("guest.txt");
 }

@@ -56,20 +56,20 @@ pub struct Data<'m> {
 pub struct Session {
     /// Its number, counted from 0.
     pub number: usize,
-    to_agent: mpsc::UnboundedSender<String>,
-    to_hub: mpsc::UnboundedSender<String>,
+    to_agent: mpsc::UnboundedSender<Message>,
+    to_hub: mpsc::UnboundedSender<Message>,
 }
 
 impl Session {
     /// Says something to the agent in the hub's name. It goes out after what is on its way.
     pub fn tell_agent(&self, message: &FromHub) {
         // Nobody hears it when the connection is over.
-        let _ = self.to_agent.send(control::encode(message));
+        let _ = self.to_agent.send(Message::text(control::encode(message)));
     }
 
     /// Says something to the hub in the agent's name.
     pub fn tell_hub(&self, message: &FromAgent) {
-        let _ = self.to_hub.send(control::encode(message));
+        let _ = self.to_hub.send(Message::text(control::encode(message)));
     }
 }
 
@@ -84,6 +84,10 @@ pub enum Verdict {
     Twice,
     /// It waits for the next one and goes on behind it.
     Swap,
+    /// It goes on after this time, and what follows it too.
+    Delay(Duration),
+    /// It goes back to its sender.
+    Reflect,
 }
 
 /// Data sockets have no session.
@@ -260,80 +264,98 @@ impl Shared {
         let hub = WebSocketStream::from_partially_read(hub, answer, Role::Client, None).await;
         let (agent_sink, agent_stream) = agent.split();
         let (hub_sink, hub_stream) = hub.split();
+        let (to_agent, said_to_agent) = mpsc::unbounded_channel();
+        let (to_hub, said_to_hub) = mpsc::unbounded_channel();
+        let up = Direction { said: said_to_hub, back: to_agent.clone() };
+        let down = Direction { said: said_to_agent, back: to_hub.clone() };
         if request.starts_with(format!("GET {AGENT_PATH} ").as_bytes()) {
-            let (to_agent, said_to_agent) = mpsc::unbounded_channel();
-            let (to_hub, said_to_hub) = mpsc::unbounded_channel();
             let number = self.control_sockets.fetch_add(1, Ordering::SeqCst);
             let session = &Session { number, to_agent, to_hub };
-            let to_hub = |text: &str| self.to_hub(session, text);
-            let to_agent = |text: &str| self.to_agent(session, text);
+            let to_hub = |message: &mut Message| self.to_hub(session, message);
+            let to_agent = |message: &mut Message| self.to_agent(session, message);
             tokio::select! {
-                () = self.control(agent_stream, hub_sink, said_to_hub, to_hub) => {}
-                () = self.control(hub_stream, agent_sink, said_to_agent, to_agent) => {}
+                () = self.forward(agent_stream, hub_sink, up, to_hub) => {}
+                () = self.forward(hub_stream, agent_sink, down, to_agent) => {}
             }
         } else {
             let socket = self.data_sockets.fetch_add(1, Ordering::SeqCst);
+            let counted = |from_agent| {
+                let mut next = 0;
+                move |message: &mut Message| {
+                    let number = next;
+                    next += 1;
+                    self.judge(None, Passing::Data(Data { socket, from_agent, number, message }))
+                }
+            };
             tokio::select! {
-                () = self.data(agent_stream, hub_sink, socket, true) => {}
-                () = self.data(hub_stream, agent_sink, socket, false) => {}
+                () = self.forward(agent_stream, hub_sink, up, counted(true)) => {}
+                () = self.forward(hub_stream, agent_sink, down, counted(false)) => {}
             }
         }
         Ok(())
     }
 
-    fn to_hub(&self, session: &Session, text: &str) -> (Verdict, Option<Message>) {
+    fn to_hub(&self, session: &Session, message: &mut Message) -> Verdict {
         // What is not understood here is for the other side to judge.
-        let Ok(mut message) = control::decode::<FromAgent>(text) else {
-            return (Verdict::Forward, None);
+        let Ok(mut said) = control::decode::<FromAgent>(message.to_text().unwrap_or_default())
+        else {
+            return Verdict::Forward;
         };
-        let verdict = self.judge(Some(session), Passing::ToHub(&mut message));
-        (verdict, Some(Message::text(control::encode(&message))))
+        let verdict = self.judge(Some(session), Passing::ToHub(&mut said));
+        *message = Message::text(control::encode(&said));
+        verdict
     }
 
-    fn to_agent(&self, session: &Session, text: &str) -> (Verdict, Option<Message>) {
-        let Ok(mut message) = control::decode::<FromHub>(text) else {
-            return (Verdict::Forward, None);
+    fn to_agent(&self, session: &Session, message: &mut Message) -> Verdict {
+        let Ok(mut said) = control::decode::<FromHub>(message.to_text().unwrap_or_default()) else {
+            return Verdict::Forward;
         };
-        let verdict = self.judge(Some(session), Passing::ToAgent(&mut message));
-        (verdict, Some(Message::text(control::encode(&message))))
+        let verdict = self.judge(Some(session), Passing::ToAgent(&mut said));
+        *message = Message::text(control::encode(&said));
+        verdict
     }
 
-    /// One direction of a control socket, and what is said in the sender's name.
-    async fn control(
+    /// One direction of a socket, and what is said in the sender's name.
+    async fn forward(
         &self,
         mut from: impl StreamExt<Item = tokio_tungstenite::tungstenite::Result<Message>> + Unpin,
         mut to: impl SinkExt<Message> + Unpin,
-        mut said: mpsc::UnboundedReceiver<String>,
-        judge: impl Fn(&str) -> (Verdict, Option<Message>),
+        mut direction: Direction,
+        mut judge: impl FnMut(&mut Message) -> Verdict,
     ) {
         let mut waiting = None;
         loop {
             let message = tokio::select! {
                 biased;
                 message = from.next() => message,
-                Some(said) = said.recv() => {
-                    self.wire.record(said.as_bytes());
-                    if to.send(Message::text(said)).await.is_err() {
+                Some(said) = direction.said.recv() => {
+                    self.wire.record(&said.clone().into_data());
+                    if to.send(said).await.is_err() {
                         return;
                     }
                     continue;
                 }
             };
-            let Some(Ok(message)) = message else {
+            let Some(Ok(mut message)) = message else {
                 break;
             };
-            let (verdict, changed) = match &message {
-                Message::Text(text) => {
-                    self.wire.record(text.as_bytes());
-                    judge(text)
+            let verdict = match &message {
+                Message::Text(_) | Message::Binary(_) => {
+                    self.wire.record(&message.clone().into_data());
+                    judge(&mut message)
                 }
                 // The library answers pings on each side of this relay; who waits for one gets it too.
                 Message::Pong(_) => continue,
-                Message::Ping(_) | Message::Binary(_) | Message::Close(_) | Message::Frame(_) => {
-                    (Verdict::Forward, None)
-                }
+                Message::Ping(_) | Message::Close(_) | Message::Frame(_) => Verdict::Forward,
             };
-            let message = changed.unwrap_or(message);
+            if let Verdict::Delay(time) = verdict {
+                tokio::time::sleep(time).await;
+            }
+            if verdict == Verdict::Reflect {
+                // Its sender may be gone.
+                let _ = direction.back.send(message);
+                continue;
+            }
             for message in verdict.apply(message, &mut waiting) {
                 if to.send(message).await.is_err() {
                     return;
@@ -343,37 +365,12 @@ impl Shared {
         // What the other side of the close says still has to come through.
         let _ = to.close().await;
     }
+}
 
-    /// One direction of a data socket.
-    async fn data(
-        &self,
-        mut from: impl StreamExt<Item = tokio_tungstenite::tungstenite::Result<Message>> + Unpin,
-        mut to: impl SinkExt<Message> + Unpin,
-        socket: usize,
-        from_agent: bool,
-    ) {
-        let mut number = 0;
-        let mut waiting = None;
-        while let Some(Ok(mut message)) = from.next().await {
-            let verdict = match &message {
-                Message::Text(_) | Message::Binary(_) => {
-                    self.wire.record(&message.clone().into_data());
-                    let message = &mut message;
-                    let data = Data { socket, from_agent, number, message };
-                    number += 1;
-                    self.judge(None, Passing::Data(data))
-                }
-                Message::Pong(_) => continue,
-                Message::Ping(_) | Message::Close(_) | Message::Frame(_) => Verdict::Forward,
-            };
-            for message in verdict.apply(message, &mut waiting) {
-                if to.send(message).await.is_err() {
-                    return;
-                }
-            }
-        }
-        let _ = to.close().await;
-    }
+/// What goes into one direction of a socket besides what comes, and the way back.
+struct Direction {
+    said: mpsc::UnboundedReceiver<Message>,
+    back: mpsc::UnboundedSender<Message>,
 }
 
 impl Verdict {
@@ -384,8 +381,8 @@ impl Verdict {
         waiting: &mut Option<Message>,
     ) -> impl Iterator<Item = Message> + use<> {
         let out = match self {
-            Self::Forward => [Some(message), waiting.take()],
-            Self::Drop => [None, None],
+            Self::Forward | Self::Delay(_) => [Some(message), waiting.take()],
+            Self::Drop | Self::Reflect => [None, None],
             Self::Twice => [Some(message.clone()), Some(message)],
             Self::Swap => {
                 *waiting = Some(message);

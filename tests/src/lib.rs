@@ -14,6 +14,7 @@ pub mod hostile_relay;
 pub mod hub;
 pub mod lies;
 pub mod load;
+pub mod meddle;
 pub mod network;
 pub mod postgres;
 pub mod process;

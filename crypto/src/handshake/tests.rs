@@ -158,14 +158,12 @@ fn every_changed_byte_of_message_1_is_refused() {
 }
 
 #[test]
-fn changed_bytes_of_message_2_are_refused() {
+fn every_changed_byte_of_message_2_is_refused() {
     let pair = Pair::new();
     let (_, message2) = pair.messages();
-    // Every region: ML-KEM ciphertext, ephemeral key, payload, and each byte of the last tag.
-    let dense = (1080..1130).chain(message2.len() - 20..message2.len());
-    for position in (0..message2.len()).step_by(37).chain(dense) {
+    for position in 0..message2.len() {
         let mut changed = message2.clone();
-        changed[position] ^= 0x80;
+        changed[position] ^= if position % 2 == 0 { 0x80 } else { 0x01 };
         refused(pair.initiate().0.read(&changed), HandshakeError::Decrypt);
     }
 }

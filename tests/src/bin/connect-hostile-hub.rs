@@ -6,7 +6,10 @@ use std::{
     net::SocketAddr,
     path::PathBuf,
     process::ExitCode,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use anyhow::{Context, bail};
@@ -15,12 +18,15 @@ use connect_crypto::invite::Invite;
 use connect_tests::{
     client::Keys,
     home::Home,
+    hostile_relay::HostileRelay,
     lies::{Help, Lie, LyingHub, Needs},
+    meddle::{GRAMMAR, Meddler, Rule},
     raise_file_limit, runtime,
 };
 use serde_json::{Value, json};
 
-/// Stand between agents and a hub as a hub that lies would, and see that they do not believe it.
+/// Stand between agents and a hub as a hub that lies would, and see that they do not believe it; or meddle with
+/// what passes, and see that nothing comes of it.
 ///
 /// Agents that were set up with `connect init --hub http://LISTEN`, or joined by invites made there, have
 /// the liar for their hub. Each thing that comes of the lie is a JSON line on stdout: `told`, `refused` where
@@ -29,7 +35,7 @@ use serde_json::{Value, json};
 ///
 /// Plain HTTP on the loopback interface only: a liar needs no TLS, and has no business elsewhere.
 #[derive(Debug, Parser)]
-#[command(name = "connect-hostile-hub", version, after_help = EXAMPLES)]
+#[command(name = "connect-hostile-hub", version, after_help = examples())]
 struct Args {
     /// The real hub.
     #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:7420")]
@@ -38,8 +44,11 @@ struct Args {
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:7422")]
     listen: SocketAddr,
     /// The lie.
-    #[arg(long, value_name = "NAME", required_unless_present = "list")]
+    #[arg(long, value_name = "NAME", required_unless_present_any = ["list", "meddle"])]
     lie: Option<Lie>,
+    /// Meddle with what passes, in place of a lie; repeatable, the first rule that fits counts (below).
+    #[arg(long, value_name = "RULE", conflicts_with_all = ["lie", "list"])]
+    meddle: Vec<Rule>,
     /// Home of an agent that works with the hub, or whose keys were stolen; read once, at the start.
     #[arg(long, value_name = "HOME")]
     accomplice: Option<PathBuf>,
@@ -58,7 +67,14 @@ Example:
   export CONNECT_HOME=$(mktemp -d)
   connect init --hub http://127.0.0.1:7422
   connect agents                   lists one agent, and warns of another
-  connect expose localhost:22      refuses the forged agent that knocks at once";
+  connect expose localhost:22      refuses the forged agent that knocks at once
+
+  connect-hostile-hub --meddle up#4:flip=100 --meddle down#7:twice
+                                   the tunnel ends, and the connection goes on in another one";
+
+fn examples() -> String {
+    format!("{EXAMPLES}\n\nMeddling, between a real agent and a real hub:\n{GRAMMAR}")
+}
 
 fn main() -> ExitCode {
     match run(Args::parse()) {
@@ -91,11 +107,14 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let lie = args.lie.context("no lie")?;
     let hub = hub_address(&args.hub)?;
     if !args.listen.ip().is_loopback() {
         bail!("`{}` is not on the loopback interface", args.listen);
     }
+    if !args.meddle.is_empty() {
+        return meddle(args.listen, hub, args.meddle);
+    }
+    let lie = args.lie.context("no lie")?;
     match lie.needs() {
         Needs::Accomplice if args.accomplice.is_none() => bail!("`{lie}` needs --accomplice HOME"),
         Needs::Code if args.code.is_none() => bail!("`{lie}` needs --code CODE"),
@@ -125,6 +144,25 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
             "believed": summary.believed,
         }));
         Ok(if summary.believed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    })
+}
+
+/// Stands between agents and a hub and meddles, until SIGINT.
+fn meddle(listen: SocketAddr, hub: SocketAddr, rules: Vec<Rule>) -> anyhow::Result<ExitCode> {
+    raise_file_limit();
+    let count = Arc::new(AtomicUsize::new(0));
+    let counted = count.clone();
+    let mut meddler = Meddler::new(rules, move |report| {
+        counted.fetch_add(usize::from(report["done"] == true), Ordering::SeqCst);
+        print(&report);
+    });
+    runtime().block_on(async {
+        let relay = HostileRelay::listen(listen, hub, move |_, passing| meddler.judge(passing));
+        let relay = relay.await.with_context(|| format!("cannot listen on `{listen}`"))?;
+        print(&json!({ "what": "listening", "url": relay.url() }));
+        tokio::signal::ctrl_c().await?;
+        print(&json!({ "what": "summary", "meddled": count.load(Ordering::SeqCst) }));
+        Ok(ExitCode::SUCCESS)
     })
 }
 

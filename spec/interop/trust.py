@@ -216,7 +216,11 @@ class Log:
         return Branch(after, self.entries[after:], self.states[after:])
 
     def show(self, after: int, wires: Sequence[bytes]) -> str:
-        """A branch of somebody else: `settled`, `forked` or `replaces` (*Forks*, *Giving up*, *Recovery*)."""
+        """A branch of somebody else: what becomes of it (*Forks*, *Giving up*, *Recovery*).
+
+        `settled`: it changes nothing. `replaces`: the own branch changed over to it. `forked`: it is kept, and
+        heeded; if the own branch gave it up, its revocations and closures alone are.
+        """
         entries = [Entry(wire) for wire in wires]
         need(entries and after < len(self.entries), "no branch")
         need(entries[0].hash != self.entries[after].hash, "the branch does not leave the log here")
@@ -224,27 +228,29 @@ class Log:
         for entry in entries:
             states.append(states[-1].take(entry))
         other, own = Branch(after, entries, states), self.own_tail(after)
-        recovered = states[-1].recovery_counter > self.states[-1].recovery_counter
-        if recovered:
+        if states[-1].recovery_counter > self.states[-1].recovery_counter:
             self._change_over(other, own)
             return "replaces"
         if any(entry.recovery for entry in own.entries):
-            self.ended_elsewhere = self.ended_elsewhere.and_also(other.ended())
             return "settled"
         others = [branch for branch in self.branches if branch.entries[0].hash != entries[0].hash]
-        loses, wins = _gives_up(own, other, others), _gives_up(other, own, others)
-        if loses and wins:
+        wins = _gives_up(other, own, others)
+        if wins and _gives_up(own, other, others):
             wins = other.entries[0].hash < own.entries[0].hash
         if wins:
             self._change_over(other, own)
             return "replaces"
-        if loses:
-            self.branches = others
-            self.ended_elsewhere = self.ended_elsewhere.and_also(other.ended())
-            return "settled"
         need(len(others) < MOST_BRANCHES, "too many branches")
         self.branches = others + [other]
         return "forked"
+
+    def forks(self) -> list[Branch]:
+        """The branches that the own one did not give up."""
+        return [
+            branch
+            for branch in self.branches
+            if not _gives_up(self.own_tail(branch.after), branch, [one for one in self.branches if one is not branch])
+        ]
 
     def _change_over(self, to: Branch, own: Branch) -> None:
         self.ended_elsewhere = self.ended_elsewhere.and_also(own.ended())
@@ -256,11 +262,12 @@ class Log:
 
     def view(self) -> State:
         """What all known branches say together."""
-        said = replace(self.states[-1], forked=bool(self.branches))
+        said = replace(self.states[-1], forked=bool(self.forks()))
         said.ended = said.ended.and_also(self.ended_elsewhere)
         said.signers, said.removed = dict(said.signers), dict(said.removed)
         for branch in self.branches:
             said.ended = said.ended.and_also(branch.ended())
+        for branch in self.forks():
             said.strict = said.strict or branch.states[-1].strict
             along = self.own_tail(branch.after).states + branch.states
             for key, keep in branch.states[-1].removed.items():

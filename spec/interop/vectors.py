@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, Callable
@@ -357,7 +358,10 @@ JUDGES: dict[str, Callable[..., None]] = {
 
 
 def check_all(directory: Path, verbose: bool = True) -> int:
-    """Judges every case; gives how many disagree. Prints a line for each file."""
+    """Judges every case; gives how many disagree. Prints a line for each file.
+
+    With INTEROP_REASONS=1 also why each case was refused, beside the reason in the vectors.
+    """
     wrong = 0
     for path in sorted(directory.glob("*.json")):
         file = json.loads(path.read_text())
@@ -374,6 +378,8 @@ def check_all(directory: Path, verbose: bool = True) -> int:
                 verdict = None if case["valid"] else "accepted"
             except Refused as refused:
                 verdict = f"refused: {refused}" if case["valid"] else None
+                if verdict is None and "INTEROP_REASONS" in os.environ:
+                    print(f"  {case['name']:60} | {case['reason']:60} | {refused}")
             except Disagrees as disagrees:
                 verdict = str(disagrees)
             if verdict is None:

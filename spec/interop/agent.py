@@ -19,7 +19,7 @@ from handshake import ENCODINGS, MEMBERS, SHARE, Claims, Initiator, Prologue, Re
 from objects import GUEST, MEMBER, NO_ID, REACHER, HubAddress, Invite, Names, Share, Signed, WrapKey, envelope
 from records import Greeting, Plain
 from trust import Head, Log, Peer, judge, judge_again
-from tunnel import NEWER, NOT_TRUSTED, UNKNOWN_CHANNEL, ChannelClosed, Party, Tunnel, TunnelLost, take_all
+from tunnel import NEWER, NOT_EXPOSED, NOT_TRUSTED, UNKNOWN_CHANNEL, ChannelClosed, Party, Tunnel, TunnelLost, take_all
 from wire import Refused, blob, ed25519_public, need, seal, sign, u16, unblob, unhex, x25519_public
 
 ServeStream = Callable[[Stream], Awaitable[None]]
@@ -382,6 +382,13 @@ class Agent:
         self.services[service.id] = service
         await self.publish()
         return service
+
+    async def unexpose(self, service: Service) -> None:
+        del self.services[service.id]
+        await self.request("unexpose", service_id=service.id.hex())
+        for key, channel in list(self.channels.items()):
+            if key[1] == service.id and not channel.reacher:
+                await channel.close(NOT_EXPOSED)
 
     async def publish_to_shares(self) -> None:
         """Section 25, *The exposer*."""

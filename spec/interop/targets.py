@@ -35,7 +35,7 @@ async def http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
             answer = big(int(path.split("/")[2])) if path.startswith("/big/") else PAGE
         writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(answer) + answer)
         await writer.drain()
-    except (ConnectionError, asyncio.IncompleteReadError):
+    except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
         pass
     finally:
         writer.close()
@@ -47,7 +47,7 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
         whole = await reader.read()
         writer.write(b"%d bytes: " % len(whole) + whole)
         await writer.drain()
-    except ConnectionError:
+    except (ConnectionError, asyncio.CancelledError):
         pass
     finally:
         writer.close()

@@ -173,6 +173,7 @@ class Agent:
             sealed = invitation["wrap"]
             agent._unwrap(sealed, wrap_key, view.commits[sealed["epoch"]])
         await agent._login(socket, challenge)
+        agent._requests = number
         agent._go(agent._run(socket))
         await agent.online.wait()
         await agent.publish()
@@ -264,16 +265,21 @@ class Agent:
             raise HubError(reply)
         return reply
 
-    async def pages(self, do: str, list_name: str, id_name: str) -> AsyncIterator[dict[str, Any]]:
+    async def pages(
+        self, do: str, list_name: str, id_of: Callable[[dict[str, Any]], str]
+    ) -> AsyncIterator[dict[str, Any]]:
         """The items of a list that comes in pages."""
         after: dict[str, str] = {}
         while True:
             reply = await self.request(do, **after)
             for item in reply[list_name]:
                 yield item
-            if not reply["more"] or not reply[list_name] or reply[list_name][-1][id_name] <= after.get("after", ""):
+            if not reply["more"] or not reply[list_name]:
                 return
-            after = {"after": reply[list_name][-1][id_name]}
+            last = id_of(reply[list_name][-1])
+            if last <= after.get("after", ""):
+                return
+            after = {"after": last}
 
     def _go(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
@@ -392,7 +398,7 @@ class Agent:
 
     async def publish_to_shares(self) -> None:
         """Section 25, *The exposer*."""
-        async for item in self.pages("shares", "credentials", "credential"):
+        async for item in self.pages("shares", "credentials", _credential_id):
             credential = Signed("credential", unblob(item["credential"]))
             view = self.log.view()
             need(credential.share and credential.workspace_id == self.workspace, "no share")
@@ -416,7 +422,7 @@ class Agent:
     async def agents(self) -> list[tuple[str, Peer]]:
         """Labels of the workspace's agents, judged."""
         found = []
-        async for item in self.pages("agents", "agents", "agent_id"):
+        async for item in self.pages("agents", "agents", lambda item: item["agent_id"]):
             peer = self._judge_listed(item, unhex(item["agent_id"], 16))
             if record := item.get("record"):
                 names = Names(self.sources[record["epoch"]])
@@ -679,6 +685,10 @@ class Agent:
 
 
 # --- The control socket ---------------------------------------------------------------------------
+
+
+def _credential_id(item: dict[str, Any]) -> str:
+    return Signed("credential", unblob(item["credential"])).credential_id.hex()
 
 
 def _place(head: Head) -> dict[str, Any]:

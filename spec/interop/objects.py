@@ -67,7 +67,8 @@ def label(value: Any) -> str:
 def plain_text(value: Any) -> str:
     """A text of a check report (section 16)."""
     need(type(value) is str and 1 <= len(value.encode()) <= 253, "a text of a wrong length")
-    need(not any(unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp") for c in value), "a character that hides")
+    hidden = "[\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]"
+    need(not any(unicodedata.category(c) == "Cc" for c in value) and not re.search(hidden, value), "a hidden character")
     return value
 
 
@@ -195,7 +196,7 @@ BODIES: dict[str, tuple[int, Fields]] = {
             3: ("invite_key", KEY),
             4: ("role", uint(1, 4)),
             5: ("attrs", HASH),
-            6: ("services", Optional(array(ID, 1, 16))),
+            6: ("services", Optional(array(ID, 0, 16))),
             7: ("uses", uint(1, 2**32 - 1)),
             8: ("join_until", uint()),
             9: ("certs_end", uint()),

@@ -8,6 +8,7 @@ from typing import Any, Sequence
 from objects import ADMIN, DAY, GUEST, OWNER, Signed, agent_id, genesis
 from wire import Refused, need
 
+ENDS = ("remove_signer", "revoke_agent", "close_credential")
 MOST_ENTRIES, MOST_BYTES, MOST_BRANCHES = 100_000, 64 << 20, 8
 Head = tuple[int, bytes]
 
@@ -101,42 +102,52 @@ class State:
         # After a critical change that is unknown there may be signers that are not known.
         need(known and (before.frozen or known == entry.keys), "an entry by somebody who is no signer")
         by_owners = all(before.signers[key] == OWNER for key in known)
-        need(by_owners or not entry.abandons, "only owners give up branches")
-        self.frozen = before.frozen or any(change["do"] == "unknown" for change in changes)
+        if not before.frozen:
+            need(by_owners or not entry.abandons, "only owners give up branches")
+            self.frozen = any(change["do"] == "unknown" for change in changes)
         for change in changes:
-            self._one(change, by_owners)
+            # The entry that freezes is judged by who may make its changes; those after it by nothing more.
+            at = before if self.frozen else self
+            need(by_owners or before.frozen or not at.is_for_owners(change), "only owners may do that")
+            if not self.frozen:
+                self._check(change)
+            if not self.frozen or change["do"] in ENDS:
+                self._apply(change)
         need(self.frozen or OWNER in self.signers.values(), "no owner is left")
 
-    def _one(self, change: dict[str, Any], by_owners: bool) -> None:
+    def is_for_owners(self, change: dict[str, Any]) -> bool:
+        owners = [agent_id(self.workspace, key) for key, role in self.signers.items() if role == OWNER]
+        return change["do"] in ("add_signer", "remove_signer", "policy") or change.get("agent_id") in owners
+
+    def _check(self, change: dict[str, Any]) -> None:
+        """What else a change needs, at its place in the entry."""
+        if change["do"] == "remove_signer":
+            need(change["key"] in self.signers, "it removes somebody who is no signer")
+        elif change["do"] == "add_signer":
+            need(agent_id(self.workspace, change["key"]) not in self.ended.revoked, "it names a revoked agent")
+            need(len(self.signers | {change["key"]: 0}) <= 64, "too many signers")
+        elif change["do"] == "epoch_key":
+            need(change["epoch"] == self.epoch + 1, "an epoch that is not the next")
+
+    def _apply(self, change: dict[str, Any]) -> None:
         do = change["do"]
-        if do in ("add_signer", "remove_signer", "policy"):
-            need(by_owners, "only owners may do that")
-        if do == "revoke_agent":
-            agent, below = change["agent_id"], change["below_serial"]
-            keys = [key for key in self.signers if agent_id(self.workspace, key) == agent]
-            need(by_owners or all(self.signers[key] != OWNER for key in keys), "only owners revoke an owner")
-            if below is None:
-                self.ended = self.ended.and_also(Ended(revoked=frozenset([agent])))
-                for key in keys:
+        if do == "revoke_agent" and change["below_serial"] is not None:
+            self.ended = self.ended.and_also(Ended(below={change["agent_id"]: change["below_serial"]}))
+        elif do == "revoke_agent":
+            self.ended = self.ended.and_also(Ended(revoked=frozenset([change["agent_id"]])))
+            for key in list(self.signers):
+                if agent_id(self.workspace, key) == change["agent_id"]:
                     del self.signers[key]
                     self.removed[key] = frozenset()
-            else:
-                self.ended = self.ended.and_also(Ended(below={agent: below}))
         elif do == "close_credential":
             self.ended = self.ended.and_also(Ended(closed={change["credential_id"]: frozenset(change["keep"])}))
         elif do == "remove_signer":
-            need(self.frozen or change["key"] in self.signers, "it removes somebody who is no signer")
             if self.signers.pop(change["key"], None) is not None:
                 self.removed[change["key"]] = frozenset(change["keep"])
-        elif self.frozen:
-            return
         elif do == "add_signer":
-            need(agent_id(self.workspace, change["key"]) not in self.ended.revoked, "it names a revoked agent")
             self.signers[change["key"]] = change["role"]
             self.removed.pop(change["key"], None)
-            need(len(self.signers) <= 64, "too many signers")
         elif do == "epoch_key":
-            need(change["epoch"] == self.epoch + 1, "an epoch that is not the next")
             self.epoch += 1
             self.commits[self.epoch] = change["commit"]
         elif do == "policy":
@@ -293,7 +304,8 @@ def _gives_up(stays: Branch, goes: Branch, others: Sequence[Branch]) -> bool:
         return owner and elsewhere and not (key in stays.entries[0].keys and key in goes.entries[0].keys)
 
     return any(
-        goes.entries[0].hash in entry.abandons and all(counts(key) for key in entry.keys) for entry in stays.entries
+        goes.entries[0].hash in entry.abandons and not state.frozen and all(counts(key) for key in entry.keys)
+        for entry, state in zip(stays.entries, stays.states[1:])
     )
 
 

@@ -6,6 +6,7 @@
 #   make acceptance    the real programs through a tunnel: pgbench, redis, curl, ssh, rsync, …
 #   make soak          pgbench and a long transfer while the hub is killed again and again (TIME, KILLS, MIB, …)
 #   make rest          the REST interface against its own document, by schemathesis (EXAMPLES=60); needs python3
+#   make interop       a second implementation, in Python, against the vectors and the programs (HANDSHAKES=1000); needs python3
 #   make picture       draws docs/terminal.svg from what the commands print; needs python3
 #   make bench         how fast it is: the hot functions, then two agents and a hub beside direct loopback
 #   make fuzz          each fuzz target for TIME=60 seconds; needs nightly and cargo-fuzz
@@ -17,7 +18,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 
 TIME ?= 60
 
-.PHONY: build demo test check acceptance soak rest picture bench fuzz clean
+.PHONY: build demo test check acceptance soak rest interop picture bench fuzz clean
 
 build:
 	@scripts/toolchain
@@ -42,6 +43,9 @@ soak:
 
 rest:
 	@scripts/rest
+
+interop:
+	@scripts/interop
 
 picture:
 	@scripts/picture

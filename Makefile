@@ -10,6 +10,9 @@
 #   make picture       draws docs/terminal.svg from what the commands print; needs python3
 #   make bench         how fast it is: the hot functions, then two agents and a hub beside direct loopback
 #   make fuzz          each fuzz target for TIME=60 seconds; needs nightly and cargo-fuzz
+#   make model         the symbolic models of the protocol in spec/model, and their negative controls; needs verifpal
+#   make audit         what we depend on: who may use what, licences, known vulnerabilities; needs cargo-deny
+#   make repro         builds a commit twice, elsewhere, and compares the binaries (REV=v0.1.0, ONCE=1)
 #   make build         the release binaries
 #   make clean
 
@@ -17,8 +20,9 @@
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
 TIME ?= 60
+REV ?= HEAD
 
-.PHONY: build demo test check acceptance soak rest interop picture bench fuzz clean
+.PHONY: build demo test check acceptance soak rest interop picture bench fuzz model audit repro clean
 
 build:
 	@scripts/toolchain
@@ -55,6 +59,15 @@ bench:
 
 fuzz:
 	@scripts/fuzz $(TIME)
+
+model:
+	@scripts/model
+
+audit:
+	@scripts/audit
+
+repro:
+	@scripts/repro $(REV)
 
 clean:
 	cargo clean

@@ -210,7 +210,8 @@ class Channel:
             if not record.more:
                 break
             record = await tunnel.receive(10)
-        return Greeting(welcome, record.new, False, record.next_stream, record.max_data, record.received, tuple(streams))
+        last = (record.next_stream, record.max_data, record.received)
+        return Greeting(welcome, record.new, False, *last, tuple(streams))
 
     async def greet_as_reacher(self, tunnel: Tunnel) -> None:
         new = not self.welcomed

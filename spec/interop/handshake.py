@@ -110,7 +110,9 @@ def _read_claims(payload: bytes, table: Fields) -> tuple[Claims, bytes | None]:
 # --- The two messages -----------------------------------------------------------------------------
 
 
-def _noise(initiator: bool, static: bytes, remote: bytes | None, prologue: Prologue, e: bytes | None) -> NoiseConnection:
+def _noise(
+    initiator: bool, static: bytes, remote: bytes | None, prologue: Prologue, e: bytes | None
+) -> NoiseConnection:
     noise = NoiseConnection.from_name(b"Noise_IKpsk2_25519_ChaChaPoly_BLAKE2s")
     noise.set_as_initiator() if initiator else noise.set_as_responder()
     noise.set_prologue(prologue.encode())

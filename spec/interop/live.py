@@ -21,10 +21,10 @@ from typing import Any, Awaitable, Callable
 import targets
 from agent import Agent, Found
 from channel import Channel, StreamReset
-from objects import envelope
+from objects import check_report, envelope
 from records import Plain
 from targets import PAGE, big, echo, fetch, http, listen, to_target
-from tunnel import Tunnel
+from tunnel import NORMAL, Tunnel
 from wire import blob, need
 
 CONNECT, STATE = os.environ["INTEROP_CONNECT"], Path(os.environ["INTEROP_STATE"])
@@ -139,7 +139,7 @@ class Live:
         need(channel.tunnel is tunnel[0], "another tunnel by now")
 
     async def reached_base64(self) -> None:
-        """is reached with curl, base64: a page, 6 MiB down, 5 MiB up, eight at once, rekeys meanwhile, PINGs answered"""
+        """is reached with curl, base64: a page, 6 MiB down, 5 MiB up, eight at once, rekeys and PINGs meanwhile"""
         await self._reached_by("laptop", 1)
 
     async def reached_binary(self) -> None:
@@ -195,8 +195,6 @@ class Live:
 
     async def asks_for_checks(self) -> None:
         """reads a check report of a real exposer, sends to its sink and reads its source; purpose 4 is reset with 6"""
-        from objects import check_report
-
         channel = await self.agent.reach("real-http")
         stream = channel.open(targets.CHECK)
         stream.finish()
@@ -442,6 +440,16 @@ class Live:
         need("second-http" not in await cli("server", "services"), "it is still listed")
 
 
+    async def exposer_stops(self) -> None:
+        """gets CHANNEL_CLOSE(0) when a real exposer stops"""
+        other = await Agent.join(await cli("laptop", "invite"), "another")
+        channel = await other.reach("real-http")
+        await cli("server", "down")
+        await until("CHANNEL_CLOSE", channel.closed.is_set)
+        need(channel.close_code == NORMAL, f"CHANNEL_CLOSE({channel.close_code}) in place of 0")
+        await other.stop()
+
+
 async def _nothing() -> None:
     """In place of reading the log."""
 
@@ -455,7 +463,6 @@ def _walk(value: Any) -> list[Any]:
     return [value]
 
 
-NORMAL = 0
 CASES = [name for name, item in vars(Live).items() if item.__doc__ and not name.startswith("_")]
 
 

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, 
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from kyber_py.ml_kem import ML_KEM_768
 
-from wire import H, KDF, Refused, cbor, need, ed25519_public, sign, u32, uncbor, unseal, verify, x25519, x25519_public
+from wire import KDF, H, Refused, cbor, ed25519_public, need, sign, u32, uncbor, unseal, verify, x25519, x25519_public
 
 DAY = 86400
 NO_ID = bytes(16)
@@ -298,6 +298,11 @@ BODIES: dict[str, tuple[int, Fields]] = {
 # --- Section 5: envelopes -------------------------------------------------------------------------
 
 
+def _pair(item: Any) -> tuple[bytes, bytes]:
+    key, signature = array(bstr(), 2, 2)(item)
+    return KEY(key), bstr(64)(signature)
+
+
 class Signed:
     """An object of some kind: parsed, its signatures not yet checked. Fields are attributes."""
 
@@ -309,8 +314,7 @@ class Signed:
         self.object_kind, self.wire = kind, wire
         self.body: bytes = bstr()(envelope[0])
         need(len(self.body) <= limit, "body too long")
-        pair = lambda item: (array(bstr(), 2, 2)(item), KEY(item[0]), bstr(64)(item[1]))[1:]
-        self.signatures: list[tuple[bytes, bytes]] = array(pair, 1, 16, lambda one: one[0])(envelope[1])
+        self.signatures: list[tuple[bytes, bytes]] = array(_pair, 1, 16, lambda one: one[0])(envelope[1])
         self.hash = H(kind, self.body)
         self.__dict__.update(fields(uncbor(self.body), table))
         if kind == "credential":
@@ -580,11 +584,12 @@ class Invite:
         # `bech32` 1.2 knows BIP-173 alone; the constant is what BIP-350 changes.
         need(bech32.bech32_polymod(bech32.bech32_hrp_expand("pc") + data) == 0x2BC830A3, "the invite is damaged")
         raw = bech32.convertbits(data[:-6], 5, 8, False)
-        need(raw is not None, "bits left over")
+        if raw is None:
+            raise Refused("bits left over")
         self.__dict__.update(fields(uncbor(bytes(raw)), INVITE))
         need(self.log_seq != 0 or self.log_head == self.workspace_id, "a head that contradicts itself")
         need((self.label is None) == (self.share_secret is None), "a label, and only for a share")
-        self.tags = self.tags or []
+        self.tags: list[str] = self.__dict__["tags"] or []
         self.signing_seed = KDF(self.seed, "invite signing")
         self.wrap_seed = b"".join(KDF(self.seed, "invite wrap " + part) for part in ("x25519", "d", "z"))
         self.salt = KDF(self.seed, "invite attrs")[:16]

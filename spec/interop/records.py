@@ -141,7 +141,7 @@ def decode(raw: bytes) -> Record:
     if number == 4:
         count = read.uint(1)
         need(count <= 20, "too many places")
-        places = tuple((read.uint(8), read.bytes(32)) for _ in range(count))
+        places = tuple((read.uint(8), read.take(32)) for _ in range(count))
         read.end()
         seqs = [seq for seq, _ in places]
         need(all(seq >= 1 for seq in seqs) and all(a > b for a, b in zip(seqs, seqs[1:])), "places out of order")
@@ -151,7 +151,7 @@ def decode(raw: bytes) -> Record:
         need(flags in (0, 2) and read.left() <= 60_000, "flags or length of TRUST")
         entries = []
         while read.left():
-            entries.append(read.bytes(read.uint(4)))
+            entries.append(read.take(read.uint(4)))
         need(entries or not flags, "more of nothing")
         return Trust(bool(flags), tuple(entries))
     if number == 0x12:

@@ -209,8 +209,8 @@ class Tunnel:
 
     async def _agree(self, attempt: int, message2: bytes) -> None:
         """Reacher: HS2."""
-        if self.state == SENT and self._agreed and self._agreed[0] < attempt < len(self._tries) > self._ignored:
-            need(attempt > self._ignored, "HS2 twice")
+        if self.state == SENT and self._agreed and max(self._agreed[0], self._ignored) < attempt < len(self._tries):
+            # An answer to a later try, after the first good one counted.
             self._ignored = attempt
             return
         if self.state != BEGUN or attempt not in self._tries:
@@ -321,7 +321,7 @@ def _entries_after(log: Log, places: tuple[Head, ...]) -> Trust:
 
 
 def take_all(log: Log, wires: list[bytes]) -> None:
-    """Entries in their order, from some place of the own log on: what follows the head is taken, else it is a branch."""
+    """Entries in their order, from some place of the own log on: they follow its head, or are a branch."""
     rest = list(wires)
     while rest and (first := Entry(rest[0])).seq < len(log.states) and log.states[first.seq].head[1] == first.hash:
         rest.pop(0)

@@ -256,16 +256,16 @@ class Reader:
         self._data = io.BytesIO(data)
         self._left = len(data)
 
-    def bytes(self, count: int) -> bytes:
+    def take(self, count: int) -> bytes:
         need(count <= self._left, "shorter than its fields")
         self._left -= count
         return self._data.read(count)
 
     def uint(self, count: int) -> int:
-        return int.from_bytes(self.bytes(count), "big")
+        return int.from_bytes(self.take(count), "big")
 
     def rest(self) -> bytes:
-        return self.bytes(self._left)
+        return self.take(self._left)
 
     def left(self) -> int:
         return self._left

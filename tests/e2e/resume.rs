@@ -5,7 +5,7 @@ use std::{
     io::{Read, Write},
     net::TcpStream,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use connect_tests::{
@@ -212,4 +212,25 @@ fn name_of_a_lost_agent_is_taken_over_only_when_asked_for() {
     let mut banner = [0; 3];
     client.read_exact(&mut banner).expect("served by the new one");
     assert_eq!(&banner, b"new");
+}
+
+/// Whoever lets go of a service says so: the exposer must not keep the conversation for one who comes back.
+#[test]
+fn exposer_hears_at_once_that_a_service_is_let_go_of() {
+    let hub = Hub::shared();
+    let pair = Pair::start(hub);
+    for command in [&["unreach", "svc"][..], &["down"]] {
+        let (service, inbox) = Service::answering_at_the_end(b"");
+        let mut client = TcpStream::connect(pair.carry(service.address(), "svc")).expect("a port");
+        client.write_all(b"begun").expect("the tunnel takes it");
+        eventually("the target gets it", || {
+            inbox.received().first().is_some_and(|received| received.bytes == b"begun")
+        });
+        let start = Instant::now();
+        pair.reacher.ok(command);
+        eventually("the target's connection is reset", || {
+            inbox.received().first().is_some_and(|received| received.clean == Some(false))
+        });
+        assert!(start.elapsed() < Duration::from_secs(10), "{command:?}: {:?}", start.elapsed());
+    }
 }

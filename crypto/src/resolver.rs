@@ -259,7 +259,11 @@ impl Hash for Blake2s {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+    use snow::Builder;
+
     use super::*;
+    use crate::transport::Transport;
 
     #[test]
     fn an_all_zero_shared_secret_is_an_error() {
@@ -271,6 +275,69 @@ mod tests {
         for public in [[0; 32], low] {
             assert!(matches!(dh.dh(&public, &mut [0; 32]), Err(Error::Dh)));
         }
+    }
+
+    /// One side of the public vector, with its ephemeral key in the slot.
+    fn side(vector: &Value, name: &str) -> Builder<'static> {
+        let bytes = |field: &str| {
+            let digits = vector[format!("{name}_{field}")].as_str().unwrap_or_default();
+            hex::decode(digits).unwrap()
+        };
+        let slot = EphemeralSlot::default();
+        let ephemeral: [u8; 32] = bytes("ephemeral").try_into().unwrap();
+        *slot.0.lock().unwrap() = Some(secret::boxed(&ephemeral));
+        let psk = hex::decode(vector[format!("{name}_psks")][0].as_str().unwrap()).unwrap();
+        let psk: &'static [u8; 32] = Box::leak(psk.into_boxed_slice().try_into().unwrap());
+        let params = vector["protocol_name"].as_str().unwrap().parse().unwrap();
+        let builder = Builder::with_resolver(params, Box::new(Resolver(slot)))
+            .prologue(bytes("prologue").leak())
+            .and_then(|builder| builder.local_private_key(bytes("static").leak()))
+            .and_then(|builder| builder.psk(2, psk))
+            .unwrap();
+        match bytes("remote_static") {
+            remote if remote.is_empty() => builder,
+            remote => builder.remote_public_key(remote.leak()).unwrap(),
+        }
+    }
+
+    #[test]
+    fn the_public_vector_of_our_pattern_holds() {
+        let file = include_str!("../tests/noise-cacophony.json");
+        let file: Value = serde_json::from_str(file).unwrap();
+        let vector = &file["vectors"][0];
+        let mut initiator = side(vector, "init").build_initiator().unwrap();
+        let mut responder = side(vector, "resp").build_responder().unwrap();
+        let messages: Vec<(Vec<u8>, Vec<u8>)> = vector["messages"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|message| {
+                let bytes = |field: &str| hex::decode(message[field].as_str().unwrap()).unwrap();
+                (bytes("payload"), bytes("ciphertext"))
+            })
+            .collect();
+        let (mut sent, mut read) = (vec![0; 4096], vec![0; 4096]);
+        let length = initiator.write_message(&messages[0].0, &mut sent).unwrap();
+        assert_eq!(sent[..length], messages[0].1);
+        let length = responder.read_message(&messages[0].1, &mut read).unwrap();
+        assert_eq!(read[..length], messages[0].0);
+        let length = responder.write_message(&messages[1].0, &mut sent).unwrap();
+        assert_eq!(sent[..length], messages[1].1);
+        let length = initiator.read_message(&messages[1].1, &mut read).unwrap();
+        assert_eq!(read[..length], messages[1].0);
+        let ends = [Transport::new(initiator), Transport::new(responder)];
+        for end in &ends {
+            assert_eq!(hex::encode(end.handshake_hash()), vector["handshake_hash"]);
+        }
+        let mut ends = ends.map(Transport::split);
+        for (number, (payload, ciphertext)) in messages[2..].iter().enumerate() {
+            let (from, to) = (number % 2, 1 - number % 2);
+            let mut record = payload.clone();
+            ends[from].0.seal(&mut record, 0).unwrap();
+            assert_eq!(record, *ciphertext);
+            assert_eq!(ends[to].1.open(&mut record).unwrap(), payload.as_slice());
+        }
+        assert_eq!(messages.len(), 6);
     }
 
     #[test]

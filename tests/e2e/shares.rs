@@ -131,10 +131,9 @@ fn guest_reaches_what_is_shared_and_nothing_else() {
                 share_id,
                 ..tunnel_request(service, responder)
             };
-            match client.request(Request::OpenTunnel(request)).await {
-                Reply::Error(report) => assert_eq!(report.code, expected),
-                other => panic!("{other:?}"),
-            }
+            let reply = client.request(Request::OpenTunnel(request)).await;
+            let Reply::Error(report) = &reply else { panic!("{reply:?}") };
+            assert_eq!(report.code, expected);
         }
     });
 

@@ -60,6 +60,9 @@ pub struct CredentialRow {
     pub join_until: u64,
 }
 
+/// A listed credential: id, wire, how often it was used, and what a share is called.
+type Row = (Vec<u8>, Vec<u8>, i64, Option<Vec<u8>>);
+
 /// A kind as its column holds it.
 fn column(kind: CredentialKind) -> i16 {
     match kind {
@@ -211,7 +214,7 @@ impl WorkspaceTx {
         limit: i64,
     ) -> Result<Vec<(CredentialId, ListedCredential)>, StoreError> {
         let workspace = self.id();
-        let rows: Vec<(Vec<u8>, Vec<u8>, i64, Option<Vec<u8>>)> = sqlx::query_as(
+        let rows: Vec<Row> = sqlx::query_as(
             "SELECT credential_id, credential, used, record FROM connect.credentials
              WHERE workspace_id = $1 AND ($2::bytea IS NULL OR credential_id > $2)
                AND ($4::smallint IS NULL OR kind = $4)

@@ -1,7 +1,7 @@
 //! Writes the seeds of `fuzz/corpus`: one well-formed input of each kind, from which the fuzzer departs.
 //!
-//! `cargo run -p connect-fuzz --example seeds`, after a change of the format. Signatures are
-//! placeholders, for none of the targets gets that far.
+//! `cargo run -p connect-fuzz --example seeds`, after a change of the format. Signatures are placeholders
+//! here, for the targets with these seeds do not get that far; those that do bring their own.
 
 use std::{fs, io, path::Path};
 
@@ -553,6 +553,11 @@ fn main() -> io::Result<()> {
         let mut text = Vec::new();
         encode_base64(&seed, &mut text);
         write("base64_packet", name, &text)?;
+        write("record_open", name, &[&[0], seed.as_slice()].concat())?;
+    }
+    write("record_open", "sealed", &[&[2], [0x5e; 40].as_slice()].concat())?;
+    for (target, name, seed) in connect_fuzz::seeds() {
+        write(target, name, &seed)?;
     }
     Ok(())
 }

@@ -702,9 +702,11 @@ async fn farewell<T: AsyncRead + AsyncWrite + Unpin>(
         if let Some(held) = flow.held.take() {
             io.write_all(&held.buffer[held.start..held.end]).await?;
         }
-        // In the middle of a frame there is no place for another.
+        // In the middle of a frame there is no place for another, and none after a close (RFC 6455
+        // section 5.5.1), which may have been on its way when something else ended the tunnel.
         if let Some(code) = code
             && flow.translator.at_boundary()
+            && !matches!(flow.ended, Some(FlowEnd::Closed))
         {
             let mut close = [0; MAX_HEAD_BYTES + 2];
             let mut output = Output { buffer: &mut close, length: 0 };

@@ -5,21 +5,20 @@
 
 use std::{
     collections::HashMap,
-    str::FromStr,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use connect_spec::{
-    audit::{ApiKeyId, AuditHash, Event, Scope},
+    audit::{ApiKeyId, AuditHash, Event},
     bytes::Blob,
-    control::{ApiKey, ListedAgent, PresentedBlobs, SealedRecord},
+    control::{ListedAgent, PresentedBlobs, SealedRecord},
     encoding::Encoding,
     ids::{AgentId, CredentialId, ServiceId, TunnelId, WorkspaceId},
     objects::{AgentRole, Certificate, Credential, UnixTime},
     signed::Signed,
 };
-use http::{HeaderMap, Method, StatusCode, header};
+use http::{HeaderMap, Method, StatusCode};
 use serde::Serialize;
 use warp::{
     Filter,
@@ -32,16 +31,17 @@ use crate::{
     api_keys,
     bucket::Bucket,
     hub::{Hub, LiveTunnel},
-    limits::{
-        API_KEY_BURST, API_KEY_RATE, DEFAULT_REST_PAGE, MAX_KIND_BYTES, MAX_NUMBER_DIGITS,
-        MAX_REST_KEYS, MAX_REST_PAGE,
-    },
+    limits::{API_KEY_BURST, API_KEY_RATE, MAX_REST_KEYS},
     metrics,
     problem::{Problem, document, json},
     requests::store_trouble,
     server::Visitor,
     store::{AuditFilter, Authorized, StoreError},
 };
+
+pub mod asked;
+
+use asked::{Kind, Query, Route, bearer};
 
 /// The document that describes all this.
 const OPENAPI: &str = include_str!("rest/openapi.json");
@@ -96,47 +96,6 @@ pub fn routes(hub: Arc<Hub>) -> BoxedFilter<(Response,)> {
         .boxed()
 }
 
-/// What can be asked for.
-#[derive(Debug, Clone, Copy)]
-enum Route {
-    OpenApi,
-    Services,
-    Agents,
-    Tunnels,
-    Tunnel(TunnelId),
-    Shares,
-    Audit,
-    /// The WebSockets, which are served elsewhere when they are asked for as they should be.
-    Socket,
-}
-
-impl Route {
-    fn of(path: &str) -> Option<Self> {
-        Some(match path.strip_prefix("/v1/")? {
-            "openapi.json" => Self::OpenApi,
-            "services" => Self::Services,
-            "agents" => Self::Agents,
-            "tunnels" => Self::Tunnels,
-            "shares" => Self::Shares,
-            "audit" => Self::Audit,
-            "agent" | "tunnel" => Self::Socket,
-            other => Self::Tunnel(other.strip_prefix("tunnels/")?.parse().ok()?),
-        })
-    }
-
-    /// The methods, and what a key needs for it.
-    fn needs(self) -> (&'static str, Scope) {
-        match self {
-            Self::OpenApi | Self::Services | Self::Agents | Self::Tunnels | Self::Shares => {
-                ("GET, HEAD", Scope::Read)
-            }
-            Self::Socket => ("GET", Scope::Read),
-            Self::Audit => ("GET, HEAD", Scope::Audit),
-            Self::Tunnel(_) => ("DELETE", Scope::Write),
-        }
-    }
-}
-
 /// What is asked, and by whom.
 struct Request<'r> {
     method: Method,
@@ -180,101 +139,16 @@ async fn answer(hub: &Hub, request: Request<'_>) -> Result<Response, Problem> {
     }
 }
 
-/// The key in `Authorization: Bearer KEY`, if it is worth anything.
+/// The key that the headers show, if it is worth anything.
 async fn authorize(
     hub: &Hub,
     headers: &HeaderMap,
 ) -> Result<Option<(WorkspaceId, Authorized)>, StoreError> {
-    let shown = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let key = shown
-        .and_then(|text| text.split_once(' '))
-        .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("Bearer"))
-        .and_then(|(_, key)| ApiKey::parse(key.trim()));
-    match key {
+    match bearer(headers) {
         Some(key) => api_keys::authorize(hub, &key).await,
         None => Ok(None),
     }
 }
-
-/// The parameters of a request. Each may come once; what nobody asks for is refused, since a filter with
-/// a misspelt name would let everything through.
-struct Query(HashMap<String, String>);
-
-impl Query {
-    fn parse(text: &str) -> Result<Self, Problem> {
-        let pairs: Vec<(String, String)> = serde_urlencoded::from_str(text)
-            .map_err(|_| Problem::bad_request("the query is malformed"))?;
-        let mut parameters = HashMap::new();
-        for (name, value) in pairs {
-            if parameters.insert(name, value).is_some() {
-                return Err(Problem::bad_request("a parameter comes twice"));
-            }
-        }
-        Ok(Self(parameters))
-    }
-
-    fn take<T: FromStr>(&mut self, name: &'static str) -> Result<Option<T>, Problem> {
-        let value = self.0.remove(name).map(|value| value.parse());
-        let wrong = |_| Problem::bad_request(format!("the parameter `{name}` is malformed"));
-        value.transpose().map_err(wrong)
-    }
-
-    /// As it is in JSON, where Rust's parser would take a sign and zeros before it.
-    fn number(&mut self, name: &'static str) -> Result<Option<u64>, Problem> {
-        Ok(self.take(name)?.map(|Number(number)| number))
-    }
-
-    fn limit(&mut self) -> Result<usize, Problem> {
-        let limit = self.number("limit")?.map(usize::try_from);
-        let limit = limit.unwrap_or(Ok(DEFAULT_REST_PAGE)).unwrap_or(usize::MAX);
-        if !(1..=MAX_REST_PAGE).contains(&limit) {
-            let detail = format!("the parameter `limit` is from 1 to {MAX_REST_PAGE}");
-            return Err(Problem::bad_request(detail));
-        }
-        Ok(limit)
-    }
-
-    fn end(&self) -> Result<(), Problem> {
-        if self.0.is_empty() {
-            return Ok(());
-        }
-        Err(Problem::bad_request("the query has a parameter that this resource does not know"))
-    }
-}
-
-/// A number that is not negative, in its one spelling.
-struct Number(u64);
-
-impl FromStr for Number {
-    type Err = Malformed;
-
-    fn from_str(text: &str) -> Result<Self, Malformed> {
-        let number: u64 = text.parse().map_err(|_| Malformed)?;
-        if number.to_string() == text && text.len() <= MAX_NUMBER_DIGITS {
-            Ok(Self(number))
-        } else {
-            Err(Malformed)
-        }
-    }
-}
-
-/// What a kind of event can be called; whether there is such a kind, a later version may see otherwise.
-struct Kind(String);
-
-impl FromStr for Kind {
-    type Err = Malformed;
-
-    fn from_str(text: &str) -> Result<Self, Malformed> {
-        let name = text.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_');
-        if name && (1..=MAX_KIND_BYTES).contains(&text.len()) {
-            Ok(Self(text.to_owned()))
-        } else {
-            Err(Malformed)
-        }
-    }
-}
-
-struct Malformed;
 
 /// A page of a list.
 #[derive(Serialize)]

@@ -176,6 +176,23 @@ async fn expect_end(mut socket: DuplexStream) {
 }
 
 #[tokio::test]
+async fn a_close_that_went_through_is_the_last_frame() {
+    // The exposer has taken a part of the reacher's close when the hub ends the tunnel.
+    let mut tunnel = tunnel(Encoding::Binary, 2);
+    let payload = [&close::NORMAL.to_be_bytes()[..], b"enough of it"].concat();
+    let (sent, expected) = (masked(FIN | CLOSE, &payload), unmasked(FIN | CLOSE, &payload));
+    let mut got = vec![0; 2];
+    let (wrote, read) =
+        tokio::join!(tunnel.reacher.write_all(&sent), tunnel.exposer.read_exact(&mut got));
+    wrote.and(read.map(drop)).unwrap();
+    tunnel.stop.send(close::CUT).unwrap();
+    tunnel.exposer.read_to_end(&mut got).await.unwrap();
+    assert_eq!(got, expected);
+    drop(tunnel.reacher);
+    assert_eq!(tunnel.relay.await.unwrap(), Ended::Stopped(close::CUT));
+}
+
+#[tokio::test]
 async fn a_tunnel_carries_both_ways_and_closes_cleanly() {
     let mut tunnel = tunnel(Encoding::Base64, 1 << 20);
     let up = bytes(100_000);

@@ -114,9 +114,7 @@ impl World {
                     }
                     Event::Closed(reason) => assert!(!self.honest, "closed for {reason:?}"),
                     Event::Established => self.established |= side == 1,
-                    Event::Readable(_)
-                    | Event::Writable(_)
-                    | Event::Ponged(_) => {}
+                    Event::Readable(_) | Event::Writable(_) | Event::Ponged(_) => {}
                 }
             }
         }
@@ -273,8 +271,8 @@ impl World {
         for (id, stream) in &self.streams {
             for side in 0..2 {
                 let direction = &stream.from[side];
-                let whole = direction.read == direction.written
-                    && direction.ended == direction.finished;
+                let whole =
+                    direction.read == direction.written && direction.ended == direction.finished;
                 assert!(whole || stream.disturbed || !self.honest, "{id:?} lost what {side} wrote");
             }
         }
@@ -387,7 +385,14 @@ pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         ),
         (
             "reset",
-            seed(&[[0, 0, 0, 0], [1, 0, 1, 0], [2, 2, 9, 9], [7, 0, 0, 0], [15, 3, 5, 0], [12, 0, 0xff, 0]]),
+            seed(&[
+                [0, 0, 0, 0],
+                [1, 0, 1, 0],
+                [2, 2, 9, 9],
+                [7, 0, 0, 0],
+                [15, 3, 5, 0],
+                [12, 0, 0xff, 0],
+            ]),
         ),
         ("hostile", [seed(&[[0, 0, 0, 0]]), hostile].concat()),
         ("early", [[0, 0, 0, 0], [2, 0, 1, 0], [8, 0, 0, 15], [13, 0, 0, 0]].concat()),

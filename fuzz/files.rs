@@ -98,9 +98,7 @@ fn sound(world: &World, member: &world::Agent, log: &Log, file: &str) -> Option<
             },
             "guests": { CredentialId([4; 16]).to_string(): [member.id()] },
         })),
-        "trust/state.json" => {
-            json(serde_json::to_value(log.states.last()?).expect("plain data"))
-        }
+        "trust/state.json" => json(serde_json::to_value(log.states.last()?).expect("plain data")),
         _ => None,
     }
 }

@@ -284,9 +284,8 @@ fn splice(reacher: &[u8], exposer: &[u8], encoding: Encoding, dice: u32) {
     let (near, at_reacher) = end(reacher, dice, false);
     let (far, at_exposer) = end(exposer, !dice, true);
     let meter = Arc::new(Meter::default());
-    let ended = RUNTIME.with_borrow(|runtime| {
-        runtime.block_on(relay(near, far, encoding, &meter, pending()))
-    });
+    let ended = RUNTIME
+        .with_borrow(|runtime| runtime.block_on(relay(near, far, encoding, &meter, pending())));
     let got = |end: &Mutex<Vec<u8>>| without_pongs(&end.lock().expect("one thread"));
     let ((up, up_close), (down, down_close)) = (got(&at_exposer), got(&at_reacher));
     let (wanted_up, up_over) = translated(reacher, encoding);
@@ -344,7 +343,10 @@ pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     vec![
         ("both", seed(0, &[text.clone(), ping.clone()], &[ping.clone(), text.clone()])),
         ("long", seed(2, &[long.clone(), long], &[])),
-        ("parts", seed(0, &[parts[0].clone(), ping.clone(), parts[1].clone(), bye.clone()], &[ping])),
+        (
+            "parts",
+            seed(0, &[parts[0].clone(), ping.clone(), parts[1].clone(), bye.clone()], &[ping]),
+        ),
         ("closed", seed(0, &[text.clone(), text.clone()], &[text.clone(), bye])),
         ("wrong", seed(2, &[text], &[])),
         ("server", [&[1, 0, 0, 0][..], &[0x82, 126, 1, 0], &[9; 20]].concat()),

@@ -138,7 +138,11 @@ fn payload(
 }
 
 /// What a payload is worth to a reader that wants the encapsulation key, or must not see one.
-fn expected(payload: &[u8], message_bytes: usize, with_key: bool) -> Result<Payload, HandshakeError> {
+fn expected(
+    payload: &[u8],
+    message_bytes: usize,
+    with_key: bool,
+) -> Result<Payload, HandshakeError> {
     if message_bytes > MAX_HANDSHAKE_BYTES {
         return Err(HandshakeError::Malformed);
     }

@@ -18,9 +18,7 @@ use connect_hub::{
 use connect_spec::{
     audit::Event,
     bytes::Blob,
-    control::{
-        ErrorCode, ErrorReport, FromHub, Reply, SessionKind, Ticket, TunnelRequest, close,
-    },
+    control::{ErrorCode, ErrorReport, FromHub, Reply, SessionKind, Ticket, TunnelRequest, close},
     encoding::Encoding,
     ids::{AgentId, ChannelId, CredentialId, ServiceId, TunnelId, WorkspaceId},
     keys::IdentityKey,
@@ -489,9 +487,8 @@ impl World {
             assert_eq!(self.router.is_online(&agent), self.online.contains_key(&agent));
         }
         for workspace in [agent(0).0, agent(4).0] {
-            let of_it = |tunnel: &&Tunnel| {
-                tunnel.key.0 == workspace && tunnel.stage == Stage::Joined
-            };
+            let of_it =
+                |tunnel: &&Tunnel| tunnel.key.0 == workspace && tunnel.stage == Stage::Joined;
             let mut joined: Vec<_> =
                 self.tunnels.iter().filter(of_it).map(|tunnel| tunnel.key.1).collect();
             joined.sort_unstable();
@@ -536,8 +533,7 @@ impl World {
             (12, _) => {
                 let key = (agent(one & 7).0, tunnel);
                 let (mut out, mut expected) = (Vec::new(), Expected::default());
-                let joined =
-                    |tunnel: &Tunnel| tunnel.key == key && tunnel.stage == Stage::Joined;
+                let joined = |tunnel: &Tunnel| tunnel.key == key && tunnel.stage == Stage::Joined;
                 let found = self.tunnels.iter().any(joined);
                 assert_eq!(self.router.handle_cut(key, &mut out), found);
                 self.end(&mut expected, close::CUT, joined);

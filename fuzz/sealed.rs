@@ -81,9 +81,9 @@ fn padded(wire: &[u8]) -> Vec<u8> {
 
 /// The wire in a plaintext that is padded as it must be, which only [`padded`] knows how to do.
 fn unpadded(plaintext: &[u8]) -> Result<&[u8], CryptoError> {
-    let wire = plaintext.split_first_chunk::<2>().and_then(|(length, rest)| {
-        rest.get(..usize::from(u16::from_be_bytes(*length)))
-    });
+    let wire = plaintext
+        .split_first_chunk::<2>()
+        .and_then(|(length, rest)| rest.get(..usize::from(u16::from_be_bytes(*length))));
     let wire = wire.filter(|wire| padded(wire) == plaintext);
     wire.ok_or(CryptoError::Object(ObjectError::Envelope))
 }
@@ -154,9 +154,8 @@ fn share(plaintext: &[u8], share: CredentialId) -> Option<Signed<ShareRecord>> {
             && object.share_id == share
             && record.verify_by(&issuer).is_ok()
     };
-    let open = |sealed: &SealedRecord| {
-        keys.open_share(&world.workspace, share, &issuer, &sealed.sealed)
-    };
+    let open =
+        |sealed: &SealedRecord| keys.open_share(&world.workspace, share, &issuer, &sealed.sealed);
     let place = Place { object: share.0, agent: AgentId([0; 16]), epoch: 0, counter: 0 };
     check(plaintext, place, open, belongs)
 }

@@ -1153,4 +1153,5 @@ impl Channel {
 }
 
 #[cfg(test)]
+#[path = "channel/tests.rs"]
 mod tests;

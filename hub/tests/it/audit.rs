@@ -205,8 +205,9 @@ async fn what_happens_is_recorded_in_its_order() {
     }
     // Four rows were there when the tunnel was opened.
     assert_eq!(first.seq, 4);
+    // A connection of the pool may find its database stopped just before it; that is a warning of the pool.
     let log = world.hub.stop().await;
-    assert!(!log.contains("error"), "{log}");
+    assert!(!log.contains(" ERROR "), "{log}");
 }
 
 #[tokio::test]

@@ -483,7 +483,12 @@ impl Core {
     }
 
     async fn publish(&self, session: &Session, service: &Exposed, take_over: bool) -> Result<()> {
-        let target_ok = service.health.look(&service.target).await;
+        // A session that comes and goes is no reason to knock at every target each time.
+        let target_ok = if service.health.is_due(self.options.health_every) {
+            service.health.look(&service.target).await
+        } else {
+            service.health.is_ok()
+        };
         self.publish_as(session, service, target_ok, take_over).await
     }
 
@@ -831,7 +836,7 @@ async fn look_around(core: Arc<Core>) {
         let look = Look {
             monotonic: Instant::now(),
             wall: clock::since_1970(),
-            address: sockets.own_address(),
+            way: sockets.way(),
         };
         if let Some(change) = surroundings.look(look) {
             tracing::info!(%change, "connecting anew");

@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
 
@@ -17,8 +17,17 @@ pub(crate) struct Look {
     pub(crate) monotonic: Instant,
     /// A clock that does not, since any fixed moment.
     pub(crate) wall: Duration,
-    /// The own address on the way to the hub; `None` while there is no way, or none was dialled yet.
-    pub(crate) address: Option<IpAddr>,
+    /// The way to the hub; `None` while no hub was found yet.
+    pub(crate) way: Option<Way>,
+}
+
+/// How the machine's packets would go to the hub.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Way {
+    /// Where the hub was last found. A hub at another address is reached another way, and by new sockets.
+    pub(crate) hub: SocketAddr,
+    /// The address that they would come from; `None` while there is no way.
+    pub(crate) own: Option<IpAddr>,
 }
 
 /// Why sockets that are open may lead nowhere.
@@ -59,7 +68,9 @@ impl Surroundings {
         if ahead > ASLEEP {
             return Some(Change::Slept(ahead));
         }
-        (look.address.is_some() && look.address != last.address).then_some(Change::Network)
+        let (before, after) = (last.way?, look.way?);
+        let is_other = after.own.is_some() && after.own != before.own;
+        (is_other && after.hub == before.hub).then_some(Change::Network)
     }
 }
 
@@ -68,19 +79,25 @@ mod tests {
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
-    const HOME: Option<IpAddr> = Some(IpAddr::V4(std::net::Ipv4Addr::new(192, 168, 0, 2)));
-    const ROAD: Option<IpAddr> = Some(IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 7)));
+    const HUB: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1)), 443);
+    const HOME: Option<Way> = from([192, 168, 0, 2]);
+    const ROAD: Option<Way> = from([10, 0, 0, 7]);
+    const NO_WAY: Option<Way> = Some(Way { hub: HUB, own: None });
 
-    /// Two looks, between which the clocks and the address changed so.
+    const fn from([a, b, c, d]: [u8; 4]) -> Option<Way> {
+        Some(Way { hub: HUB, own: Some(IpAddr::V4(std::net::Ipv4Addr::new(a, b, c, d))) })
+    }
+
+    /// Two looks, between which the clocks and the way changed so.
     fn seen(
         monotonic: Duration,
         wall: impl FnOnce(Duration) -> Duration,
-        before: Option<IpAddr>,
-        after: Option<IpAddr>,
+        before: Option<Way>,
+        after: Option<Way>,
     ) -> Option<Change> {
-        let first = Look { monotonic: Instant::now(), wall: 1_000_000 * SECOND, address: before };
+        let first = Look { monotonic: Instant::now(), wall: 1_000_000 * SECOND, way: before };
         let second =
-            Look { monotonic: first.monotonic + monotonic, wall: wall(first.wall), address: after };
+            Look { monotonic: first.monotonic + monotonic, wall: wall(first.wall), way: after };
         let mut surroundings = Surroundings::default();
         assert_eq!(surroundings.look(first), None, "there is nothing to compare with");
         let change = surroundings.look(second);
@@ -115,12 +132,22 @@ mod tests {
         assert_eq!(seen(SECOND, |wall| wall - 3600 * SECOND, HOME, HOME), None);
     }
 
+    fn a_second(before: Option<Way>, after: Option<Way>) -> Option<Change> {
+        seen(SECOND, |wall| wall + SECOND, before, after)
+    }
+
     #[test]
     fn another_way_and_a_way_again_are_changes_and_no_way_is_none() {
-        let a_second = |before, after| seen(SECOND, |wall| wall + SECOND, before, after);
         assert_eq!(a_second(HOME, ROAD), Some(Change::Network));
-        assert_eq!(a_second(None, ROAD), Some(Change::Network));
-        assert_eq!(a_second(HOME, None), None);
-        assert_eq!(a_second(None, None), None);
+        assert_eq!(a_second(NO_WAY, ROAD), Some(Change::Network));
+        assert_eq!(a_second(HOME, NO_WAY), None);
+        assert_eq!(a_second(NO_WAY, NO_WAY), None);
+    }
+
+    #[test]
+    fn a_hub_that_is_found_and_one_that_moved_are_no_changes() {
+        assert_eq!(a_second(None, HOME), None);
+        let moved = ROAD.map(|way| Way { hub: SocketAddr::new(HUB.ip(), 7420), ..way });
+        assert_eq!(a_second(HOME, moved), None);
     }
 }

@@ -21,6 +21,8 @@ use tokio::{
     sync::watch,
 };
 
+use crate::engine::surroundings::Way;
+
 /// The sockets to one hub; clones share them.
 #[derive(Debug, Clone)]
 pub(crate) struct Sockets(Arc<Shared>);
@@ -85,18 +87,23 @@ impl Sockets {
         self.0.cut.subscribe()
     }
 
-    /// The address that this machine would use now to speak to the hub where it was last found; `None`
-    /// when there is no way. Nothing is sent: the kernel only looks into its routes.
-    pub(crate) fn own_address(&self) -> Option<IpAddr> {
+    /// The way that this machine would use now to speak to the hub where it was last found; `None` before
+    /// it was found. Nothing is sent: the kernel only looks into its routes.
+    pub(crate) fn way(&self) -> Option<Way> {
         let hub = self.open().hub?;
-        let any: SocketAddr = match hub {
-            SocketAddr::V4(_) => ([0, 0, 0, 0], 0).into(),
-            SocketAddr::V6(_) => ([0_u16; 8], 0).into(),
-        };
-        let socket = UdpSocket::bind(any).ok()?;
-        socket.connect(hub).ok()?;
-        Some(socket.local_addr().ok()?.ip())
+        Some(Way { hub, own: own_address(hub).ok() })
     }
+}
+
+/// The address from which packets to the hub would come.
+fn own_address(hub: SocketAddr) -> io::Result<IpAddr> {
+    let any: SocketAddr = match hub {
+        SocketAddr::V4(_) => ([0, 0, 0, 0], 0).into(),
+        SocketAddr::V6(_) => ([0_u16; 8], 0).into(),
+    };
+    let socket = UdpSocket::bind(any)?;
+    socket.connect(hub)?;
+    Ok(socket.local_addr()?.ip())
 }
 
 /// A connection that fails when it is cut.
@@ -219,12 +226,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn own_address_is_the_one_on_the_way_to_the_hub() {
+    async fn way_is_the_one_to_where_the_hub_was_last_found() {
         let sockets = Sockets::new();
-        assert_eq!(sockets.own_address(), None, "no hub was dialled");
+        assert_eq!(sockets.way(), None, "no hub was dialled");
         let (near, _far) = connected(&sockets).await;
-        assert_eq!(sockets.own_address(), Some("127.0.0.1".parse().unwrap()));
+        let way = Way { hub: near.tcp.peer_addr().unwrap(), own: "127.0.0.1".parse().ok() };
+        assert_eq!(sockets.way(), Some(way));
         drop(near);
-        assert_eq!(sockets.own_address(), Some("127.0.0.1".parse().unwrap()));
+        assert_eq!(sockets.way(), Some(way));
     }
 }

@@ -80,7 +80,7 @@ impl Health {
     }
 
     /// Whether it is time for another look, where each is looked at once in `every`.
-    fn is_due(&self, every: Duration) -> bool {
+    pub(crate) fn is_due(&self, every: Duration) -> bool {
         let rarely = self.is_ok() && self.greets.load(Ordering::Relaxed);
         // Somewhat less, so that a jitter does not skip a round.
         let pause = if rarely { every * GREETERS_EVERY } else { every } - every / 2;

@@ -560,10 +560,11 @@ class Agent:
         if channel and channel.closed.is_set():
             channel = None
         if channel is None:
-            if isinstance(first, Greeting) and not first.new:
+            channel = Channel(False, self.services[prologue.service_id].serve)
+            if channel.is_unknown_to(first):
                 await tunnel.close(Plain("CHANNEL_CLOSE", (UNKNOWN_CHANNEL,)))
                 return
-            channel = self.channels[key] = Channel(False, self.services[prologue.service_id].serve)
+            self.channels[key] = channel
             self._go(self._give_up(key, channel, 180))
         if prologue.tunnel_no <= channel.tunnel_no:
             await tunnel.close(Plain("TUNNEL_CLOSE", (NEWER,)))

@@ -228,6 +228,10 @@ class Channel:
         self.welcomed = True
         self._attach(tunnel)
 
+    def is_unknown_to(self, first: Record) -> bool:
+        """Exposer: whether the reacher's first record carries on a channel that was never begun here."""
+        return isinstance(first, Greeting) and not first.welcome and not first.new and not self.welcomed
+
     async def greet_as_exposer(self, tunnel: Tunnel, first: Record) -> None:
         hello = await self._whole_greeting(tunnel, first, False)
         if self.welcomed:
@@ -275,6 +279,8 @@ class Channel:
                 if stream.reset_by_us is not None:
                     del self.streams[number]
                     continue
+                if stream.acked:
+                    raise Violation("a stream is forgotten of which bytes were acknowledged")
                 charged += stream.charged
                 stream.needs_open, stream.next, stream.fin_due = True, 0, stream.finished
             elif stream.finished and stream.fin_ever and stream.total is not None:
@@ -445,6 +451,8 @@ class Channel:
 
     def _of_stream(self, stream: Stream, name: str, values: tuple[int, ...]) -> None:
         if name == "OPENED":
+            if not self.reacher:
+                raise Violation("OPENED by the reacher")
             stream.opened.set()
         elif name == "ACK":
             stream.acknowledge(values[0])
@@ -462,6 +470,8 @@ class Channel:
     def _reset_by_peer(self, stream: Stream, code: int, total: int) -> None:
         if total < stream.got or (stream.total is not None and total != stream.total):
             raise Violation("RESET with another total")
+        if total > stream.got_max:
+            raise Violation("RESET beyond the window")
         missing, stream.got = total - stream.got, total
         self.got += missing
         if self.got > self.got_max:

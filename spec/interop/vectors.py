@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections import Counter
@@ -11,6 +12,7 @@ from typing import Any, Callable
 from mnemonic import Mnemonic
 
 import records
+from channels import play
 from handshake import Claims, Initiator, Keys, Prologue, Responder
 from objects import (
     Invite,
@@ -256,6 +258,13 @@ def plain_records(case: Case, _: Case) -> None:
     equal(records.decode(wire).encode(), case["record"], "encoded again")
 
 
+def channels(case: Case, _: Case) -> None:
+    try:
+        asyncio.run(play(case))
+    except AssertionError as failed:
+        raise Disagrees(str(failed)) from failed
+
+
 # --- handshake.json -------------------------------------------------------------------------------
 
 
@@ -349,6 +358,7 @@ def handshakes(case: Case, given: Case, cases: list[Case]) -> None:
 
 
 JUDGES: dict[str, Callable[..., None]] = {
+    "channels.json": channels,
     "checks.json": checks,
     "epochs.json": epochs,
     "handshake.json": handshakes,

@@ -38,6 +38,8 @@ use serde_json::{Map, Value, json};
 
 use crate::common::{Agent, DAY, NOW, TestRng, World, bytes, secret};
 
+#[path = "channels.rs"]
+mod channels;
 #[path = "log.rs"]
 mod log;
 
@@ -61,6 +63,7 @@ pub(crate) fn files() -> Vec<(String, String)> {
         prologues(),
         handshake(),
         records(),
+        channels::channels(),
         checks(),
         packets(),
     ];

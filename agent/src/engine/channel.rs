@@ -1155,6 +1155,3 @@ impl Channel {
 #[cfg(test)]
 #[path = "channel/tests.rs"]
 mod tests;
-#[cfg(test)]
-#[path = "channel/vectors.rs"]
-mod vectors;

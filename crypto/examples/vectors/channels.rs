@@ -1,5 +1,5 @@
 //! Vectors of the channel: what one side is given and does, and what it must make of it. The agent's tests
-//! run them through its state machine (`agent/src/engine/channel/vectors.rs`).
+//! run them through its state machine (`agent/src/engine/channel/tests/vectors.rs`).
 
 use connect_spec::{
     limits::{CHANNEL_WINDOW, INITIAL_STREAM_WINDOW},

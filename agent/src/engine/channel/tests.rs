@@ -3,6 +3,9 @@ use proptest::prelude::*;
 
 use super::*;
 
+#[path = "tests/vectors.rs"]
+mod vectors;
+
 /// What a read found, for tests that bring a buffer.
 #[derive(Debug, PartialEq, Eq)]
 enum Got {

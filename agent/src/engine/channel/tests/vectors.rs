@@ -195,7 +195,7 @@ impl Said {
 
 #[test]
 fn vectors_come_to_what_they_say() {
-    let file = include_str!("../../../../spec/vectors/channels.json");
+    let file = include_str!("../../../../../spec/vectors/channels.json");
     let file: Value = serde_json::from_str(file).expect("JSON");
     for case in file["cases"].as_array().expect("cases") {
         let mut player = Player::new(&case["side"]);

@@ -105,9 +105,6 @@ pub const AUDIT_WRITERS: usize = 4;
 pub const MAX_AUDIT_QUEUE: usize = 16_384;
 /// Among so many of the latest events a refusal looks for one that it can be counted with.
 pub const AUDIT_LOOK_BACK: usize = 16;
-/// Rows of an audit log are kept for at least so long, which the database holds the hub to: whoever takes
-/// the hub over cannot wipe its traces.
-pub const MIN_AUDIT_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Rows that are too old are looked for this often.
 pub const AUDIT_EXPIRY_INTERVAL: Duration = Duration::from_secs(3600);
 /// API keys of a workspace that are in force.

@@ -7,7 +7,7 @@ use std::{
 };
 
 use connect_tests::{
-    home::{Home, Pair},
+    home::{Home, Pair, Workspace},
     hub::Hub,
     postgres,
     services::Service,
@@ -117,6 +117,37 @@ fn log_is_read_with_names_and_an_edit_is_found() {
     founder.fails(&["audit", "verify"], 7, &expected);
     // The reacher looked at the log with its beats, as every member does, and never by hand.
     pair.reacher.fails(&["audit", "verify"], 7, "is not what this agent saw before");
+}
+
+#[test]
+fn young_rows_that_were_removed_under_a_pretext_are_missed() {
+    let hub = Hub::start(&[]);
+    let workspace = Workspace::found(&hub);
+    let founder = &workspace.founder;
+    founder.ok(&["audit", "verify"]);
+    founder.ok(&["invite"]);
+    founder.ok(&["audit", "verify"]);
+    // What the owner writes holds in itself, and says what a hub says that removes what is too old.
+    edit(
+        &hub,
+        "DO $$
+         DECLARE head connect.audit_heads%ROWTYPE; expired text; link bytea;
+         BEGIN
+             SELECT * INTO STRICT head FROM connect.audit_heads;
+             DELETE FROM connect.audit_events;
+             expired := format('{\"at\":%s,\"kind\":\"audit_expired\",\"through\":%s}',
+                 floor(extract(epoch FROM now()) * 1000), head.seq);
+             link := connect.audit_link(head.workspace_id, head.hash, head.seq + 1, expired);
+             INSERT INTO connect.audit_events (workspace_id, seq, hash, event)
+             VALUES (head.workspace_id, head.seq + 1, link, expired);
+             UPDATE connect.audit_heads h SET seq = head.seq + 1, hash = link,
+                 base_seq = head.seq, base_hash = head.hash;
+         END $$",
+    );
+    founder.fails(&["audit", "verify"], 7, "were removed, and not for their age");
+    founder.fails(&["audit"], 7, "were removed, and not for their age");
+    // Whoever never saw the log before has nothing to hold it against.
+    assert!(workspace.join("late").json(&["audit", "verify"])["expired"].as_u64() > Some(2));
 }
 
 #[test]

@@ -144,9 +144,9 @@ pub const READY_LIMIT: Duration = Duration::from_secs(2);
 pub const OLDEST_POSTGRES: u32 = 13;
 /// Rows of a backup that go to the database at once.
 pub const COPY_CHUNK_BYTES: usize = 64 * 1024;
-/// Agents that were refused because the database is away are asked to try again after this time: a local
-/// server is restarted within one or two.
-pub const DATABASE_RETRY: Duration = Duration::from_secs(1);
+/// Whoever was refused for want of what is soon free again, such as a turn at the database, is asked to try
+/// again after this time. A local database is restarted within one or two of them.
+pub const BUSY_RETRY: Duration = Duration::from_secs(1);
 
 /// Connections of the pool: a hub on few cores gains nothing from more, and `max_connections` of a
 /// small server leaves room for `psql` and for a second hub during an upgrade.

@@ -19,7 +19,7 @@ mod trust_log;
 mod world;
 
 use connect_spec::{
-    audit::{AuditFault, AuditHead, AuditRow, Chain, link},
+    audit::{AuditFault, AuditHead, AuditRow, Chain, SeenHead, link},
     check::CheckReport,
     control::{self, FromAgent, FromHub, Reply},
     encoding::{decode_base64, encode_base64},
@@ -71,7 +71,8 @@ pub fn audit_rows(input: &[u8]) {
 
 /// Whatever the hub sends, it is taken up to a head that is its own, or refused.
 fn follow(base: AuditHead, head: AuditHead, rows: &[AuditRow], seen: Vec<AuditHead>) {
-    let Ok(mut chain) = Chain::new(WORKSPACE, base, seen) else { return };
+    let seen = seen.into_iter().map(|head| SeenHead { head, at: 0 }).collect();
+    let Ok(mut chain) = Chain::new(WORKSPACE, base, seen, 0) else { return };
     for row in rows {
         if chain.next(row).is_err() {
             return;
@@ -87,7 +88,7 @@ fn follow(base: AuditHead, head: AuditHead, rows: &[AuditRow], seen: Vec<AuditHe
 /// no other hash.
 fn chain_events(text: &str) {
     let mut chain =
-        Chain::new(WORKSPACE, AuditHead::EMPTY, Vec::new()).expect("nothing was seen before");
+        Chain::new(WORKSPACE, AuditHead::EMPTY, Vec::new(), 0).expect("nothing was seen before");
     for event in text.lines() {
         let before = chain.clone();
         let last = before.head();

@@ -3,16 +3,20 @@
 //! The hub can leave out what happened, or write what did not. It cannot change what was there when an
 //! agent last looked: every agent remembers, with each beat, where the log ended.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Duration,
+};
 
 use connect_spec::{
-    audit::{AuditFault, AuditHead, AuditRow, Chain, Recorded},
+    audit::{AuditFault, AuditHead, AuditRow, Chain, Recorded, SeenHead},
     control::{Reply, Request},
     ids::{AgentId, ServiceId, ServiceName},
 };
 use serde::Serialize;
 
 use crate::{
+    clock,
     directory::{Directory, unexpected_reply},
     error::{Error, ErrorKind, Result},
     home::Home,
@@ -20,6 +24,8 @@ use crate::{
 
 /// Heads that are remembered: of the last hours each, of the time before fewer and fewer.
 const MAX_SEEN: usize = 64;
+/// An end that stays the same is noted again this often.
+const RENEW_SEEN: Duration = Duration::from_secs(3600);
 
 /// A row of the audit log, with the names that this agent knows for the ids in it.
 #[derive(Debug, Clone, Serialize)]
@@ -64,7 +70,7 @@ pub struct AuditReader {
     since: Option<u64>,
     base: AuditHead,
     head: AuditHead,
-    seen: Vec<AuditHead>,
+    seen: Vec<SeenHead>,
     page: VecDeque<AuditRow>,
     more: bool,
 }
@@ -95,7 +101,7 @@ impl AuditReader {
         reader.fetch().await?;
         if since.is_none() {
             let workspace = reader.directory.workspace().identity().workspace_id();
-            let chain = Chain::new(workspace, reader.base, reader.seen.clone());
+            let chain = Chain::new(workspace, reader.base, reader.seen.clone(), clock::now());
             reader.chain = Some(chain.map_err(fault)?);
         }
         Ok(reader)
@@ -145,13 +151,8 @@ impl AuditReader {
             return Ok(());
         };
         chain.check_end(self.head).map_err(fault)?;
-        let home = self.directory.workspace().home();
-        let _lock = home.lock_trust()?;
-        let mut seen = home.load_seen_audit()?;
-        // All that was remembered up to here is in the chain that leads here.
-        seen.retain(|other| other.seq > self.head.seq);
-        seen.insert(0, self.head);
-        home.save_seen_audit(&seen)
+        // A running agent may have heard of a later end meanwhile.
+        remember(self.directory.workspace().home(), self.head).map(|_| ())
     }
 
     /// Reads the log to its end, and says what it comes to.
@@ -187,34 +188,45 @@ fn fault(fault: AuditFault) -> Error {
     .hint("whoever runs the hub or its database changed it: ask them, and compare with a backup")
 }
 
-/// Remembers where the hub says that the audit log ends. Nothing is proven of it yet, so nothing that was
-/// remembered before is forgotten for it.
-///
-/// # Errors
-/// When the home cannot be written.
+/// Remembers where the hub says that the audit log ends, before anything of it is proven.
 pub(crate) fn remember_audit(home: &Home, head: AuditHead) -> Result<()> {
-    let _lock = home.lock_trust()?;
-    let mut seen = home.load_seen_audit()?;
-    let last = seen.last().copied().unwrap_or(AuditHead::EMPTY);
-    if head == last {
-        return Ok(());
-    }
-    if head.seq <= last.seq {
+    if let Some(last) = remember(home, head)? {
         tracing::warn!(
             event = "audit",
             seq = head.seq,
             seen = last.seq,
             "the hub's audit log is shorter than it was, or another: `connect audit verify` says where"
         );
-        return Ok(());
     }
-    seen.push(head);
-    thin_out(&mut seen);
-    home.save_seen_audit(&seen)
+    Ok(())
+}
+
+/// Remembers where the audit log ends, unless it was seen to end there or later: then that place, if it is
+/// another. Nothing that was remembered before is forgotten: by when an older end was seen, rows after it
+/// are known to be young.
+fn remember(home: &Home, head: AuditHead) -> Result<Option<AuditHead>> {
+    let _lock = home.lock_trust()?;
+    let mut seen = home.load_seen_audit()?;
+    let at = clock::now();
+    match seen.last_mut() {
+        Some(last) if last.head == head => {
+            if last.at.abs_diff(at) < RENEW_SEEN.as_secs() {
+                return Ok(None);
+            }
+            last.at = at;
+        }
+        Some(last) if head.seq <= last.head.seq => return Ok(Some(last.head)),
+        Some(_) | None => {
+            seen.push(SeenHead { head, at });
+            thin_out(&mut seen);
+        }
+    }
+    home.save_seen_audit(&seen)?;
+    Ok(None)
 }
 
 /// Drops every second of the older half once there are too many; the first stays.
-fn thin_out(seen: &mut Vec<AuditHead>) {
+fn thin_out(seen: &mut Vec<SeenHead>) {
     if seen.len() <= MAX_SEEN {
         return;
     }
@@ -232,11 +244,16 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn what_was_seen_first_and_last_stays_remembered() {
+    fn home() -> (tempfile::TempDir, Home) {
         let dir = tempfile::tempdir().unwrap();
         let home = Home::at(dir.path().join("home"));
         home.create().unwrap();
+        (dir, home)
+    }
+
+    #[test]
+    fn what_was_seen_first_and_last_stays_remembered() {
+        let (_dir, home) = home();
         let head =
             |seq: u64| AuditHead { seq, hash: AuditHash([u8::try_from(seq % 251).unwrap(); 32]) };
         for seq in 1..=1000 {
@@ -246,8 +263,24 @@ mod tests {
             remember_audit(&home, AuditHead { seq, hash: AuditHash([0xee; 32]) }).unwrap();
         }
         let seen = home.load_seen_audit().unwrap();
-        assert!(seen.len() <= MAX_SEEN && seen.is_sorted_by_key(|head| head.seq));
-        assert_eq!((seen[0], seen.last().copied()), (head(1), Some(head(1000))));
-        assert!(seen.iter().filter(|head| head.seq > 960).count() > 20);
+        assert!(seen.len() <= MAX_SEEN && seen.is_sorted_by_key(|seen| seen.head.seq));
+        assert_eq!((seen[0].head, seen[seen.len() - 1].head), (head(1), head(1000)));
+        assert!(seen.iter().filter(|seen| seen.head.seq > 960).count() > 20);
+    }
+
+    #[test]
+    fn an_end_that_stays_is_noted_with_the_time_when_it_was_last_there() {
+        let (_dir, home) = home();
+        let head = AuditHead { seq: 7, hash: AuditHash([7; 32]) };
+        let (now, hour) = (clock::now(), RENEW_SEEN.as_secs());
+        for (before, is_renewed) in
+            [(now - 60, false), (now - 2 * hour, true), (now + 2 * hour, true)]
+        {
+            home.save_seen_audit(&[SeenHead { head, at: before }]).unwrap();
+            remember_audit(&home, head).unwrap();
+            let seen = home.load_seen_audit().unwrap();
+            assert_eq!((seen.len(), seen[0].head), (1, head));
+            assert_eq!(seen[0].at >= now && seen[0].at < now + hour, is_renewed, "{before}");
+        }
     }
 }

@@ -174,6 +174,15 @@ fn hint(report: &ErrorReport) -> Option<String> {
             "choose another `--name`, or run `connect unexpose` on {agent}; if that one is gone for \
              good, `--take-over` takes the name"
         ));
+    } else if matches!(code, ErrorCode::Busy | ErrorCode::RateLimited) {
+        return Some(match report.retry_in_ms {
+            Some(millis) => {
+                format!("nothing is wrong here; try again in {} s", millis.div_ceil(1000))
+            }
+            None => {
+                "the hub's limits are its operator's choice; see what can be removed".to_owned()
+            }
+        });
     } else {
         return None;
     };

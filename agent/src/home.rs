@@ -20,7 +20,7 @@ use connect_crypto::{
     keys::{SigningKey, StaticKeypair, WrapKeypair},
 };
 use connect_spec::{
-    audit::AuditHead,
+    audit::SeenHead,
     bytes::Blob,
     control::PresentedBlobs,
     hash::hash16,
@@ -682,11 +682,11 @@ impl Home {
     }
 
     /// Where the audit log was seen to end, at different times.
-    pub(crate) fn load_seen_audit(&self) -> Result<Vec<AuditHead>> {
+    pub(crate) fn load_seen_audit(&self) -> Result<Vec<SeenHead>> {
         self.read_json_or_default(SEEN_AUDIT)
     }
 
-    pub(crate) fn save_seen_audit(&self, seen: &[AuditHead]) -> Result<()> {
+    pub(crate) fn save_seen_audit(&self, seen: &[SeenHead]) -> Result<()> {
         self.write_json(SEEN_AUDIT, &seen)
     }
 

@@ -10,6 +10,7 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use connect_spec::limits::MIN_AUDIT_RETENTION;
 use http::Uri;
 use ipnet::IpNet;
 use nix::unistd::Uid;
@@ -18,7 +19,6 @@ use sqlx::postgres::{PgConnectOptions, PgSslMode};
 use crate::{
     auth::{Authorities, is_loopback_name},
     forwarded::{TrustedProxies, parse_network},
-    limits::MIN_AUDIT_RETENTION,
 };
 
 /// The relay of Private Connect ZK: it finds peers, isolates workspaces and forwards ciphertext.

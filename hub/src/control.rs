@@ -306,12 +306,11 @@ where
 fn may_try(hub: &Hub, visitor: &Visitor) -> Result<(), Ending> {
     visitor.may_try().map_err(|refusal| {
         hub.metrics().note_refused(refusal.reason);
-        let mut report = ErrorReport::new(
+        let report = ErrorReport::new(
             ErrorCode::RateLimited,
             "too many tries from this address failed; come back later",
         );
-        report.retry_in_ms = u32::try_from(refusal.retry_in.as_millis()).ok();
-        Ending::report(report)
+        Ending::report(report.retry_in(refusal.retry_in))
     })
 }
 
@@ -357,8 +356,7 @@ where
     let LoggedIn { member, services, head } = logged_in;
     let (workspace, agent) = member.key;
     let Some((id, mut mailbox, displaced)) = hub.log_in(member.clone(), kind, services) else {
-        return Ending::report(ErrorReport::new(
-            ErrorCode::Busy,
+        return Ending::report(requests::busy(
             "this agent has too many sessions, try again when its commands are done",
         ));
     };
@@ -402,8 +400,7 @@ where
             }
             count = mailbox.recv_many(&mut batch, BATCH) => {
                 if count == 0 {
-                    let report = ErrorReport::new(ErrorCode::Busy, "this agent does not read its messages");
-                    return Ending::report(report);
+                    return Ending::report(requests::busy("this agent does not read its messages"));
                 }
                 deliver(socket, &mut batch).await
             }
@@ -491,7 +488,7 @@ fn open(
     }
     // What cannot be recorded is not begun. What was begun goes on.
     if !session.hub.store().is_up() {
-        return refuse(requests::database_away(
+        return refuse(requests::busy(
             "the hub's database is away: open connections go on, new tunnels wait until it is back",
         ));
     }
@@ -523,10 +520,7 @@ fn open(
 fn enqueue(jobs: &mpsc::Sender<Box<Job>>, id: u64, job: Job) -> Option<FromHub> {
     jobs.try_send(job.into()).err().map(|_| FromHub::Reply {
         id,
-        reply: Reply::Error(ErrorReport::new(
-            ErrorCode::Busy,
-            "too many requests of this session wait",
-        )),
+        reply: Reply::Error(requests::busy("too many requests of this session wait")),
     })
 }
 

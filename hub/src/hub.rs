@@ -13,7 +13,7 @@ use std::{
 use connect_spec::{
     audit::Event,
     bytes::Blob,
-    control::{ErrorCode, ErrorReport, FromHub, Nonce, SessionKind},
+    control::{ErrorReport, FromHub, Nonce, SessionKind},
     ids::{AgentId, ServiceId, TunnelId, WorkspaceId},
     objects::UnixTime,
 };
@@ -29,6 +29,7 @@ use crate::{
     limits::{MAX_OUTGOING, MAX_WORKSPACE_HELD_BYTES},
     metrics::{Metrics, Moment},
     relay::{Leg, Meter, Sent, Side},
+    requests::busy,
     rest::Rates,
     router::{AgentKey, Claim, JoinedTunnel, Member, Output, Router, SessionId, TunnelSerial},
     server::Conn,
@@ -366,9 +367,7 @@ impl Hub {
         } else {
             return Ok(());
         };
-        let mut report = ErrorReport::new(ErrorCode::Busy, why);
-        report.retry_in_ms = Some(1000);
-        Err(report)
+        Err(busy(why))
     }
 
     /// Up to `limit` tunnels of a workspace whose id follows `after`, in ascending order.

@@ -105,9 +105,6 @@ pub const AUDIT_WRITERS: usize = 4;
 pub const MAX_AUDIT_QUEUE: usize = 16_384;
 /// Among so many of the latest events a refusal looks for one that it can be counted with.
 pub const AUDIT_LOOK_BACK: usize = 16;
-/// Rows of an audit log are kept for at least so long, which the database holds the hub to: whoever takes
-/// the hub over cannot wipe its traces.
-pub const MIN_AUDIT_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Rows that are too old are looked for this often.
 pub const AUDIT_EXPIRY_INTERVAL: Duration = Duration::from_secs(3600);
 /// API keys of a workspace that are in force.
@@ -147,9 +144,9 @@ pub const READY_LIMIT: Duration = Duration::from_secs(2);
 pub const OLDEST_POSTGRES: u32 = 13;
 /// Rows of a backup that go to the database at once.
 pub const COPY_CHUNK_BYTES: usize = 64 * 1024;
-/// Agents that were refused because the database is away are asked to try again after this time: a local
-/// server is restarted within one or two.
-pub const DATABASE_RETRY: Duration = Duration::from_secs(1);
+/// Whoever was refused for want of what is soon free again, such as a turn at the database, is asked to try
+/// again after this time. A local database is restarted within one or two of them.
+pub const BUSY_RETRY: Duration = Duration::from_secs(1);
 
 /// Connections of the pool: a hub on few cores gains nothing from more, and `max_connections` of a
 /// small server leaves room for `psql` and for a second hub during an upgrade.

@@ -25,7 +25,7 @@ use crate::{
     api_keys, audit,
     auth::unix_now,
     hub::Hub,
-    limits::{DATABASE_RETRY, MAX_OPEN_CREDENTIALS, MAX_SEALED_BYTES, MAX_WRAP_BYTES, PAGE_ROWS},
+    limits::{BUSY_RETRY, MAX_OPEN_CREDENTIALS, MAX_SEALED_BYTES, MAX_WRAP_BYTES, PAGE_ROWS},
     log,
     router::{Member, Parties},
     store::{Exposed, NewCredential, Opening, StoreError, WorkspaceTx},
@@ -61,12 +61,10 @@ pub fn store_trouble(error: &StoreError) -> ErrorReport {
     match error {
         StoreError::Database(_) | StoreError::Connect { .. } => {
             tracing::error!(error = %chain(error), "the database does not answer as it should");
-            ErrorReport::new(ErrorCode::Busy, "the hub's database is not available, try again")
+            busy("the hub's database is not available, try again")
         }
-        StoreError::Away => database_away("the hub's database is away, try again"),
-        StoreError::Crowded => {
-            ErrorReport::new(ErrorCode::Busy, "too much is going on in this workspace, try again")
-        }
+        StoreError::Away => busy("the hub's database is away, try again"),
+        StoreError::Crowded => busy("too much is going on in this workspace, try again"),
         StoreError::Migrate(_)
         | StoreError::Corrupt(_)
         | StoreError::Privileged { .. }
@@ -77,11 +75,9 @@ pub fn store_trouble(error: &StoreError) -> ErrorReport {
     }
 }
 
-/// A refusal until the database is back.
-pub(crate) fn database_away(message: &str) -> ErrorReport {
-    let mut report = ErrorReport::new(ErrorCode::Busy, message);
-    report.retry_in_ms = u32::try_from(DATABASE_RETRY.as_millis()).ok();
-    report
+/// A refusal for want of what is soon free again.
+pub(crate) fn busy(message: &str) -> ErrorReport {
+    ErrorReport::new(ErrorCode::Busy, message).retry_in(BUSY_RETRY)
 }
 
 /// An error with its causes, in one line.

@@ -24,7 +24,9 @@ use connect_spec::{
 
 use crate::{
     bucket::Bucket,
-    limits::{MAX_SESSIONS_PER_AGENT, MAX_TUNNELS_PER_AGENT, OPENS_PER_SEC, REVOKED_GRACE},
+    limits::{
+        BUSY_RETRY, MAX_SESSIONS_PER_AGENT, MAX_TUNNELS_PER_AGENT, OPENS_PER_SEC, REVOKED_GRACE,
+    },
     relay::Side,
 };
 
@@ -515,6 +517,10 @@ impl Router {
         out: &mut Vec<Output>,
     ) -> Result<(), OpenError> {
         let refuse = |code, message: &str| Err(OpenError::Refused(ErrorReport::new(code, message)));
+        let busy = |message: &str| {
+            let report = ErrorReport::new(ErrorCode::Busy, message);
+            Err(OpenError::Refused(report.retry_in(BUSY_RETRY)))
+        };
         let Some(Session { member, .. }) = self.sessions.get(&from) else {
             return refuse(ErrorCode::Displaced, "this session is over");
         };
@@ -534,10 +540,9 @@ impl Router {
         if let Err(wait) =
             self.load((workspace, reacher), now).opens.take(OPENS_PER_SEC, OPENS_PER_SEC, now)
         {
-            let mut report =
+            let report =
                 ErrorReport::new(ErrorCode::RateLimited, "this agent opens too many tunnels");
-            report.retry_in_ms = u32::try_from(wait.as_millis()).ok().map(|millis| millis + 1);
-            return Err(OpenError::Refused(report));
+            return Err(OpenError::Refused(report.retry_in(wait)));
         }
         let exposer_key = (workspace, request.responder);
         let Some(exposer_session) = self
@@ -556,13 +561,10 @@ impl Router {
         let exposer_load = self.load(exposer_key, now);
         if reacher_tunnels >= MAX_TUNNELS_PER_AGENT || exposer_load.tunnels >= MAX_TUNNELS_PER_AGENT
         {
-            return refuse(
-                ErrorCode::Busy,
-                "one of the two agents has as many tunnels as the hub allows",
-            );
+            return busy("one of the two agents has as many tunnels as the hub allows");
         }
         if exposer_load.unanswered >= MAX_HALF_OPEN {
-            return refuse(ErrorCode::Busy, "too many tunnels wait for the exposer's answer");
+            return busy("too many tunnels wait for the exposer's answer");
         }
         exposer_load.unanswered += 1;
         exposer_load.tunnels += 1;

@@ -40,6 +40,8 @@ mod revocation;
 mod sessions;
 #[path = "it/settings.rs"]
 mod settings;
+#[path = "it/statements.rs"]
+mod statements;
 #[path = "it/strangers.rs"]
 mod strangers;
 #[path = "it/trust.rs"]

@@ -4,7 +4,7 @@
 //! back what somebody has seen. Whoever reads all rows and remembers the last one finds any later change
 //! of them with [`Chain`].
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -14,6 +14,7 @@ use crate::{
     control::ErrorCode,
     ids::{AgentId, CredentialId, ServiceId, TunnelId, WorkspaceId},
     keys::IdentityKey,
+    limits::{CLOCK_TOLERANCE, MIN_AUDIT_RETENTION},
     objects::{AgentRole, SignerRole, UnixTime},
 };
 
@@ -41,6 +42,18 @@ pub struct AuditHead {
 impl AuditHead {
     /// The head of a log without rows.
     pub const EMPTY: Self = Self { seq: 0, hash: AuditHash([0; 32]) };
+}
+
+/// Where an audit log ended, as an agent remembers it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeenHead {
+    /// The place.
+    #[serde(flatten)]
+    pub head: AuditHead,
+    /// When the hub last named it as the end, by the clock of whoever was told: what comes after it was
+    /// written later. 0 when that is not known.
+    #[serde(default)]
+    pub at: UnixTime,
 }
 
 /// One row, as the hub keeps it.
@@ -419,7 +432,7 @@ pub enum AuditFault {
     /// The log is shorter than it was when it was seen before.
     #[error("the log ends before row {0}, which this agent saw before")]
     Shortened(u64),
-    /// Rows up to this one are gone, and no row says that they were too old.
+    /// Rows up to this one are gone, and no row says that they were too old, or not all of them can have been.
     #[error("the rows up to {0} were removed, and not for their age")]
     Removed(u64),
 }
@@ -430,21 +443,31 @@ pub struct Chain {
     workspace: WorkspaceId,
     base: AuditHead,
     head: AuditHead,
-    seen: Vec<AuditHead>,
+    seen: Vec<SeenHead>,
     expired: u64,
 }
 
 impl Chain {
     /// Begins after `base`: [`AuditHead::EMPTY`], or the last row that was removed for its age. `seen` are
-    /// heads that were remembered, in any order.
+    /// heads that were remembered, in any order, by the clock that says `now`.
     ///
     /// # Errors
-    /// [`AuditFault::Rewritten`] when `base` is a row that was seen, and another one.
+    /// [`AuditFault::Rewritten`] when `base` is a row that was seen, and another one;
+    /// [`AuditFault::Removed`] when a row up to `base` was written after one was seen to be the last, not so
+    /// long ago.
     pub fn new(
         workspace: WorkspaceId,
         base: AuditHead,
-        seen: Vec<AuditHead>,
+        seen: Vec<SeenHead>,
+        now: UnixTime,
     ) -> Result<Self, AuditFault> {
+        let is_young = |seen: &SeenHead| {
+            let age = now.checked_sub(seen.at).map(Duration::from_secs);
+            age.is_some_and(|age| age.saturating_add(CLOCK_TOLERANCE) < MIN_AUDIT_RETENTION)
+        };
+        if seen.iter().any(|seen| seen.head.seq < base.seq && is_young(seen)) {
+            return Err(AuditFault::Removed(base.seq));
+        }
         let chain = Self { workspace, base, head: base, seen, expired: 0 };
         if base.seq == 0 && base.hash != AuditHead::EMPTY.hash {
             return Err(AuditFault::Rewritten(0));
@@ -454,7 +477,9 @@ impl Chain {
     }
 
     fn check_seen(&self) -> Result<(), AuditFault> {
-        let differs = |seen: &AuditHead| seen.seq == self.head.seq && seen.hash != self.head.hash;
+        let differs = |SeenHead { head, .. }: &SeenHead| {
+            head.seq == self.head.seq && head.hash != self.head.hash
+        };
         if self.seen.iter().any(differs) {
             return Err(AuditFault::Rewritten(self.head.seq));
         }
@@ -489,7 +514,8 @@ impl Chain {
         }
         self.head = AuditHead { seq: row.seq, hash };
         if let Event::AuditExpired { through } = recorded.event {
-            self.expired = self.expired.max(through);
+            // It speaks of rows that were there before it, or others could be removed on its word later.
+            self.expired = self.expired.max(through.min(row.seq - 1));
         }
         self.check_seen()?;
         Ok(recorded)
@@ -509,7 +535,7 @@ impl Chain {
         if head.hash != self.head.hash {
             return Err(AuditFault::Changed(head.seq));
         }
-        if let Some(seen) = self.seen.iter().map(|seen| seen.seq).find(|seq| *seq > head.seq) {
+        if let Some(seen) = self.seen.iter().map(|seen| seen.head.seq).find(|seq| *seq > head.seq) {
             return Err(AuditFault::Shortened(seen));
         }
         // What was removed before it was ever seen must at least be said to be gone.
@@ -525,6 +551,7 @@ mod tests {
     use super::*;
 
     const WORKSPACE: WorkspaceId = WorkspaceId([7; 32]);
+    const NOW: UnixTime = 1_700_000_000;
 
     fn event(number: u8) -> String {
         let event = Event::ServiceExposed {
@@ -558,7 +585,8 @@ mod tests {
         end: AuditHead,
         seen: Option<AuditHead>,
     ) -> Result<AuditHead, AuditFault> {
-        let mut chain = Chain::new(WORKSPACE, base, seen.into_iter().collect())?;
+        let seen = seen.into_iter().map(|head| SeenHead { head, at: 0 }).collect();
+        let mut chain = Chain::new(WORKSPACE, base, seen, NOW)?;
         for row in rows {
             chain.next(row)?;
         }
@@ -629,7 +657,8 @@ mod tests {
     #[test]
     fn rows_of_another_workspace_are_not_taken() {
         let rows = log(2);
-        let mut chain = Chain::new(WorkspaceId([8; 32]), AuditHead::EMPTY, Vec::new()).unwrap();
+        let mut chain =
+            Chain::new(WorkspaceId([8; 32]), AuditHead::EMPTY, Vec::new(), NOW).unwrap();
         assert_eq!(chain.next(&rows[0]), Err(AuditFault::Changed(1)));
     }
 
@@ -666,5 +695,54 @@ mod tests {
         let other = AuditHead { hash: AuditHash([9; 32]), ..base };
         assert_eq!(check(kept, other, head(kept), Some(base)), Err(AuditFault::Rewritten(4)));
         assert_eq!(check(kept, other, head(kept), None), Err(AuditFault::Changed(5)));
+    }
+
+    #[test]
+    fn rows_that_were_written_of_late_were_not_removed_for_their_age() {
+        const DAY: u64 = 24 * 3600;
+        let mut rows = log(9);
+        let base = head(&rows[..4]);
+        let expired = Recorded { at: 9, event: Event::AuditExpired { through: 4 } }.encode();
+        append(&mut rows, AuditHead::EMPTY, expired);
+        let begin = |row: usize, days: u64| {
+            let seen = SeenHead { head: head(&rows[..row]), at: NOW - days * DAY };
+            Chain::new(WORKSPACE, base, vec![seen], NOW).map(|_| ())
+        };
+        // Row 3 ended the log when it was seen, so row 4 is younger than that.
+        for (row, days) in [(3, 0), (3, 28), (1, 28), (0, 28)] {
+            assert_eq!(begin(row, days), Err(AuditFault::Removed(4)), "{row}, {days} days ago");
+        }
+        // Old enough, give or take the clocks; or seen with all that was removed.
+        for (row, days) in [(3, 29), (3, 400), (4, 0), (7, 0)] {
+            assert_eq!(begin(row, days), Ok(()), "{row}, {days} days ago");
+        }
+        // Nothing follows from what a clock said that was ahead.
+        let ahead = SeenHead { head: head(&rows[..3]), at: NOW + DAY };
+        assert!(Chain::new(WORKSPACE, base, vec![ahead], NOW).is_ok());
+    }
+
+    #[test]
+    fn nobody_says_ahead_of_time_that_rows_expire() {
+        let mut rows = log(2);
+        let through = u64::MAX;
+        let early = Recorded { at: 9, event: Event::AuditExpired { through } }.encode();
+        append(&mut rows, AuditHead::EMPTY, early);
+        for number in 2..6 {
+            append(&mut rows, AuditHead::EMPTY, event(number));
+        }
+        let check = |base: usize| check(&rows[base..], head(&rows[..base]), head(&rows), None);
+        assert_eq!(check(2), Ok(head(&rows)));
+        assert_eq!(check(3), Err(AuditFault::Removed(3)));
+    }
+
+    #[test]
+    fn what_was_remembered_without_a_time_is_still_read() {
+        let head = AuditHead { seq: 3, hash: AuditHash([4; 32]) };
+        let old = serde_json::to_string(&head).unwrap();
+        assert_eq!(serde_json::from_str::<SeenHead>(&old).unwrap(), SeenHead { head, at: 0 });
+        let seen = SeenHead { head, at: NOW };
+        let new = serde_json::to_string(&seen).unwrap();
+        assert_eq!(serde_json::from_str::<SeenHead>(&new).unwrap(), seen);
+        assert_eq!(serde_json::from_str::<AuditHead>(&new).unwrap(), head);
     }
 }

@@ -4,6 +4,8 @@
 //! hub verifies the public ones with `trust`, and can only forward the rest. Unknown fields are
 //! ignored, so that a newer peer may say more.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -723,6 +725,14 @@ impl ErrorReport {
     #[must_use]
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         Self { code, message: message.into(), agent_id: None, retry_in_ms: None }
+    }
+
+    /// The same, with the time after which it is worth to try again.
+    #[must_use]
+    pub fn retry_in(mut self, wait: Duration) -> Self {
+        // Never so short that the caller comes too early.
+        self.retry_in_ms = Some(u32::try_from(wait.as_micros().div_ceil(1000)).unwrap_or(u32::MAX));
+        self
     }
 }
 

@@ -67,6 +67,9 @@ pub const MAX_HUB_URL_BYTES: usize = 255;
 pub const MAX_CERTS: Duration = Duration::from_secs(90 * 24 * 3600);
 /// Wall clocks may be wrong by this much before a member's certificate counts as expired.
 pub const CLOCK_TOLERANCE: Duration = Duration::from_secs(24 * 3600);
+/// Rows of an audit log are kept for at least so long: the database holds the hub to it, so whoever takes the
+/// hub over cannot wipe its traces, and no reader believes that younger rows went for their age.
+pub const MIN_AUDIT_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// A control message: the largest is a list of agents, which the hub splits in pages.
 pub const MAX_CONTROL_BYTES: usize = 64 * 1024;

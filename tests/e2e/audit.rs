@@ -1,13 +1,14 @@
 //! The audit log as people read it, and API keys as programs use them.
 
 use std::{
+    fs,
     io::{Read as _, Write as _},
     net::TcpStream,
     process::Command,
 };
 
 use connect_tests::{
-    home::{Home, Pair},
+    home::{Home, Pair, Workspace},
     hub::Hub,
     postgres,
     services::Service,
@@ -113,10 +114,46 @@ fn log_is_read_with_names_and_an_edit_is_found() {
              UPDATE connect.audit_heads SET hash = previous;
          END $$",
     );
-    let expected = format!("row {last}, or one before it, is not what this agent saw before");
+    // At the first place after it that this agent remembers.
+    let seen = fs::read(founder.dir().join("trust/audit.json")).expect("it looked before");
+    let seen: Vec<Value> = serde_json::from_slice(&seen).expect("JSON");
+    let first = seen.iter().filter_map(|seen| seen["seq"].as_u64()).find(|seq| *seq >= 2);
+    let first = first.expect("it saw the end of the log");
+    let expected = format!("row {first}, or one before it, is not what this agent saw before");
     founder.fails(&["audit", "verify"], 7, &expected);
     // The reacher looked at the log with its beats, as every member does, and never by hand.
     pair.reacher.fails(&["audit", "verify"], 7, "is not what this agent saw before");
+}
+
+#[test]
+fn young_rows_that_were_removed_under_a_pretext_are_missed() {
+    let hub = Hub::start(&[]);
+    let workspace = Workspace::found(&hub);
+    let founder = &workspace.founder;
+    founder.ok(&["audit", "verify"]);
+    founder.ok(&["invite"]);
+    founder.ok(&["audit", "verify"]);
+    // What the owner writes holds in itself, and says what a hub says that removes what is too old.
+    edit(
+        &hub,
+        "DO $$
+         DECLARE head connect.audit_heads%ROWTYPE; expired text; link bytea;
+         BEGIN
+             SELECT * INTO STRICT head FROM connect.audit_heads;
+             DELETE FROM connect.audit_events;
+             expired := format('{\"at\":%s,\"kind\":\"audit_expired\",\"through\":%s}',
+                 floor(extract(epoch FROM now()) * 1000), head.seq);
+             link := connect.audit_link(head.workspace_id, head.hash, head.seq + 1, expired);
+             INSERT INTO connect.audit_events (workspace_id, seq, hash, event)
+             VALUES (head.workspace_id, head.seq + 1, link, expired);
+             UPDATE connect.audit_heads h SET seq = head.seq + 1, hash = link,
+                 base_seq = head.seq, base_hash = head.hash;
+         END $$",
+    );
+    founder.fails(&["audit", "verify"], 7, "were removed, and not for their age");
+    founder.fails(&["audit"], 7, "were removed, and not for their age");
+    // Whoever never saw the log before has nothing to hold it against.
+    assert!(workspace.join("late").json(&["audit", "verify"])["expired"].as_u64() > Some(2));
 }
 
 #[test]

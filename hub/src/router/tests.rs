@@ -529,5 +529,11 @@ fn an_exposer_has_a_limit_of_unanswered_tunnels() {
         world.open_as(world.reacher, 1, next).unwrap();
     }
     world.now += Duration::from_millis(20);
-    assert_eq!(refusal(world.open_as(world.reacher, 1, request(255))), ErrorCode::Busy);
+    match world.open_as(world.reacher, 1, request(255)) {
+        Err(OpenError::Refused(report)) => {
+            assert_eq!(report.code, ErrorCode::Busy);
+            assert_eq!(report.retry_in_ms, Some(1000));
+        }
+        other => panic!("{other:?}"),
+    }
 }

@@ -7,7 +7,10 @@
 use serde::Serialize;
 use sqlx::{Connection as _, postgres::PgConnection};
 
-use super::{APP_ROLE, AUDIT_ROLE, BACKUP_ROLE, LOOKUP_ROLE, StoreError, latest_version, version};
+use super::{
+    APP_ROLE, AUDIT_ROLE, BACKUP_ROLE, LOOKUP_ROLE, StoreError, latest_version, schema::definition,
+    version,
+};
 use crate::limits::OLDEST_POSTGRES;
 
 /// A privilege, on some columns or with an empty list on the whole table.
@@ -29,7 +32,16 @@ struct Table {
     isolated: bool,
     /// Policies besides those that `connect.isolate` makes.
     policies: &'static [Policy],
+    /// Foreign keys besides the one to the workspace.
+    references: &'static [&'static str],
 }
+
+/// What every table of workspaces has but the one that lists them.
+const TO_WORKSPACE: &str = "FOREIGN KEY (workspace_id) REFERENCES connect.workspaces(workspace_id)";
+const TO_AGENT: &str = "FOREIGN KEY (workspace_id, agent_id) \
+     REFERENCES connect.agents(workspace_id, agent_id) ON DELETE CASCADE";
+const TO_CREDENTIAL: &str = "FOREIGN KEY (workspace_id, credential_id) \
+     REFERENCES connect.credentials(workspace_id, credential_id)";
 
 /// A policy, with its expressions as the catalogue prints them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,23 +75,37 @@ const fn policy(
     Policy { name, command, role, using, check }
 }
 
-/// A table of workspaces, of which `connect_app` may do so much.
-const fn isolated(name: &'static str, app: &'static [Grant]) -> Table {
-    Table { name, app, lookup: &[], audit: &[], isolated: true, policies: &[] }
+/// A table of workspaces, of which `connect_app` may do so much, with these references.
+const fn isolated(
+    name: &'static str,
+    app: &'static [Grant],
+    references: &'static [&'static str],
+) -> Table {
+    Table { name, app, lookup: &[], audit: &[], isolated: true, policies: &[], references }
 }
 
 /// Every table of the schema.
 const TABLES: &[Table] = &[
-    isolated("agents", &[("SELECT", ALL), ("INSERT", ALL), ("UPDATE", ALL)]),
-    isolated("credentials", &[("SELECT", ALL), ("INSERT", ALL), ("UPDATE", &["used"])]),
-    isolated("log_entries", &[("SELECT", ALL), ("INSERT", ALL), ("DELETE", ALL)]),
-    isolated("services", &[("SELECT", ALL), ("INSERT", ALL), ("UPDATE", ALL), ("DELETE", ALL)]),
+    isolated("agents", &[("SELECT", ALL), ("INSERT", ALL), ("UPDATE", ALL)], &[TO_CREDENTIAL]),
+    isolated("credentials", &[("SELECT", ALL), ("INSERT", ALL), ("UPDATE", &["used"])], &[]),
+    isolated("log_entries", &[("SELECT", ALL), ("INSERT", ALL), ("DELETE", ALL)], &[]),
+    isolated(
+        "services",
+        &[("SELECT", ALL), ("INSERT", ALL), ("UPDATE", ALL), ("DELETE", ALL)],
+        &[TO_AGENT],
+    ),
     isolated(
         "shared_services",
         &[
             ("SELECT", ALL),
             ("INSERT", ALL),
             ("UPDATE", &["record", "record_counter", "record_epoch", "tag"]),
+        ],
+        &[
+            "FOREIGN KEY (workspace_id, share_id) \
+             REFERENCES connect.credentials(workspace_id, credential_id) ON DELETE CASCADE",
+            "FOREIGN KEY (workspace_id, service_id) \
+             REFERENCES connect.services(workspace_id, service_id) ON DELETE CASCADE",
         ],
     ),
     isolated(
@@ -89,8 +115,17 @@ const TABLES: &[Table] = &[
             ("INSERT", ALL),
             ("UPDATE", &["head_seq", "head_hash", "replaced", "trust"]),
         ],
+        &[],
     ),
-    isolated("wraps", &[("SELECT", ALL), ("INSERT", ALL), ("UPDATE", &["wrap"]), ("DELETE", ALL)]),
+    isolated(
+        "wraps",
+        &[("SELECT", ALL), ("INSERT", ALL), ("UPDATE", &["wrap"]), ("DELETE", ALL)],
+        &[
+            TO_AGENT,
+            "FOREIGN KEY (workspace_id, credential_id) \
+             REFERENCES connect.credentials(workspace_id, credential_id) ON DELETE CASCADE",
+        ],
+    ),
     Table {
         name: "registration_tokens",
         app: &[("INSERT", &["token_hash", "expires_at"])],
@@ -103,6 +138,7 @@ const TABLES: &[Table] = &[
             policy("spend", "UPDATE", LOOKUP_ROLE, Some("true"), None),
             policy("backup_select", "SELECT", BACKUP_ROLE, Some("true"), None),
         ],
+        references: &[],
     },
     // Which migrations ran: nothing of a workspace, and open to those who are granted it.
     Table {
@@ -112,6 +148,7 @@ const TABLES: &[Table] = &[
         audit: &[],
         isolated: false,
         policies: &[],
+        references: &[],
     },
     Table {
         name: "api_keys",
@@ -120,6 +157,7 @@ const TABLES: &[Table] = &[
         audit: &[],
         isolated: true,
         policies: &[policy("find", "SELECT", LOOKUP_ROLE, Some("true"), None)],
+        references: &[TO_AGENT],
     },
     Table {
         name: "audit_heads",
@@ -132,6 +170,7 @@ const TABLES: &[Table] = &[
             policy("audit_insert", "INSERT", AUDIT_ROLE, None, Some("true")),
             policy("audit_update", "UPDATE", AUDIT_ROLE, Some("true"), Some("true")),
         ],
+        references: &[],
     },
     Table {
         name: "audit_events",
@@ -144,6 +183,7 @@ const TABLES: &[Table] = &[
             policy("audit_insert", "INSERT", AUDIT_ROLE, None, Some("true")),
             policy("audit_delete", "DELETE", AUDIT_ROLE, Some("true"), None),
         ],
+        references: &[],
     },
 ];
 
@@ -212,13 +252,13 @@ pub enum Kind {
     TableUnknown,
     /// A table that is not there.
     TableMissing,
-    /// A partition, an heir, an unlogged table, a rule.
+    /// A partition, an heir, an unlogged table, a rule, a trigger.
     Oddity,
     /// A view over the tables: it sees with its owner's eyes.
     View,
-    /// A function that sees more than its caller, or that everybody may call.
+    /// A function that sees more than its caller, that everybody may call, or that does something else.
     Function,
-    /// A reference that can point into another workspace.
+    /// A reference that can point into another workspace, or one that is not there or not checked.
     ForeignKey,
     /// A uniqueness that reaches over workspaces, so one can probe for rows of another.
     Unique,
@@ -561,7 +601,7 @@ async fn check_settings(
             ),
         );
     }
-    report.checked.push("settings: none begins a session inside a workspace".to_owned());
+    report.checked.push("settings that begin a session inside a workspace".to_owned());
     Ok(())
 }
 
@@ -632,7 +672,7 @@ async fn check_schema(
         relations.iter().map(|relation| relation.name.as_str()).collect::<Vec<_>>().join(", ")
     ));
     check_links(connection, report).await?;
-    check_keys(connection, report).await?;
+    check_keys(connection, report, &relations).await?;
     check_functions(connection, report).await?;
     Ok(())
 }
@@ -939,7 +979,7 @@ fn create_policy(path: &str, policy: &Policy) -> String {
     sql
 }
 
-/// Ways past the row security of a table: views, rules, heirs.
+/// Ways past the row security of a table: views, rules, triggers, heirs.
 async fn check_links(connection: &mut PgConnection, report: &mut Report) -> Result<(), StoreError> {
     let views: Vec<(String, String)> = sqlx::query_as(
         "SELECT DISTINCT c.oid::regclass::text, c.relkind::text
@@ -976,6 +1016,21 @@ async fn check_links(connection: &mut PgConnection, report: &mut Report) -> Resu
             format!("DROP RULE {rule} ON {path};"),
         );
     }
+    let triggers: Vec<(String, String)> = sqlx::query_as(
+        "SELECT quote_ident(t.tgname), c.oid::regclass::text FROM pg_trigger t
+         JOIN pg_class c ON c.oid = t.tgrelid
+         WHERE c.relnamespace = 'connect'::regnamespace AND NOT t.tgisinternal ORDER BY 1",
+    )
+    .fetch_all(&mut *connection)
+    .await?;
+    for (trigger, path) in triggers {
+        report.sql(
+            Kind::Oddity,
+            &path,
+            format!("trigger {trigger} sees or changes what is written to it"),
+            format!("DROP TRIGGER {trigger} ON {path};"),
+        );
+    }
     let heirs: Vec<(String, String, bool)> = sqlx::query_as(
         "SELECT i.inhrelid::regclass::text, i.inhparent::regclass::text, c.relispartition
          FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid JOIN pg_class p ON p.oid = i.inhparent
@@ -997,12 +1052,16 @@ async fn check_links(connection: &mut PgConnection, report: &mut Report) -> Resu
             sql,
         );
     }
-    report.checked.push("views, rules and heirs of the tables: none".to_owned());
+    report.checked.push("views, rules, triggers and heirs of the tables".to_owned());
     Ok(())
 }
 
 /// Foreign keys and uniqueness, which row security does not bind.
-async fn check_keys(connection: &mut PgConnection, report: &mut Report) -> Result<(), StoreError> {
+async fn check_keys(
+    connection: &mut PgConnection,
+    report: &mut Report,
+    relations: &[Relation],
+) -> Result<(), StoreError> {
     let references: Vec<(String, String, String, String, String)> = sqlx::query_as(
         "SELECT k.conrelid::regclass::text, quote_ident(k.conname), k.confrelid::regclass::text,
                 (SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY u.n) FROM unnest(k.conkey) WITH ORDINALITY u (col, n)
@@ -1033,6 +1092,7 @@ async fn check_keys(connection: &mut PgConnection, report: &mut Report) -> Resul
             ),
         );
     }
+    check_references(connection, report, relations).await?;
     let uniques: Vec<(String, String, Option<String>)> = sqlx::query_as(
         "SELECT i.indrelid::regclass::text, i.indexrelid::regclass::text,
                 (SELECT quote_ident(k.conname) FROM pg_constraint k WHERE k.conindid = i.indexrelid
@@ -1056,20 +1116,85 @@ async fn check_keys(connection: &mut PgConnection, report: &mut Report) -> Resul
             sql,
         );
     }
-    report.checked.push("foreign keys and unique indexes: each names the workspace".to_owned());
+    report
+        .checked
+        .push("foreign keys and unique indexes: whether each names the workspace".to_owned());
     Ok(())
 }
 
-/// Statements that give a function to a role: whoever does it must be a member of the role, and the role
-/// able to create in the schema, for this moment.
-fn give_away(function: &str, role: &str) -> String {
+/// Foreign keys that should be there: without them a row could outlive what it belongs to, or name what is
+/// not there.
+async fn check_references(
+    connection: &mut PgConnection,
+    report: &mut Report,
+    relations: &[Relation],
+) -> Result<(), StoreError> {
+    let found: Vec<(String, String, String, bool)> = sqlx::query_as(
+        "SELECT k.conrelid::regclass::text, quote_ident(k.conname), pg_get_constraintdef(k.oid), k.convalidated
+         FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid
+         WHERE k.contype = 'f' AND c.relnamespace = 'connect'::regnamespace ORDER BY 1, 2",
+    )
+    .fetch_all(&mut *connection)
+    .await?;
+    for relation in relations.iter().filter(|relation| relation.has_workspace) {
+        let path = relation.path.as_str();
+        let known = TABLES.iter().find(|table| table.name == relation.name);
+        let own = known.map(|table| table.references).unwrap_or_default();
+        let to_workspace = (relation.name != "workspaces").then_some(TO_WORKSPACE);
+        for wanted in to_workspace.iter().chain(own) {
+            let is_there =
+                found.iter().any(|(of, _, says, _)| of == path && says.starts_with(wanted));
+            if !is_there {
+                report.sql(
+                    Kind::ForeignKey,
+                    path,
+                    format!("has no {wanted}"),
+                    format!("ALTER TABLE {path} ADD {wanted};"),
+                );
+            }
+        }
+    }
+    for (path, name, _, _) in found.iter().filter(|(.., is_valid)| !is_valid) {
+        report.sql(
+            Kind::ForeignKey,
+            path,
+            format!("foreign key {name} was not checked for the rows that were there"),
+            format!("ALTER TABLE {path} VALIDATE CONSTRAINT {name};"),
+        );
+    }
+    let asleep: Vec<(String,)> = sqlx::query_as(
+        "SELECT DISTINCT c.oid::regclass::text FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
+         WHERE c.relnamespace = 'connect'::regnamespace AND t.tgisinternal AND t.tgenabled NOT IN ('O', 'A')
+         ORDER BY 1",
+    )
+    .fetch_all(connection)
+    .await?;
+    for (path,) in asleep {
+        report.sql(
+            Kind::ForeignKey,
+            &path,
+            "its foreign keys, or those to it, are switched off",
+            format!("ALTER TABLE {path} ENABLE TRIGGER ALL;"),
+        );
+    }
+    Ok(())
+}
+
+/// Statements around one that needs a role's rights: whoever runs it must be a member of the role, and the
+/// role able to create in the schema, for this moment.
+fn as_role(role: &str, statement: &str) -> String {
     format!(
         "GRANT {role} TO CURRENT_USER;\n\
          GRANT CREATE ON SCHEMA connect TO {role};\n\
-         ALTER ROUTINE {function} OWNER TO {role};\n\
+         {statement}\n\
          REVOKE CREATE ON SCHEMA connect FROM {role};\n\
          REVOKE {role} FROM CURRENT_USER;"
     )
+}
+
+/// Statements that give a function to a role.
+fn give_away(function: &str, role: &str) -> String {
+    as_role(role, &format!("ALTER ROUTINE {function} OWNER TO {role};"))
 }
 
 /// One function or procedure.
@@ -1079,6 +1204,7 @@ struct Routine {
     owner: String,
     definer: bool,
     pinned: bool,
+    body: String,
     /// Who may call it besides its owner.
     callers: Vec<String>,
 }
@@ -1091,6 +1217,7 @@ async fn check_functions(
     let routines: Vec<Routine> = sqlx::query_as(
         "SELECT p.oid::regprocedure::text AS signature, p.proowner::regrole::text AS owner,
                 p.prosecdef AS definer, coalesce(p.proconfig @> ARRAY[$1], false) AS pinned,
+                p.prosrc AS body,
                 ARRAY(SELECT CASE WHEN a.grantee = 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
                       FROM aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
                       WHERE a.grantee <> p.proowner ORDER BY 1) AS callers
@@ -1119,6 +1246,16 @@ async fn check_functions(
                 name,
                 format!("sees what {} sees, whoever calls it, and is none of the hub's", routine.owner),
                 format!("ALTER ROUTINE {name} SECURITY INVOKER;\nREVOKE ALL ON ROUTINE {name} FROM PUBLIC;"),
+            );
+            continue;
+        }
+        if let Some(made) = definition(name).filter(|made| made.body != routine.body) {
+            let statement = made.statement;
+            report.sql(
+                Kind::Function,
+                name,
+                "does something else than the function that the migrations make",
+                definer.map_or_else(|| statement.clone(), |role| as_role(role, &statement)),
             );
             continue;
         }

@@ -191,7 +191,8 @@ impl Store {
             bool,
         ) = sqlx::query_as(
             "SELECT current_user::text,
-                    bool_or(r.rolsuper OR r.rolbypassrls OR r.rolreplication),
+                    bool_or(r.rolsuper OR r.rolbypassrls OR r.rolreplication OR r.rolname IN
+                        ('pg_execute_server_program', 'pg_read_server_files', 'pg_write_server_files')),
                     bool_or(r.rolcreaterole),
                     EXISTS (SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
                             WHERE n.nspname = 'connect' AND pg_has_role(current_user, c.relowner, 'MEMBER'))
@@ -205,7 +206,7 @@ impl Store {
         .fetch_one(&self.pool)
         .await?;
         let why = if over_everything {
-            "it is a superuser, may replicate, or bypasses row security"
+            "it is a superuser, may replicate, reaches the server's files, or bypasses row security"
         } else if creates_roles {
             "it can create roles and so become another one"
         } else if owns {

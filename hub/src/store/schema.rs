@@ -18,6 +18,38 @@ pub fn latest_version() -> i64 {
     migrator().iter().map(|migration| migration.version).max().unwrap_or(0)
 }
 
+/// A function as the migrations make it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Definition {
+    /// What makes it again, whatever it is meanwhile.
+    pub(super) statement: String,
+    /// What stands between its dollars.
+    pub(super) body: String,
+}
+
+/// The last definition that the migrations have of a function of this signature, of which the name counts:
+/// no two have the same.
+pub(super) fn definition(signature: &str) -> Option<Definition> {
+    let (name, _) = signature.split_once('(')?;
+    let migrator = migrator();
+    let mut found = None;
+    for migration in migrator.iter() {
+        for statement in migration.sql.as_str().split("\nCREATE ").skip(1) {
+            let statement = statement.strip_prefix("OR REPLACE ").unwrap_or(statement);
+            let named = statement.split_once(' ').and_then(|(_, named)| named.strip_prefix(name));
+            if !named.is_some_and(|rest| rest.starts_with('(')) {
+                continue;
+            }
+            let mut parts = statement.splitn(3, "$$");
+            if let (Some(head), Some(body)) = (parts.next(), parts.next()) {
+                let statement = format!("CREATE OR REPLACE {head}$${body}$$;");
+                found = Some(Definition { statement, body: body.to_owned() });
+            }
+        }
+    }
+    found
+}
+
 /// The schema version of the database; 0 when there is none.
 ///
 /// # Errors

@@ -4,10 +4,13 @@ use std::{collections::BTreeMap, time::Duration};
 
 use connect_hub::{
     audit::now,
+    auth::unix_now,
     store::{AuditFilter, Store},
 };
 use connect_spec::{
-    audit::{AuditFault, AuditHash, AuditHead, Chain, Event, Recorded, Scope, TunnelEnd, link},
+    audit::{
+        AuditFault, AuditHash, AuditHead, Chain, Event, Recorded, Scope, SeenHead, TunnelEnd, link,
+    },
     control::{ErrorCode, FromAgent, FromHub, Reply, Request},
     encoding::Encoding,
     ids::{AgentId, LookupTag, ServiceId, TunnelId, WorkspaceId},
@@ -35,7 +38,8 @@ async fn read(control: &mut Control, workspace: WorkspaceId) -> Vec<Event> {
         let Reply::Audit { base, head, rows, more } = reply else {
             panic!("{reply:?}");
         };
-        let chain = chain.get_or_insert_with(|| Chain::new(workspace, base, Vec::new()).unwrap());
+        let chain = chain
+            .get_or_insert_with(|| Chain::new(workspace, base, Vec::new(), unix_now()).unwrap());
         for row in &rows {
             events.push(chain.next(row).unwrap().event);
         }
@@ -272,7 +276,8 @@ async fn verify(store: &Store, seen: Vec<AuditHead>) -> Result<AuditHead, AuditF
     let mut tx = store.snapshot(A).await.unwrap();
     let bounds = tx.audit_bounds().await.unwrap();
     let rows = tx.audit_rows(&AuditFilter::default(), 1000).await.unwrap();
-    let mut chain = Chain::new(A, bounds.base, seen)?;
+    let seen = seen.into_iter().map(|head| SeenHead { head, at: 0 }).collect();
+    let mut chain = Chain::new(A, bounds.base, seen, unix_now())?;
     for row in &rows {
         chain.next(row)?;
     }

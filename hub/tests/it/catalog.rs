@@ -55,7 +55,11 @@ async fn the_catalog_of_a_managed_database_has_no_hole() {
 type Fault = (&'static str, Kind, &'static str);
 
 const FAULTS: &[Fault] = &[
-    ("CREATE TABLE connect.t (workspace_id bytea)", Kind::NotIsolated, "connect.t"),
+    (
+        "CREATE TABLE connect.t (workspace_id bytea REFERENCES connect.workspaces)",
+        Kind::NotIsolated,
+        "connect.t",
+    ),
     ("CREATE TABLE connect.t (note text)", Kind::TableUnknown, "connect.t"),
     (
         "ALTER TABLE connect.agents DISABLE ROW LEVEL SECURITY",
@@ -222,7 +226,57 @@ const FAULTS: &[Fault] = &[
     ),
     ("CREATE TABLE public.heir () INHERITS (connect.wraps)", Kind::Oddity, "public.heir"),
     (
-        "CREATE UNLOGGED TABLE connect.t (workspace_id bytea); CALL connect.isolate('connect.t')",
+        "CREATE FUNCTION public.f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+         CREATE TRIGGER \"a copy\" AFTER INSERT ON connect.services
+         FOR EACH ROW EXECUTE FUNCTION public.f()",
+        Kind::Oddity,
+        "connect.services",
+    ),
+    (
+        "CREATE TABLE connect.t (workspace_id bytea); CALL connect.isolate('connect.t')",
+        Kind::ForeignKey,
+        "connect.t",
+    ),
+    (
+        "ALTER TABLE connect.services DROP CONSTRAINT services_workspace_id_agent_id_fkey",
+        Kind::ForeignKey,
+        "connect.services",
+    ),
+    (
+        "ALTER TABLE connect.agents DROP CONSTRAINT agents_workspace_id_fkey",
+        Kind::ForeignKey,
+        "connect.agents",
+    ),
+    (
+        "ALTER TABLE connect.api_keys DROP CONSTRAINT api_keys_workspace_id_agent_id_fkey;
+         ALTER TABLE connect.api_keys ADD FOREIGN KEY (workspace_id, agent_id)
+         REFERENCES connect.agents ON DELETE CASCADE NOT VALID",
+        Kind::ForeignKey,
+        "connect.api_keys",
+    ),
+    ("ALTER TABLE connect.wraps DISABLE TRIGGER ALL", Kind::ForeignKey, "connect.wraps"),
+    (
+        "CREATE OR REPLACE FUNCTION connect.workspace_of_api_key(hash bytea) RETURNS bytea
+         LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+         AS 'SELECT workspace_id FROM connect.api_keys LIMIT 1'",
+        Kind::Function,
+        "connect.workspace_of_api_key(bytea)",
+    ),
+    (
+        "CREATE OR REPLACE FUNCTION connect.append_audit(events text[]) RETURNS void
+         LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS 'BEGIN END'",
+        Kind::Function,
+        "connect.append_audit(text[])",
+    ),
+    (
+        "CREATE OR REPLACE PROCEDURE connect.isolate(target regclass) LANGUAGE plpgsql
+         SET search_path = pg_catalog, pg_temp AS 'BEGIN END'",
+        Kind::Function,
+        "connect.isolate(regclass)",
+    ),
+    (
+        "CREATE UNLOGGED TABLE connect.t (workspace_id bytea REFERENCES connect.workspaces);
+         CALL connect.isolate('connect.t')",
         Kind::Oddity,
         "connect.t",
     ),

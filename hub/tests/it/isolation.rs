@@ -37,11 +37,11 @@ use crate::{
 
 pub(crate) const A: WorkspaceId = WorkspaceId([0xaa; 32]);
 pub(crate) const B: WorkspaceId = WorkspaceId([0xbb; 32]);
-const AGENT: AgentId = AgentId([1; 16]);
+pub(crate) const AGENT: AgentId = AgentId([1; 16]);
 const OTHER_AGENT: AgentId = AgentId([2; 16]);
-const CREDENTIAL: CredentialId = CredentialId([3; 16]);
-const SERVICE: ServiceId = ServiceId([4; 16]);
-const TAG: LookupTag = LookupTag([5; 16]);
+pub(crate) const CREDENTIAL: CredentialId = CredentialId([3; 16]);
+pub(crate) const SERVICE: ServiceId = ServiceId([4; 16]);
+pub(crate) const TAG: LookupTag = LookupTag([5; 16]);
 
 /// Runs a test on a cluster of its own, which is gone afterwards whatever happened.
 pub(crate) async fn with_cluster<T: Future<Output = ()>>(
@@ -80,7 +80,7 @@ pub(crate) async fn managed_owner(cluster: &Cluster) -> PgConnectOptions {
     cluster.connect_options("hub_owner")
 }
 
-fn record(counter: u32) -> SealedRecord {
+pub(crate) fn record(counter: u32) -> SealedRecord {
     SealedRecord { epoch: 0, counter, sealed: vec![7; 40].into() }
 }
 
@@ -138,7 +138,7 @@ pub(crate) async fn populate(store: &Store, workspace: WorkspaceId) {
 }
 
 /// An entry whose signature nobody looks at here.
-fn entry(workspace: WorkspaceId) -> LogEntry {
+pub(crate) fn entry(workspace: WorkspaceId) -> LogEntry {
     let entry = Entry {
         workspace_id: workspace,
         seq: 1,
@@ -152,7 +152,7 @@ fn entry(workspace: WorkspaceId) -> LogEntry {
 }
 
 /// All tables that hold rows of workspaces.
-async fn tables(connection: &mut PgConnection) -> Vec<String> {
+pub(crate) async fn tables(connection: &mut PgConnection) -> Vec<String> {
     let rows: Vec<(String,)> = sqlx::query_as(
         "SELECT c.oid::regclass::text FROM pg_class c
          JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -278,6 +278,11 @@ async fn a_role_that_could_see_more_is_refused() {
                 "GRANT connect_backup TO connect_app",
                 "REVOKE connect_backup FROM connect_app",
                 "connect_backup",
+            ),
+            (
+                "GRANT pg_read_server_files TO connect_app",
+                "REVOKE pg_read_server_files FROM connect_app",
+                "the server's files",
             ),
             (
                 "GRANT connect_lookup TO connect_app",

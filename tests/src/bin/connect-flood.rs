@@ -5,6 +5,10 @@
 //! The tenant is a reached service that echoes. It is measured alone; then with `--hold` sockets that say
 //! nothing and are opened again whenever the hub cuts them, and `--opens` more a second that are closed
 //! after a moment. Loopback has no limit of its own at the hub: dial it by another address of this machine.
+//!
+//! With `--asks`, agents of another workspace ask for so many tunnels a second meanwhile, and their exposer
+//! refuses each. They come by hand-made clients, for which the hub has to be on loopback and open for
+//! registration, and `CONNECT_BIN_DIR` to name the directory of `connect`.
 
 #![allow(clippy::print_stdout, reason = "a program that prints what it measures")]
 
@@ -20,7 +24,15 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use connect_tests::raise_file_limit;
+use connect_spec::{
+    control::{ErrorCode, FromAgent, FromHub, Reply, Request, SessionKind},
+    ids::{AgentId, LookupTag, ServiceId},
+};
+use connect_tests::{
+    client::{Client, Keys, sealed, tunnel_request},
+    home::Workspace,
+    raise_file_limit,
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -45,6 +57,9 @@ struct Options {
     /// Further connections a second.
     #[arg(long, default_value_t = 1000)]
     opens: u32,
+    /// Tunnels that another workspace asks for, a second.
+    #[arg(long, default_value_t = 0)]
+    asks: u32,
     /// Seconds of each measurement.
     #[arg(long, default_value_t = 20)]
     secs: u64,
@@ -55,6 +70,8 @@ struct Counts {
     connected: AtomicU64,
     failed: AtomicU64,
     open: AtomicU64,
+    asked: AtomicU64,
+    limited: AtomicU64,
     stop: AtomicBool,
 }
 
@@ -70,6 +87,10 @@ async fn main() -> Result<()> {
     println!("hub memory:  {}", memory(options.hub_pid)?);
     let counts = Arc::new(Counts::default());
     let mut flood = JoinSet::new();
+    // Before the strangers, who leave no room for a login on loopback.
+    if options.asks > 0 {
+        neighbours(options.hub, options.asks, &counts, &mut flood).await;
+    }
     for _ in 0..options.hold {
         flood.spawn(hold(options.hub, counts.clone()));
     }
@@ -81,6 +102,11 @@ async fn main() -> Result<()> {
         count(&counts.open),
         count(&counts.connected),
         count(&counts.failed)
+    );
+    println!(
+        "neighbours:  {} tunnels asked for, {} over a limit",
+        count(&counts.asked),
+        count(&counts.limited)
     );
     println!("hub memory:  {}", memory(options.hub_pid)?);
     counts.stop.store(true, Ordering::Relaxed);
@@ -127,6 +153,50 @@ async fn open(hub: SocketAddr, per_sec: u32, counts: Arc<Counts>) {
             }
         });
         while opened.try_join_next().is_some() {}
+    }
+}
+
+/// What the neighbours expose, and no target of theirs is asked for.
+const SERVICE: ServiceId = ServiceId([0xf1; 16]);
+/// So many of them share the work: one agent alone may ask for a hundred a second.
+const NEIGHBOURS: u32 = 10;
+
+/// Founds a workspace whose agents ask one of them for so many tunnels a second.
+async fn neighbours(hub: SocketAddr, per_sec: u32, counts: &Arc<Counts>, flood: &mut JoinSet<()>) {
+    let workspace = Workspace::found_at(&format!("http://{hub}"));
+    let exposer = Keys::of(&workspace.founder);
+    let responder = exposer.agent_id;
+    let mut client = Client::login(hub, &exposer, SessionKind::Agent).await;
+    let tag = LookupTag([0xf1; 16]);
+    let expose = Request::Expose { service_id: SERVICE, tag, record: sealed(1), take_over: false };
+    assert_eq!(client.request(expose).await, Reply::Done);
+    flood.spawn(async move {
+        while let Some(message) = client.next().await {
+            if let FromHub::IncomingTunnel { request, .. } = message {
+                let (tunnel_id, code) = (request.tunnel_id, ErrorCode::Refused);
+                client.send(&FromAgent::RefuseTunnel { tunnel_id, code }).await;
+            }
+        }
+    });
+    for number in 0..NEIGHBOURS {
+        let keys = Keys::of(&workspace.join(&format!("neighbour-{number}")));
+        flood.spawn(ask(hub, keys, responder, per_sec / NEIGHBOURS, counts.clone()));
+    }
+}
+
+/// An agent that asks for so many tunnels a second, one after the other.
+async fn ask(hub: SocketAddr, keys: Keys, responder: AgentId, per_sec: u32, counts: Arc<Counts>) {
+    let mut client = Client::login(hub, &keys, SessionKind::Agent).await;
+    let mut ticks = interval(Duration::from_secs(1) / per_sec.max(1));
+    loop {
+        ticks.tick().await;
+        let reply = client.request(Request::OpenTunnel(tunnel_request(SERVICE, responder))).await;
+        counts.asked.fetch_add(1, Ordering::Relaxed);
+        if matches!(&reply, Reply::Error(report)
+            if matches!(report.code, ErrorCode::RateLimited | ErrorCode::Busy))
+        {
+            counts.limited.fetch_add(1, Ordering::Relaxed);
+        }
     }
 }
 

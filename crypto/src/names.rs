@@ -310,7 +310,98 @@ fn unpad(plaintext: &[u8]) -> Result<&[u8], ObjectError> {
 
 #[cfg(test)]
 mod tests {
+    use connect_spec::objects::Certificate;
+
     use super::*;
+    use crate::test_world::{TestRng, World, bytes};
+
+    /// Whoever has the key seals what it likes where it likes, and signs what it likes.
+    #[test]
+    fn a_record_that_says_another_place_than_it_is_sealed_for_is_refused() {
+        let world = World::new();
+        let (member, other) = (world.member("member"), world.member("other"));
+        let (workspace, id, identity) = (world.workspace, member.id(), member.identity.public());
+        let keys = NameKeys::derive(&world.epoch.names);
+        let rng = &mut TestRng::new("seal");
+
+        let record = member.identity.sign(&world.service_record(&member));
+        let sound = || service_place(record.object());
+        let mut service = |place: Place| {
+            let sealed = keys.seal(&place, &record, rng).unwrap();
+            keys.open_service(&workspace, ServiceId(place.object), place.agent, &sealed).err()
+        };
+        assert_eq!(service(sound()), None);
+        for place in [
+            Place { object: bytes("other"), ..sound() },
+            Place { agent: other.id(), ..sound() },
+            Place { epoch: 1, ..sound() },
+            Place { counter: 8, ..sound() },
+        ] {
+            assert_eq!(service(place), Some(CryptoError::Misplaced));
+        }
+
+        let record = member.identity.sign(&world.agent_record(&member));
+        let sound = || agent_place(record.object());
+        let mut agent = |place: Place| {
+            let sealed = keys.seal(&place, &record, rng).unwrap();
+            keys.open_agent(&workspace, place.agent, &identity, &sealed).err()
+        };
+        assert_eq!(agent(sound()), None);
+        for place in [Place { epoch: 1, ..sound() }, Place { counter: 8, ..sound() }] {
+            assert_eq!(agent(place), Some(CryptoError::Misplaced));
+        }
+        // At another agent's place, and saying so.
+        let stolen = AgentRecord { agent_id: other.id(), ..world.agent_record(&member) };
+        let sealed = keys.seal_agent(&member.identity.sign(&stolen), rng).unwrap();
+        let opened = keys.open_agent(&workspace, other.id(), &identity, &sealed);
+        assert_eq!(opened.err(), Some(CryptoError::Misplaced));
+
+        // The id that the agent has in another workspace, with a certificate of there.
+        let elsewhere = Certificate {
+            workspace_id: WorkspaceId(bytes("elsewhere")),
+            ..member.presented.certificate.object().clone()
+        };
+        let agent_id = elsewhere.agent_id();
+        let certificate = world.signer.sign(&elsewhere);
+        let record = ServiceRecord { agent_id, certificate, ..world.service_record(&member) };
+        let place = service_place(&record);
+        let sealed = keys.seal_service(&member.identity.sign(&record), rng).unwrap();
+        let opened = keys.open_service(&workspace, ServiceId(place.object), agent_id, &sealed);
+        assert_eq!(opened.err(), Some(CryptoError::Misplaced));
+
+        let share = CredentialId(bytes("share"));
+        let label = "for Ann".parse().unwrap();
+        let record = ShareRecord { workspace_id: workspace, share_id: share, label, names: vec![] };
+        let open = |at: CredentialId, sealed: &Blob| {
+            keys.open_share(&workspace, at, &identity, sealed).err()
+        };
+        let signed = member.identity.sign(&record);
+        assert_eq!(open(share, &keys.seal_share(&signed, rng).unwrap()), None);
+        let moved = CredentialId(bytes("other share"));
+        let sealed = keys.seal(&place_of_share(workspace, moved), &signed, rng).unwrap();
+        assert_eq!(open(moved, &sealed.sealed), Some(CryptoError::Misplaced));
+        let sealed = keys.seal_share(&other.identity.sign(&record), rng).unwrap();
+        assert_eq!(open(share, &sealed), Some(CryptoError::Misplaced));
+        assert_ne!(id, other.id());
+    }
+
+    #[test]
+    fn a_record_over_the_limit_is_refused_unread() {
+        let world = World::new();
+        let member = world.member("member");
+        let keys = NameKeys::derive(&world.epoch.names);
+        let place = agent_place(&world.agent_record(&member));
+        for (length, expected) in [
+            (MAX_RECORD_PLAINTEXT_BYTES, CryptoError::Object(ObjectError::Envelope)),
+            (MAX_RECORD_PLAINTEXT_BYTES + 1024, CryptoError::Open),
+        ] {
+            let nonce = XNonce::default();
+            let payload = Payload { msg: &vec![0xff; length], aad: &place.associated_data() };
+            let ciphertext = keys.cipher().encrypt(&nonce, payload).unwrap();
+            let sealed = Blob([nonce.as_slice(), &ciphertext].concat());
+            assert_eq!(keys.open::<AgentRecord>(&place, &sealed).err(), Some(expected));
+        }
+    }
 
     #[test]
     fn padding_has_steps_and_a_limit() {

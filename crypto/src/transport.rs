@@ -143,6 +143,11 @@ redacted!(Transport, Sealer, Opener);
 
 #[cfg(test)]
 mod tests {
+    use connect_spec::{
+        limits::CHANNEL_WINDOW,
+        record::{Progress, Purpose, Record, StreamId},
+    };
+
     use super::*;
     use crate::test_world::{NOW, TestRng, World};
 
@@ -179,6 +184,14 @@ mod tests {
         record
     }
 
+    /// Sealed by one who has the key and keeps to no rule.
+    fn sealed_under(sealer: &Sealer, counter: u64, plaintext: &[u8]) -> Vec<u8> {
+        let mut record = plaintext.to_vec();
+        let tag = sealer.key.seal(counter, &mut record);
+        record.extend_from_slice(tag.as_ref());
+        record
+    }
+
     #[track_caller]
     fn opens(opener: &mut Opener, record: &[u8], plaintext: &[u8]) {
         assert_eq!(opener.open(&mut record.to_vec()).unwrap(), plaintext);
@@ -188,8 +201,8 @@ mod tests {
     #[track_caller]
     fn refused(opener: &mut Opener, record: &[u8], next: &[u8]) {
         let counter = opener.records();
-        assert_eq!(opener.open(&mut record.to_vec()), Err(TransportError::Open));
-        assert_eq!(opener.open(&mut next.to_vec()), Err(TransportError::Open));
+        assert_eq!(opener.open(&mut record.to_vec()).err(), Some(TransportError::Open));
+        assert_eq!(opener.open(&mut next.to_vec()).err(), Some(TransportError::Open));
         assert_eq!(opener.records(), counter);
     }
 
@@ -202,6 +215,54 @@ mod tests {
             let mut changed = record.clone();
             changed[position] ^= 1;
             refused(&mut opener, &changed, &record);
+        }
+    }
+
+    /// A bit of each byte of each of the first records, in both directions.
+    #[test]
+    fn a_bit_flipped_in_any_of_the_first_records_is_refused_and_nothing_of_it_shows() {
+        let stream = StreamId::FIRST;
+        let progress = Progress {
+            next_stream: stream,
+            max_data: CHANNEL_WINDOW,
+            received: 0,
+            streams: Vec::new(),
+            more: false,
+        };
+        let plain = [
+            Record::Hello { new: true, progress },
+            Record::Open { stream, purpose: Purpose::Target },
+            Record::Data { stream, offset: 0, bytes: b"the first bytes of a client" },
+            Record::Ping(1),
+            Record::Fin { stream, total: 27 },
+        ]
+        .map(|record| {
+            let mut plaintext = Vec::new();
+            record.encode(&mut plaintext);
+            plaintext
+        });
+        let directions = [direction, || {
+            let (ours, theirs) = transports();
+            (theirs.split().0, ours.split().1)
+        }];
+        for direction in directions {
+            for (number, plaintext) in plain.iter().enumerate() {
+                for position in 0..plaintext.len() + TAG_BYTES {
+                    let (mut sealer, mut opener) = direction();
+                    for before in &plain[..number] {
+                        let record = sealed(&mut sealer, before);
+                        opens(&mut opener, &record, before);
+                    }
+                    let record = sealed(&mut sealer, plaintext);
+                    let mut bent = record.clone();
+                    bent[position] ^= 1 << (position % 8);
+                    let mut buffer = bent.clone();
+                    assert_eq!(opener.open(&mut buffer).err(), Some(TransportError::Open));
+                    assert!(!buffer.starts_with(plaintext), "{position}");
+                    refused(&mut opener, &bent, &record);
+                    assert_eq!(opener.records(), number as u64);
+                }
+            }
         }
     }
 
@@ -245,7 +306,9 @@ mod tests {
         assert_eq!(buffer, [7]);
         let largest = sealed(&mut sealer, &over[1..]);
         opens(&mut opener, &largest, &over[1..]);
-        refused(&mut opener, &vec![0; MAX_NOISE_BYTES + 1], &largest);
+        let over = sealed_under(&sealer, opener.records(), &over);
+        assert_eq!(over.len(), MAX_NOISE_BYTES + 1);
+        refused(&mut opener, &over, &largest);
     }
 
     #[test]
@@ -259,7 +322,8 @@ mod tests {
             assert_eq!(sealer.seal(&mut buffer, 0), Err(TransportError::Exhausted));
             assert!(buffer.is_empty());
         }
-        refused(&mut opener, &last, &last);
+        let reserved = sealed_under(&sealer, u64::MAX, b"over");
+        refused(&mut opener, &reserved, &last);
     }
 
     #[test]

@@ -388,6 +388,40 @@ fn the_proof_must_be_about_the_responder_of_the_prologue() {
     refused(reply.confirm(&pair.peer(&pair.world.member("third"))), HandshakeError::Peer);
 }
 
+/// An agent that presents itself where the prologue names another.
+#[test]
+fn the_proof_of_another_agent_than_the_prologue_names_is_refused_at_both_ends() {
+    let mut pair = Pair::new();
+    let third = pair.world.member("third").id();
+    let sound = pair.prologue.clone();
+    pair.prologue.initiator = third;
+    let (_, message1) = pair.initiate();
+    refused(pair.answer(pair.receive(&message1).unwrap()), HandshakeError::Peer);
+
+    pair.prologue = Prologue { responder: third, ..sound };
+    let (state, message1) = pair.initiate();
+    let (_, message2) = pair.answer(pair.receive(&message1).unwrap()).unwrap();
+    let reply = state.read(&message2).unwrap();
+    refused(reply.confirm(&pair.peer(&pair.responder)), HandshakeError::Peer);
+}
+
+#[test]
+fn every_part_of_the_psk_counts() {
+    let (secret, other) = ([1; 32], [2; 32]);
+    let (key, other_key) = ([3; ML_KEM_768_EK_BYTES], [4; ML_KEM_768_EK_BYTES]);
+    let (ciphertext, other_ciphertext) = ([5; ML_KEM_768_CT_BYTES], [6; ML_KEM_768_CT_BYTES]);
+    let sound = psk(Realm::Member, &secret, &secret, &key, &ciphertext);
+    for changed in [
+        psk(Realm::Share, &secret, &secret, &key, &ciphertext),
+        psk(Realm::Member, &other, &secret, &key, &ciphertext),
+        psk(Realm::Member, &secret, &other, &key, &ciphertext),
+        psk(Realm::Member, &secret, &secret, &other_key, &ciphertext),
+        psk(Realm::Member, &secret, &secret, &key, &other_ciphertext),
+    ] {
+        assert_ne!(changed, sound);
+    }
+}
+
 #[test]
 fn the_proof_must_be_about_what_was_presented() {
     let pair = Pair::new();

@@ -56,6 +56,15 @@ fn a_wrap_elsewhere_is_refused() {
 }
 
 #[test]
+fn the_next_epoch_has_new_keys_for_names_and_the_same_realm_secret() {
+    let epoch = World::new().epoch;
+    let next = epoch.next(&mut TestRng::new("next"));
+    assert_eq!(next.realm.as_bytes(), epoch.realm.as_bytes());
+    assert_ne!(next.names.as_bytes(), epoch.names.as_bytes());
+    assert_ne!(next.commit(), epoch.commit());
+}
+
+#[test]
 fn half_of_a_wrap_key_is_not_enough() {
     let world = World::new();
     let keys = WrapKeypair::from_seed(secret("wrap"));

@@ -828,11 +828,8 @@ async fn look_around(core: Arc<Core>) {
     loop {
         looks.tick().await;
         let sockets = core.hub.sockets();
-        let look = Look {
-            monotonic: Instant::now(),
-            wall: clock::since_1970(),
-            address: sockets.own_address(),
-        };
+        let look =
+            Look { monotonic: Instant::now(), wall: clock::since_1970(), way: sockets.way() };
         if let Some(change) = surroundings.look(look) {
             tracing::info!(%change, "connecting anew");
             sockets.cut();

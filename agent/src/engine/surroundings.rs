@@ -17,8 +17,19 @@ pub(crate) struct Look {
     pub(crate) monotonic: Instant,
     /// A clock that does not, since any fixed moment.
     pub(crate) wall: Duration,
-    /// The own address on the way to the hub; `None` while there is no way, or none was dialled yet.
-    pub(crate) address: Option<IpAddr>,
+    /// How this machine would speak to the hub.
+    pub(crate) way: Way,
+}
+
+/// The way from this machine to its hub.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// Not known: the hub was never found.
+    Unknown,
+    /// There is none.
+    Closed,
+    /// From this own address.
+    From(IpAddr),
 }
 
 /// Why sockets that are open may lead nowhere.
@@ -49,7 +60,8 @@ impl Surroundings {
     /// Compares with the last look.
     ///
     /// A network that goes away is no change: there is nothing to try then. One that comes back is, also
-    /// with the address of before: TCP still waits for its next try by then.
+    /// with the address of before: TCP still waits for its next try by then. The first way that is known is
+    /// none: it is that of the connection which was just made.
     pub(crate) fn look(&mut self, look: Look) -> Option<Change> {
         let last = self.last.replace(look)?;
         let passed = look.monotonic.duration_since(last.monotonic);
@@ -59,7 +71,8 @@ impl Surroundings {
         if ahead > ASLEEP {
             return Some(Change::Slept(ahead));
         }
-        (look.address.is_some() && look.address != last.address).then_some(Change::Network)
+        let is_known = last.way != Way::Unknown && matches!(look.way, Way::From(_));
+        (is_known && look.way != last.way).then_some(Change::Network)
     }
 }
 
@@ -68,19 +81,19 @@ mod tests {
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
-    const HOME: Option<IpAddr> = Some(IpAddr::V4(std::net::Ipv4Addr::new(192, 168, 0, 2)));
-    const ROAD: Option<IpAddr> = Some(IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 7)));
+    const HOME: Way = Way::From(IpAddr::V4(std::net::Ipv4Addr::new(192, 168, 0, 2)));
+    const ROAD: Way = Way::From(IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 7)));
 
-    /// Two looks, between which the clocks and the address changed so.
+    /// Two looks, between which the clocks and the way changed so.
     fn seen(
         monotonic: Duration,
         wall: impl FnOnce(Duration) -> Duration,
-        before: Option<IpAddr>,
-        after: Option<IpAddr>,
+        before: Way,
+        after: Way,
     ) -> Option<Change> {
-        let first = Look { monotonic: Instant::now(), wall: 1_000_000 * SECOND, address: before };
+        let first = Look { monotonic: Instant::now(), wall: 1_000_000 * SECOND, way: before };
         let second =
-            Look { monotonic: first.monotonic + monotonic, wall: wall(first.wall), address: after };
+            Look { monotonic: first.monotonic + monotonic, wall: wall(first.wall), way: after };
         let mut surroundings = Surroundings::default();
         assert_eq!(surroundings.look(first), None, "there is nothing to compare with");
         let change = surroundings.look(second);
@@ -99,7 +112,7 @@ mod tests {
             Some(Change::Slept(just))
         );
         assert_eq!(
-            seen(SECOND, |wall| wall + SECOND + hour, None, None),
+            seen(SECOND, |wall| wall + SECOND + hour, Way::Closed, Way::Closed),
             Some(Change::Slept(hour))
         );
     }
@@ -119,8 +132,16 @@ mod tests {
     fn another_way_and_a_way_again_are_changes_and_no_way_is_none() {
         let a_second = |before, after| seen(SECOND, |wall| wall + SECOND, before, after);
         assert_eq!(a_second(HOME, ROAD), Some(Change::Network));
-        assert_eq!(a_second(None, ROAD), Some(Change::Network));
-        assert_eq!(a_second(HOME, None), None);
-        assert_eq!(a_second(None, None), None);
+        assert_eq!(a_second(Way::Closed, ROAD), Some(Change::Network));
+        assert_eq!(a_second(HOME, Way::Closed), None);
+        assert_eq!(a_second(Way::Closed, Way::Closed), None);
+    }
+
+    #[test]
+    fn first_way_that_is_known_is_no_change() {
+        let a_second = |before, after| seen(SECOND, |wall| wall + SECOND, before, after);
+        assert_eq!(a_second(Way::Unknown, HOME), None);
+        assert_eq!(a_second(Way::Unknown, Way::Closed), None);
+        assert_eq!(a_second(Way::Unknown, Way::Unknown), None);
     }
 }

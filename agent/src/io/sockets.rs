@@ -5,7 +5,7 @@
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr, UdpSocket},
+    net::{SocketAddr, UdpSocket},
     pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
@@ -20,6 +20,8 @@ use tokio::{
     net::TcpStream,
     sync::watch,
 };
+
+use crate::engine::surroundings::Way;
 
 /// The sockets to one hub; clones share them.
 #[derive(Debug, Clone)]
@@ -85,18 +87,24 @@ impl Sockets {
         self.0.cut.subscribe()
     }
 
-    /// The address that this machine would use now to speak to the hub where it was last found; `None`
-    /// when there is no way. Nothing is sent: the kernel only looks into its routes.
-    pub(crate) fn own_address(&self) -> Option<IpAddr> {
-        let hub = self.open().hub?;
-        let any: SocketAddr = match hub {
-            SocketAddr::V4(_) => ([0, 0, 0, 0], 0).into(),
-            SocketAddr::V6(_) => ([0_u16; 8], 0).into(),
+    /// How this machine would speak now to the hub where it was last found. Nothing is sent: the kernel only
+    /// looks into its routes.
+    pub(crate) fn way(&self) -> Way {
+        let Some(hub) = self.open().hub else {
+            return Way::Unknown;
         };
-        let socket = UdpSocket::bind(any).ok()?;
-        socket.connect(hub).ok()?;
-        Some(socket.local_addr().ok()?.ip())
+        own_address_towards(hub).map_or(Way::Closed, |address| Way::From(address.ip()))
     }
+}
+
+fn own_address_towards(hub: SocketAddr) -> io::Result<SocketAddr> {
+    let any: SocketAddr = match hub {
+        SocketAddr::V4(_) => ([0, 0, 0, 0], 0).into(),
+        SocketAddr::V6(_) => ([0_u16; 8], 0).into(),
+    };
+    let socket = UdpSocket::bind(any)?;
+    socket.connect(hub)?;
+    socket.local_addr()
 }
 
 /// A connection that fails when it is cut.
@@ -219,12 +227,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn own_address_is_the_one_on_the_way_to_the_hub() {
+    async fn way_to_the_hub_is_from_an_own_address() {
         let sockets = Sockets::new();
-        assert_eq!(sockets.own_address(), None, "no hub was dialled");
+        assert_eq!(sockets.way(), Way::Unknown, "no hub was dialled");
         let (near, _far) = connected(&sockets).await;
-        assert_eq!(sockets.own_address(), Some("127.0.0.1".parse().unwrap()));
+        assert_eq!(sockets.way(), Way::From("127.0.0.1".parse().unwrap()));
         drop(near);
-        assert_eq!(sockets.own_address(), Some("127.0.0.1".parse().unwrap()));
+        assert_eq!(sockets.way(), Way::From("127.0.0.1".parse().unwrap()));
     }
 }

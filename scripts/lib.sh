@@ -218,10 +218,11 @@ pg_user() {
     fi
 }
 
-# start_database: a throwaway one on a TCP port of loopback. Sets $db_port and exports PGPASSWORD.
+# start_database [ADDRESS PORT]: a throwaway one on a TCP port of loopback. Sets $db_port and exports PGPASSWORD.
 start_database() {
+    local db_address=${1:-127.0.0.1}
     pg_user
-    free_port && db_port=$port
+    if [ -n "${2:-}" ]; then db_port=$2; else free_port && db_port=$port; fi
     db_dir=$state/database
     # Other users of this machine see the port too, hence a password.
     PGPASSWORD=$(random_word)
@@ -233,9 +234,9 @@ start_database() {
         --auth=scram-sha-256 --pwfile="$db_dir/password" --no-sync) </dev/null >"$logs/database.log" 2>&1
     cd /
     start database.log ${as_pg[@]+"${as_pg[@]}"} "$pg_bin/postgres" -D "$db_dir/data" -p "$db_port" \
-        -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c max_connections=50 -c fsync=off
+        -c listen_addresses="$db_address" -c unix_socket_directories= -c max_connections=50 -c fsync=off
     cd "$root"
-    wait_for 30 "$started" "the throwaway database" sql "127.0.0.1:$db_port" -c 'select 1'
+    wait_for 30 "$started" "the throwaway database" sql "$db_address:$db_port" -c 'select 1'
 }
 
 # sql ADDRESS ARGUMENT…: psql at host:port.

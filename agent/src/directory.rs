@@ -1,7 +1,11 @@
 //! What the hub lists, read with eyes of our own: every record is opened and verified, and one that
 //! does not hold is an error or left out, never shown.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use connect_spec::{
     audit::{ApiKeyId, Scope},
@@ -31,6 +35,9 @@ use crate::{
     random,
     workspace::Workspace,
 };
+
+/// Agents are called by as much of their id as people are shown of it.
+const SHORTEST_ID: usize = 8;
 
 /// A session through which one agent asks the hub for names, services and agents.
 #[derive(Debug)]
@@ -349,18 +356,19 @@ impl Directory {
         Ok(self.members().await?.into_iter().map(|member| member.info).collect())
     }
 
-    /// The agent of a label or an id.
+    /// The agent of a label, or of an id or its beginning.
+    ///
+    /// A label with the number that a list gave it is none: whose it is changes when others join.
     ///
     /// # Errors
     /// [`ErrorKind::Usage`] when there is none, or several have the label.
     pub async fn member(&self, wanted: &str) -> Result<ListedMember> {
         let members = self.members().await?;
-        let mut found: Vec<_> = members
-            .into_iter()
-            .filter(|member| {
-                member.info.agent_id.to_string() == wanted || member.own_label == wanted
-            })
-            .collect();
+        let is_short = wanted.len() >= SHORTEST_ID;
+        let (mut found, others): (Vec<_>, Vec<_>) = members.into_iter().partition(|member| {
+            member.own_label == wanted
+                || is_short && member.info.agent_id.to_string().starts_with(wanted)
+        });
         if found.len() > 1 {
             let ids: Vec<_> = found.iter().map(|member| member.info.agent_id.to_string()).collect();
             return Err(Error::new(
@@ -370,8 +378,18 @@ impl Directory {
             .hint("name one of them by its id"));
         }
         found.pop().ok_or_else(|| {
-            Error::new(ErrorKind::Usage, format_args!("no agent is called `{wanted}`"))
-                .hint("`connect agents` lists them, with their ids")
+            match others.iter().find(|member| member.info.label == wanted) {
+                Some(listed) => Error::new(
+                    ErrorKind::Usage,
+                    format_args!(
+                        "several agents are called `{}`, and which of them is listed as `{wanted}` changes",
+                        listed.own_label
+                    ),
+                )
+                .hint(format_args!("name it by its id: {}", listed.info.agent_id)),
+                None => Error::new(ErrorKind::Usage, format_args!("no agent is called `{wanted}`"))
+                    .hint("`connect agents` lists them, with their ids"),
+            }
         })
     }
 
@@ -588,12 +606,43 @@ fn make_labels_unique(members: &mut [ListedMember]) {
     members.sort_by(|left, right| {
         (&left.own_label, left.info.agent_id).cmp(&(&right.own_label, right.info.agent_id))
     });
-    let mut count: BTreeMap<String, u32> = BTreeMap::new();
-    for agent in members.iter_mut().map(|member| &mut member.info) {
-        let seen = count.entry(agent.label.clone()).or_default();
-        *seen += 1;
-        if *seen > 1 {
-            agent.label = format!("{}-{seen}", agent.label);
+    let unique = unique_labels(members.iter().map(|member| member.own_label.as_str()));
+    for (member, label) in members.iter_mut().zip(unique) {
+        member.info.label = label;
+    }
+}
+
+/// Labels with a number behind each but the first of its kind; one that somebody chose is no such number.
+fn unique_labels<'l>(own: impl Iterator<Item = &'l str> + Clone) -> Vec<String> {
+    let chosen: BTreeSet<_> = own.clone().map(str::to_owned).collect();
+    let mut last: BTreeMap<&str, u32> = BTreeMap::new();
+    let numbered = |label: &'l str| {
+        let Some(number) = last.get_mut(label) else {
+            last.insert(label, 1);
+            return label.to_owned();
+        };
+        loop {
+            *number += 1;
+            let numbered = format!("{label}-{number}");
+            if !chosen.contains(&numbered) {
+                return numbered;
+            }
         }
+    };
+    own.map(numbered).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_are_unique_and_those_that_were_chosen_stay() {
+        let check = |own: &[&str], expected: &[&str]| {
+            assert_eq!(unique_labels(own.iter().copied()), expected);
+        };
+        check(&["db", "web", "web", "web"], &["db", "web", "web-2", "web-3"]);
+        check(&["web", "web", "web-2", "web-2"], &["web", "web-3", "web-2", "web-2-2"]);
+        check(&[], &[]);
     }
 }

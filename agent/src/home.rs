@@ -332,20 +332,27 @@ impl Home {
         self.load_with_log().map(|(identity, _)| identity)
     }
 
-    /// As [`Home::load`], with the trust log.
-    pub(crate) fn load_with_log(&self) -> Result<(Identity, TrustLog)> {
-        if let Err(error) = fs::metadata(self.path("membership.json"))
-            && error.kind() == io::ErrorKind::PermissionDenied
-        {
-            return Err(unreadable(&self.dir, &error));
-        }
-        if !self.is_enrolled() {
-            return Err(Error::new(
+    /// Whether an agent lives here, and if not, why that cannot be said.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotEnrolled`] when there is none; [`ErrorKind::Other`] when this user may not look.
+    pub(crate) fn check_enrolled(&self) -> Result<()> {
+        match fs::metadata(self.path("membership.json")) {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                Err(unreadable(&self.dir, &error))
+            }
+            Err(_) => Err(Error::new(
                 ErrorKind::NotEnrolled,
                 format_args!("no agent lives in `{}`", self.dir.display()),
             )
-            .hint("run `connect init --hub URL` to begin a workspace, or `connect join CODE`"));
+            .hint("run `connect init --hub URL` to begin a workspace, or `connect join CODE`")),
+            Ok(_) => Ok(()),
         }
+    }
+
+    /// As [`Home::load`], with the trust log.
+    pub(crate) fn load_with_log(&self) -> Result<(Identity, TrustLog)> {
+        self.check_enrolled()?;
         let membership: Membership = self.read_json("membership.json")?;
         let keys = SecretFile::read(&self.path("agent.key"))?;
         let damaged = |what: &str| self.damaged(what);
@@ -426,11 +433,7 @@ impl Home {
     }
 
     pub(crate) fn damaged(&self, file: &str) -> Error {
-        Error::new(
-            ErrorKind::TrustViolation,
-            format_args!("`{}` is damaged or was changed", self.path(file).display()),
-        )
-        .hint("restore the directory from a backup, or join again from an empty one")
+        damaged(&self.path(file))
     }
 
     /// Writes a new identity, of a guest with the secret of its share; the file that makes the home enrolled
@@ -473,7 +476,7 @@ impl Home {
     fn save_share(&self, secret: &ShareSecret) -> Result<()> {
         let mut keys = SecretFile::default();
         keys.put("share", secret.as_bytes().as_slice());
-        self.write("epochs.key", keys.0.as_bytes())
+        self.write("epochs.key", keys.text.as_bytes())
     }
 
     /// Writes the key of a founder.
@@ -483,7 +486,7 @@ impl Home {
             SignerKey::Open(key) => keys.put("signer", key.seed().as_slice()),
             SignerKey::Locked(sealed) => keys.put("sealed", sealed.as_bytes()),
         }
-        self.write("signer.key", keys.0.as_bytes())
+        self.write("signer.key", keys.text.as_bytes())
     }
 
     /// Puts the signer key of this home under a passphrase, or takes its passphrase away.
@@ -512,7 +515,7 @@ impl Home {
             keys.put(&name, noise.static_keypair.secret().as_slice());
         }
         keys.put("wrap", identity.wrap.seed().as_slice());
-        self.write("agent.key", keys.0.as_bytes())
+        self.write("agent.key", keys.text.as_bytes())
     }
 
     /// The epochs that are held here and that the log confirms; a signer also keeps one that it has not
@@ -546,7 +549,7 @@ impl Home {
         for (number, secrets) in &held {
             keys.put(&format!("epoch-{number}"), secrets.as_slice());
         }
-        self.write("epochs.key", keys.0.as_bytes())
+        self.write("epochs.key", keys.text.as_bytes())
     }
 
     /// Waits for the right to sign an entry: two processes of one home must not sign for one place.
@@ -666,7 +669,14 @@ impl Home {
     }
 
     pub(crate) fn load_state(&self) -> Result<State> {
-        self.read_json_or_default("state.json")
+        self.read_json_or_default("state.json").map_err(|error| match error.kind {
+            // Membership and keys are elsewhere.
+            ErrorKind::TrustViolation => error.hint(
+                "restore it from a backup, or move it away: what was exposed and reached is forgotten then, \
+                 and nothing else",
+            ),
+            _ => error,
+        })
     }
 
     pub(crate) fn save_state(&self, state: &State) -> Result<()> {
@@ -690,8 +700,14 @@ impl Home {
         self.write_json(SEEN_AUDIT, &seen)
     }
 
+    /// What is said of a file of this home that cannot be read.
+    #[must_use]
+    pub fn unreadable(&self, name: &str, error: &io::Error) -> Error {
+        unreadable(&self.path(name), error)
+    }
+
     pub(crate) fn read(&self, name: &str) -> Result<Vec<u8>> {
-        fs::read(self.path(name)).map_err(|error| unreadable(&self.path(name), &error))
+        fs::read(self.path(name)).map_err(|error| self.unreadable(name, &error))
     }
 
     pub(crate) fn read_json<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
@@ -741,9 +757,22 @@ fn unreadable(path: &Path, error: &io::Error) -> Error {
         .hint("is it yours? CONNECT_HOME names the home to use")
 }
 
+/// A file of this path does not say what it should.
+fn damaged(path: &Path) -> Error {
+    Error::new(
+        ErrorKind::TrustViolation,
+        format_args!("`{}` is damaged or was changed", path.display()),
+    )
+    .hint("restore the directory from a backup, or join again from an empty one")
+}
+
 /// A file of secrets: a line `name hex` each. Wiped from memory when dropped.
 #[derive(Default)]
-struct SecretFile(Zeroizing<String>);
+struct SecretFile {
+    /// Where it was read.
+    path: PathBuf,
+    text: Zeroizing<String>,
+}
 
 /// Longest content of a secret file. Its buffer is reserved at once, so that
 /// growing leaves no copy.
@@ -753,16 +782,17 @@ const KEPT_EPOCHS: usize = 4;
 
 impl SecretFile {
     fn put(&mut self, name: &str, secret: &[u8]) {
-        let missing = SECRET_FILE_BYTES.saturating_sub(self.0.len());
-        self.0.reserve(missing);
-        self.0.push_str(name);
-        self.0.push(' ');
+        let missing = SECRET_FILE_BYTES.saturating_sub(self.text.len());
+        self.text.reserve(missing);
+        self.text.push_str(name);
+        self.text.push(' ');
         for byte in secret {
             for nibble in [byte >> 4, byte & 15] {
-                self.0.push(char::from_digit(nibble.into(), 16).expect("a nibble is a hex digit"));
+                self.text
+                    .push(char::from_digit(nibble.into(), 16).expect("a nibble is a hex digit"));
             }
         }
-        self.0.push('\n');
+        self.text.push('\n');
     }
 
     fn read(path: &Path) -> Result<Self> {
@@ -773,7 +803,11 @@ impl SecretFile {
             file.take(SECRET_FILE_BYTES as u64).read_to_string(&mut text)?;
             Ok(text)
         };
-        let text = open().map_err(|error: io::Error| unreadable(path, &error))?;
+        let text = open().map_err(|error: io::Error| match error.kind() {
+            // It is text where it is whole.
+            io::ErrorKind::InvalidData => damaged(path),
+            _ => unreadable(path, &error),
+        })?;
         let mode = fs::metadata(path)?.mode();
         if mode & 0o077 != 0 {
             return Err(Error::new(
@@ -782,11 +816,11 @@ impl SecretFile {
             )
             .hint(format_args!("run `chmod 600 {}`", path.display())));
         }
-        Ok(Self(text))
+        Ok(Self { path: path.to_owned(), text })
     }
 
     fn lines(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.0.lines().filter_map(|line| line.split_once(' '))
+        self.text.lines().filter_map(|line| line.split_once(' '))
     }
 
     fn line(&self, name: &str) -> Option<&str> {
@@ -795,18 +829,24 @@ impl SecretFile {
 
     /// The secret of a name.
     fn fixed<const N: usize>(&self, name: &str) -> Result<Zeroizing<[u8; N]>> {
-        digits_of(name, self.line(name).ok_or_else(|| missing(name))?)
+        self.secret(self.line(name).ok_or_else(|| damaged(&self.path))?)
     }
 
     /// The secrets whose names are `prefix` and a number.
     fn numbered<const N: usize>(&self, prefix: &str) -> Result<Vec<(u32, Zeroizing<[u8; N]>)>> {
         self.lines()
-            .filter_map(|(name, digits)| Some((name, name.strip_prefix(prefix)?, digits)))
-            .map(|(name, number, digits)| {
-                let number = number.parse().map_err(|_| missing(name))?;
-                Ok((number, digits_of(name, digits)?))
+            .filter_map(|(name, digits)| Some((name.strip_prefix(prefix)?, digits)))
+            .map(|(number, digits)| {
+                let number = number.parse().map_err(|_| damaged(&self.path))?;
+                Ok((number, self.secret(digits)?))
             })
             .collect()
+    }
+
+    fn secret<const N: usize>(&self, digits: &str) -> Result<Zeroizing<[u8; N]>> {
+        let mut secret = Zeroizing::new([0; N]);
+        hex::decode_to_slice(digits, secret.as_mut_slice()).map_err(|_| damaged(&self.path))?;
+        Ok(secret)
     }
 }
 
@@ -827,18 +867,7 @@ pub(crate) fn one_share<T>(mut found: Vec<T>, wanted: &str) -> Result<T> {
     }
 }
 
-fn digits_of<const N: usize>(name: &str, digits: &str) -> Result<Zeroizing<[u8; N]>> {
-    let mut secret = Zeroizing::new([0; N]);
-    hex::decode_to_slice(digits, secret.as_mut_slice()).map_err(|_| missing(name))?;
-    Ok(secret)
-}
-
 /// The name of a static key's line.
 fn static_line(counter: u64) -> String {
     format!("static-{counter}")
-}
-
-fn missing(name: &str) -> Error {
-    Error::new(ErrorKind::TrustViolation, format_args!("the key file has no valid secret `{name}`"))
-        .hint("restore the directory from a backup, or join again from an empty one")
 }

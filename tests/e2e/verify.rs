@@ -55,8 +55,10 @@ fn label_of_two_agents_is_refused() {
     let ids = [id_of(founder, "web"), id_of(founder, "web-2")];
     let digits = ids.each_ref().map(|id| founder.ok(&["verify", id]));
     assert_ne!(digits[0], digits[1]);
-    // The number that tells listed labels apart names nobody.
-    founder.fails(&["verify", "web-2"], 2, "no agent");
+    // The number that tells listed labels apart names nobody, for it changes; the id is told instead.
+    founder.fails(&["verify", "web-2"], 2, &format!("name it by its id: {}", ids[1]));
+    assert_eq!(founder.ok(&["verify", &ids[1][..8]]), digits[1], "as much as people are shown");
+    founder.fails(&["verify", &ids[1][..7]], 2, "no agent");
     founder.fails(&["verify", "nobody"], 2, "no agent");
     founder.fails(&["verify", "founder"], 2, "this agent itself");
     Home::new().fails(&["verify"], 3, "");

@@ -48,6 +48,8 @@ from wire import (
 )
 
 Case = dict[str, Any]
+# When the handshakes take place.
+WHEN = 1_800_000_000
 HERE = Path(__file__).resolve().parent
 ENGLISH = Mnemonic("english").wordlist
 FIELDS_OF_INVITE = ("log_head", "log_seq", "pin", "seed", "tags", "workspace_id", "label", "share_secret")
@@ -303,6 +305,14 @@ class Run:
         e, m = (bytes.fromhex(self.fixed[f"responder_{name}"]) for name in ("ephemeral_secret", "ml_kem_m"))
         return Responder(static or self.side("responder")[0], RawPrologue(prologue or self.prologue), e, m)  # type: ignore[arg-type]
 
+    def judge(self, name: str, said: Claims, static: bytes) -> None:
+        """Steps 1 to 7 of section 13, of what a side said of itself."""
+        view = Log(bytes.fromhex(self.given["genesis"]), bytes.fromhex(self.given["workspace_id"])).view()
+        expected = bytes.fromhex(self.given[name]["agent_id"])
+        peer = judge(view, said.certificate, said.credential, said.noise_key, expected, WHEN)
+        need(peer.noise_key.static_key == static, "another static key")
+        need(attrs_hash(said.salt, said.tags) == peer.certificate.attrs, "other tags")
+
     def whole(self) -> tuple[Initiator, bytes, Responder, bytes, Keys, Keys]:
         one, two = self.initiator(), self.responder()
         message1 = one.message1(self.side("initiator")[1])
@@ -350,11 +360,13 @@ def handshakes(case: Case, given: Case, cases: list[Case]) -> None:
         return
     prologue = raw(case.get("prologue"))
     if case["message"] == 1:
-        run.responder(prologue, raw(case.get("static_secret"))).message1(changed(case, message1))
+        answering = run.responder(prologue, raw(case.get("static_secret")))
+        run.judge("initiator", answering.message1(changed(case, message1)), answering.remote_static())
     else:
         reader = run.initiator(prologue)
         reader.message1(run.side("initiator")[1])
-        reader.message2(changed(case, message2), run.secret)
+        said, _ = reader.message2(changed(case, message2), run.secret)
+        run.judge("responder", said, Signed("noise-key", run.side("responder")[1].noise_key).static_key)
 
 
 JUDGES: dict[str, Callable[..., None]] = {

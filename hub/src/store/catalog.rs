@@ -1142,9 +1142,8 @@ async fn check_references(
         let own = known.map(|table| table.references).unwrap_or_default();
         let to_workspace = (relation.name != "workspaces").then_some(TO_WORKSPACE);
         for wanted in to_workspace.iter().chain(own) {
-            let is_there =
-                found.iter().any(|(of, _, says, _)| of == path && says.starts_with(wanted));
-            if !is_there {
+            let is_it = |says: &str| says.strip_suffix(" NOT VALID").unwrap_or(says) == *wanted;
+            if !found.iter().any(|(of, _, says, _)| of == path && is_it(says)) {
                 report.sql(
                     Kind::ForeignKey,
                     path,

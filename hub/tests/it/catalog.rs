@@ -256,6 +256,13 @@ const FAULTS: &[Fault] = &[
     ),
     ("ALTER TABLE connect.wraps DISABLE TRIGGER ALL", Kind::ForeignKey, "connect.wraps"),
     (
+        "ALTER TABLE connect.agents DROP CONSTRAINT agents_workspace_id_credential_id_fkey;
+         ALTER TABLE connect.agents ADD CONSTRAINT other FOREIGN KEY (workspace_id, credential_id)
+         REFERENCES connect.credentials ON DELETE CASCADE",
+        Kind::ForeignKey,
+        "connect.agents",
+    ),
+    (
         "CREATE OR REPLACE FUNCTION connect.workspace_of_api_key(hash bytea) RETURNS bytea
          LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
          AS 'SELECT workspace_id FROM connect.api_keys LIMIT 1'",

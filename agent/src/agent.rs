@@ -245,6 +245,15 @@ impl Agent {
         matches!(*self.core.link.borrow(), Link::Up(_))
     }
 
+    /// Why it is not, if a try has failed.
+    pub(crate) fn not_connected(&self) -> Option<Error> {
+        match &*self.core.link.borrow() {
+            Link::Up(_) => None,
+            Link::Down(error) => error.clone(),
+            Link::Displaced => Some(displaced()),
+        }
+    }
+
     /// Exposes a service and waits until the hub knows it. `take_over` takes the name from another agent
     /// that is offline.
     ///

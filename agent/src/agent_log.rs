@@ -10,7 +10,7 @@ use std::{
 
 use connect_agent::{Error, ErrorKind, Home, Result};
 
-use crate::output::Output;
+use crate::output::{self, Output};
 
 const FILE: &str = "agent.log";
 /// A file that would grow beyond this is renamed, and a new one begun: days of warnings, or minutes of `debug`.
@@ -97,8 +97,11 @@ impl Write for RotatingFile {
 pub(crate) async fn show(home: &Home, lines: usize, follow: bool, output: Output) -> Result<()> {
     let path = path(home);
     let mut reader = Reader { path: path.clone(), open: None };
-    let mut all = reader.older()?;
-    all.extend(reader.more()?);
+    let read = reader.older().and_then(|mut all| {
+        all.extend(reader.more()?);
+        Ok(all)
+    });
+    let all = read.map_err(|error| home.unreadable(FILE, &error))?;
     if all.is_empty() && !follow {
         return Err(Error::new(
             ErrorKind::Other,
@@ -109,15 +112,15 @@ pub(crate) async fn show(home: &Home, lines: usize, follow: bool, output: Output
              foreground it is what is on the terminal",
         ));
     }
-    let mut printed = output.log_lines(last_lines(&all, lines));
+    output.log_lines(last_lines(&all, lines));
     let mut rest = Vec::new();
-    while follow && printed.is_ok() {
+    while follow && output::is_read() {
         tokio::time::sleep(FOLLOW_PAUSE).await;
         rest.extend(reader.more()?);
         // A line is printed when it is whole.
         let whole = rest.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
         let next = rest.split_off(whole);
-        printed = output.log_lines(&rest);
+        output.log_lines(&rest);
         rest = next;
     }
     Ok(())

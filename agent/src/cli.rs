@@ -7,6 +7,7 @@ use connect_agent::Loopback;
 use connect_spec::{
     audit::ApiKeyId,
     ids::{CredentialId, Label, ServiceName},
+    objects::is_tag,
 };
 
 /// Reach private services by name, end to end encrypted through a hub that cannot read them.
@@ -106,7 +107,7 @@ pub(crate) enum Command {
     Trust(Trust),
     /// Print words of the workspace, or with an agent digits, to compare with what others see.
     Verify {
-        /// Label or id of an agent.
+        /// Label of an agent, or its id or the first 8 digits of it.
         agent: Option<String>,
     },
     /// List the invites that are open, or close one.
@@ -117,7 +118,7 @@ pub(crate) enum Command {
     },
     /// End an agent: its tunnels are closed, and no member trusts it again.
     Revoke {
-        /// Label or id of the agent.
+        /// Label of the agent, or its id or the first 8 digits of it.
         agent: String,
         /// Do not ask.
         #[arg(long, short)]
@@ -248,7 +249,7 @@ pub(crate) enum Trust {
     Log,
     /// Let an agent sign: revoke, invite and close invites; an owner also names signers.
     AddSigner {
-        /// Label or id of the agent.
+        /// Label of the agent, or its id or the first 8 digits of it.
         agent: String,
         /// What it may do.
         #[arg(long, value_enum, default_value_t)]
@@ -256,12 +257,12 @@ pub(crate) enum Trust {
     },
     /// Let an agent sign no longer; it stays a member, and so does whom it admitted.
     RemoveSigner {
-        /// Label or id of the agent.
+        /// Label of the agent, or its id or the first 8 digits of it.
         agent: String,
     },
     /// Give an agent another role: what it had before ends.
     Role {
-        /// Label or id of the agent.
+        /// Label of the agent, or its id or the first 8 digits of it.
         agent: String,
         /// What it may do.
         #[arg(value_enum)]
@@ -405,7 +406,7 @@ pub(crate) struct Expose {
     #[arg(long)]
     pub(crate) name: Option<ServiceName>,
     /// Tag or agent id that may reach it; repeatable [default: every member].
-    #[arg(long = "allow")]
+    #[arg(long = "allow", value_name = "TAG|AGENT_ID", value_parser = allowed)]
     pub(crate) allow: Vec<String>,
     /// Take the name from another agent that has it but is offline.
     #[arg(long)]
@@ -472,6 +473,14 @@ fn bounded(text: &str, longest: Duration) -> Result<Duration, String> {
     }
 }
 
+/// What cannot be a tag or an id admits nobody, which is not what was meant.
+fn allowed(text: &str) -> Result<String, String> {
+    if is_tag(text) {
+        return Ok(text.to_owned());
+    }
+    Err("a tag has 1 to 32 of a-z, 0-9 and `-`, an id 32 hex digits".to_owned())
+}
+
 fn rotation(text: &str) -> Result<Duration, String> {
     // Whoever looked a service up must have time to use what was found.
     let time = duration(text)?;
@@ -493,6 +502,16 @@ mod tests {
         for bad in ["", "h", "0s", "91d", "5", "5x", "-1h", "1.5h", "99999999999999999999d", "5é"]
         {
             assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_no_agent_can_be_called_by_is_not_allowed() {
+        for good in ["dba", "team-7", "0123456789abcdef0123456789abcdef"] {
+            assert_eq!(allowed(good).as_deref(), Ok(good));
+        }
+        for bad in ["", "DBA", "a b", "é", "0123456789abcdef0123456789abcdef0"] {
+            assert!(allowed(bad).is_err(), "{bad}");
         }
     }
 }

@@ -69,6 +69,13 @@ pub(crate) async fn run(cli: Cli, output: Output) -> Result<()> {
     let Some(command) = cli.command else {
         return welcome::run(&home, output).await;
     };
+    if is_for_members(&command) && home.load().is_ok_and(|identity| identity.share_id().is_some()) {
+        return Err(Error::new(
+            ErrorKind::Refused,
+            "this command is for members of a workspace, and this home is the guest of a share",
+        )
+        .hint("`connect services` lists what is shared, `connect reach NAME` uses it"));
+    }
     match command {
         Command::Init(init) => run_init(&home, init, output).await,
         Command::Invite(invite) => run_invite(&home, invite, &passphrase, output).await,
@@ -80,7 +87,9 @@ pub(crate) async fn run(cli: Cli, output: Output) -> Result<()> {
         Command::Expose(expose) => run_expose(home, expose, output).await,
         Command::Unexpose { name } => {
             let done = tell(&home, &Ask::Unexpose { name: name.clone() }).await;
-            suggest::for_own(&home, &name, Own::Exposed, done).await
+            suggest::for_own(&home, &name, Own::Exposed, done).await?;
+            output.note(format_args!("{name} is not exposed any more."));
+            Ok(())
         }
         Command::Reach(reach) => {
             let name = reach.name.clone();
@@ -92,7 +101,9 @@ pub(crate) async fn run(cli: Cli, output: Output) -> Result<()> {
         }
         Command::Unreach { name } => {
             let done = tell(&home, &Ask::Unreach { name: name.clone() }).await;
-            suggest::for_own(&home, &name, Own::Reached, done).await
+            suggest::for_own(&home, &name, Own::Reached, done).await?;
+            output.note(format_args!("{name} is not reached any more."));
+            Ok(())
         }
         Command::Services => {
             output::log_to_stderr("warn");
@@ -105,13 +116,6 @@ pub(crate) async fn run(cli: Cli, output: Output) -> Result<()> {
         Command::Leave { share } => sharing::leave(&home, &share, output).await,
         Command::Agents => {
             output::log_to_stderr("warn");
-            if home.load()?.share_id().is_some() {
-                return Err(Error::new(
-                    ErrorKind::Refused,
-                    "a guest of a share is not told which agents there are",
-                )
-                .hint("`connect services` lists what is shared"));
-            }
             let listed = async { Directory::open(&home).await?.agents().await };
             output.agents(&output.wait("Asking the hub", listed).await?);
             Ok(())
@@ -129,6 +133,39 @@ pub(crate) async fn run(cli: Cli, output: Output) -> Result<()> {
             output.completions(shell, &mut examples::command());
             Ok(())
         }
+    }
+}
+
+/// Whether a guest, who reaches what is shared with it and no more, has no use for a command.
+fn is_for_members(command: &Command) -> bool {
+    match command {
+        Command::Invite(_)
+        | Command::Invites { .. }
+        | Command::Expose(_)
+        | Command::Unexpose { .. }
+        | Command::Agents
+        | Command::Share(_)
+        | Command::Unshare { .. }
+        | Command::Trust(_)
+        | Command::Revoke { .. }
+        | Command::Audit(_)
+        | Command::ApiKey(_) => true,
+        Command::Verify { agent } => agent.is_some(),
+        Command::Init(_)
+        | Command::Join(_)
+        | Command::Up(_)
+        | Command::Down
+        | Command::Logs(_)
+        | Command::Daemon(_)
+        | Command::Reach(_)
+        | Command::Unreach { .. }
+        | Command::Services
+        | Command::Shares
+        | Command::Leave { .. }
+        | Command::Rotate
+        | Command::Status
+        | Command::Doctor
+        | Command::Completions { .. } => false,
     }
 }
 
@@ -155,7 +192,7 @@ async fn run_audit(home: &Home, audit: cli::Audit, output: Output) -> Result<()>
             output.audit_row(row);
         }
         output::flush();
-        if !audit.follow {
+        if !audit.follow || !output::is_read() {
             return Ok(());
         }
         tokio::time::sleep(FOLLOW_PAUSE).await;
@@ -448,6 +485,9 @@ async fn run_up(home: Home, up: cli::Up, output: Output) -> Result<()> {
         }
         Attached::Answer(_) => {
             output.note("The agent is already running.");
+            if up.label.is_some() {
+                output.note("It has its new label when it is started again: `connect down`, then `connect up`.");
+            }
             return Ok(());
         }
         Attached::Lock(lock) => lock,
@@ -485,7 +525,7 @@ async fn detach(home: &Home, up: &cli::Up, output: Output) -> Result<()> {
     // What is wrong with the home is said here, not in a log.
     home.load()?;
     let mut child = std::process::Command::new(std::env::current_exe()?)
-        .args(["up", "--service", "--encoding", encoding_name(up.run.encoding)])
+        .args(["--json", "up", "--service", "--encoding", encoding_name(up.run.encoding)])
         .arg(format!("--rotate-after={}s", up.rotate_after.as_secs()))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -496,7 +536,13 @@ async fn detach(home: &Home, up: &cli::Up, output: Output) -> Result<()> {
     output
         .wait("Starting the agent", wait_for_agent(home, || has_ended(&mut child)))
         .await
-        .map_err(|error| error.hint(format_args!("its log is `{}`", log.display())))?;
+        .map_err(|error| {
+            if error.hint.is_some() {
+                error
+            } else {
+                error.hint(format_args!("its log is `{}`", log.display()))
+            }
+        })?;
     output.note(format_args!(
         "The agent runs in the background; `connect logs` shows its log, {}",
         log.display()
@@ -533,7 +579,7 @@ pub(crate) fn encoding_name(encoding: Encoding) -> &'static str {
     }
 }
 
-/// Whether it ended; then what it said is the error.
+/// Whether it ended; then what it said last is the error.
 fn has_ended(child: &mut Child) -> Result<bool> {
     if child.try_wait()?.is_none() {
         return Ok(false);
@@ -542,8 +588,12 @@ fn has_ended(child: &mut Child) -> Result<bool> {
     if let Some(stderr) = &mut child.stderr {
         stderr.take(MAX_SAID_BYTES).read_to_string(&mut said)?;
     }
-    match said.lines().find_map(|line| line.strip_prefix("error: ")) {
-        Some(said) => Err(Error::new(ErrorKind::Other, format_args!("the agent ended: {said}"))),
+    let said = said.lines().rev().find_map(|line| serde_json::from_str::<Error>(line).ok());
+    match said {
+        Some(mut error) => {
+            error.message = format!("the agent ended: {error}");
+            Err(error)
+        }
         None => Ok(true),
     }
 }
@@ -584,8 +634,9 @@ async fn run_status(home: &Home, output: Output) -> Result<()> {
     if status.connected {
         return Ok(());
     }
+    let hint = status.error.as_ref().and_then(|cause| cause.hint.as_deref());
     Err(Error::new(ErrorKind::HubUnreachable, "the agent is not connected to its hub")
-        .hint("it goes on trying; is the hub up?"))
+        .hint(format_args!("it goes on trying; {}", hint.unwrap_or("is the hub up?"))))
 }
 
 /// Warnings are no failure; the first failure's kind is the exit code.

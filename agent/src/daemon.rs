@@ -20,7 +20,7 @@ use std::os::linux::net::SocketAddrExt;
 
 use connect_agent::{Error, ErrorKind, Home, Result, local};
 use connect_spec::hash::hash16;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use crate::{
     cli::{self, Encoding},
@@ -62,7 +62,13 @@ pub(crate) enum Manager {
 pub(crate) struct Service {
     pub(crate) manager: Manager,
     pub(crate) name: String,
+    #[serde(serialize_with = "as_text")]
     pub(crate) file: PathBuf,
+}
+
+/// A path as text, also where it is none.
+fn as_text<S: Serializer>(path: &Path, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
 }
 
 /// What a definition says.
@@ -334,6 +340,16 @@ fn call(command: &mut Command) -> Result<String> {
 impl Definition {
     fn of(home: &Home, install: &cli::DaemonInstall) -> Result<Self> {
         let dir = std::path::absolute(home.dir())?;
+        if dir.to_str().is_none() {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                format_args!(
+                    "`{}` cannot be written into the definition of a service",
+                    dir.display()
+                ),
+            )
+            .hint("move the home to a path that is text, and set CONNECT_HOME to it"));
+        }
         let user = if install.system {
             let owner = fs::metadata(&dir)?.uid();
             let user = nix::unistd::User::from_uid(owner.into()).ok().flatten();

@@ -63,16 +63,8 @@ pub struct SelfTest {
 /// Looks at everything, from the home to a tunnel through the hub.
 pub async fn examine(home: &Home) -> Vec<Finding> {
     let mut findings = Vec::new();
-    if !home.is_enrolled() {
-        findings.push(
-            Finding::fail(
-                "home",
-                "Home",
-                ErrorKind::NotEnrolled,
-                format_args!("`{}` has not joined a workspace", home.dir().display()),
-            )
-            .hint("`connect join CODE` joins one, `connect init --hub URL` begins one"),
-        );
+    if let Err(error) = home.check_enrolled() {
+        findings.push(failed("home", "Home", &error));
         findings.push(files());
         return findings;
     }
@@ -135,7 +127,7 @@ fn permissions(home: &Home) -> Vec<Finding> {
         let finding = |text: String, fix: String| {
             Some(
                 Finding::fail("permissions", "Permissions", code, text)
-                    .hint(format_args!("run: {fix}")),
+                    .hint(format_args!("run `{fix}`")),
             )
         };
         if metadata.uid() != own {
@@ -151,7 +143,7 @@ fn permissions(home: &Home) -> Vec<Finding> {
     for dir in [home.dir().to_owned(), home.path("trust"), home.path("evidence")] {
         wrong.extend(fault(&dir, 0o077, "700", ErrorKind::TrustViolation));
     }
-    for name in ["agent.key", "signer.key", "agent.log", "state.json", "ports.json"] {
+    for name in ["agent.key", "epochs.key", "signer.key", "agent.log", "state.json", "ports.json"] {
         wrong.extend(fault(&home.path(name), 0o077, "600", ErrorKind::TrustViolation));
     }
     if wrong.is_empty() {
@@ -222,8 +214,11 @@ fn agent(status: &Result<Option<AgentStatus>>) -> Finding {
         )
         .hint("`connect down`, then `connect up --detach`"),
         Ok(Some(status)) if !status.connected => {
-            Finding::warn(what, title, "it runs, and is not connected to its hub")
-                .hint("it goes on trying; its log says why not")
+            let text = status.error.as_ref().map_or_else(
+                || "it runs, and is not connected to its hub".to_owned(),
+                |cause| format!("it runs, and is not connected to its hub: {cause}"),
+            );
+            Finding::warn(what, title, text).hint("it goes on trying; its log says when it tried")
         }
         Ok(Some(_)) => Finding::ok(what, title, "runs and is connected"),
     }

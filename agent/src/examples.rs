@@ -18,7 +18,13 @@ const EXAMPLES: [(&str, &[&str]); 40] = [
     ("up", &["connect up --detach", "CONNECT_LOG=debug connect up"]),
     ("down", &["connect down"]),
     ("logs", &["connect logs", "connect logs --follow -n 20"]),
-    ("daemon install", &["connect daemon install", "sudo connect daemon install --system"]),
+    (
+        "daemon install",
+        &[
+            "connect daemon install",
+            "sudo CONNECT_HOME=$HOME/.connect connect daemon install --system",
+        ],
+    ),
     ("daemon uninstall", &["connect daemon uninstall"]),
     ("daemon status", &["connect daemon status"]),
     ("daemon logs", &["connect daemon logs --follow"]),
@@ -83,8 +89,8 @@ const EXAMPLES: [(&str, &[&str]); 40] = [
     (
         "completions",
         &[
-            "connect completions bash > ~/.local/share/bash-completion/completions/connect",
-            "connect completions zsh > ~/.zfunc/_connect",
+            "source <(connect completions bash)     # in ~/.bashrc",
+            "source <(connect completions zsh)      # in ~/.zshrc, below `compinit`",
             "connect completions fish > ~/.config/fish/completions/connect.fish",
         ],
     ),
@@ -126,7 +132,7 @@ mod tests {
         missing.retain(|path| EXAMPLES.iter().all(|(known, _)| known != path));
         assert!(missing.is_empty(), "without an example: {missing:?}");
         for line in EXAMPLES.iter().flat_map(|(_, lines)| lines.iter()) {
-            let line = line.split("$(").last().unwrap_or(line);
+            let line = line.split('(').next_back().unwrap_or(line);
             let line = line.split([')', '|', '<', '>']).next().unwrap_or(line);
             let words = line.split_whitespace().skip_while(|word| *word != "connect");
             let args: Vec<_> = words.map(Into::into).collect();

@@ -123,6 +123,9 @@ pub struct AgentStatus {
     pub hub: String,
     /// Whether it is logged in there.
     pub connected: bool,
+    /// Why not, if a try has failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<Error>,
     /// Its view of the trust log.
     pub trust: TrustStatus,
     /// What it offers.
@@ -192,6 +195,9 @@ pub struct ReachedStatus {
     pub name: ServiceName,
     /// Where it is on this machine.
     pub address: String,
+    /// What is spoken there, as its exposer says; told to the command that reaches it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<String>,
     /// Whether the exposer answered an encrypted ping over the tunnel that is up.
     pub active: bool,
     /// The last round trip in milliseconds.

@@ -11,6 +11,7 @@ mod sharing;
 mod short;
 mod suggest;
 mod terminal;
+mod usage;
 mod welcome;
 
 use std::process::ExitCode;
@@ -38,7 +39,7 @@ fn main() -> ExitCode {
                 return ExitCode::FAILURE;
             }
         };
-    match runtime.block_on(commands::run(cli, output)) {
+    match runtime.block_on(commands::run(cli, output)).and_then(|()| output::finish()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             output.error(&error);

@@ -213,7 +213,9 @@ impl Membership {
             }
         }
         ready?;
-        self.all_reached().await.into_iter().find(|reached| reached.name == name).ok_or_else(gone)
+        let mut all = self.all_reached().await.into_iter();
+        let reached = all.find(|reached| reached.name == name).ok_or_else(gone)?;
+        Ok(ReachedStatus { protocol: Some(found.record.protocol), ..reached })
     }
 
     async fn reached(&self, name: &ServiceName) -> Option<crate::Reached> {
@@ -280,6 +282,7 @@ impl Membership {
             ReachedStatus {
                 name: name.clone(),
                 address: forward.address.to_string(),
+                protocol: None,
                 active: status.active,
                 rtt_ms: status.round_trip.map(|time| time.as_secs_f64() * 1000.0),
                 streams: status.streams,
@@ -302,6 +305,7 @@ impl Membership {
             workspace_id: identity.workspace_id(),
             hub: identity.hub.to_string(),
             connected: self.agent.is_connected(),
+            error: self.agent.not_connected(),
             trust: TrustStatus {
                 seq: head.seq,
                 head: head.hash.to_string(),

@@ -2,8 +2,10 @@
 
 use std::{
     io::{self, Write},
+    net::SocketAddr,
+    os::fd::AsFd,
     path::Path,
-    sync::Mutex,
+    sync::{Mutex, PoisonError},
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -11,21 +13,61 @@ use clap::ColorChoice;
 use connect_agent::{
     AgentInfo, ApiKeyInfo, AuditVerdict, Checked, EntryInfo, Error, ErrorKind, Finding,
     FindingState, Founded, Home, Identity, InviteInfo, NewApiKey, NewShare, RecordedRow, Recovered,
-    Revoked, Rotated, ServiceInfo, ShareInfo, Verification, date,
+    Result, Revoked, Rotated, ServiceInfo, ShareInfo, Verification, date,
     local::{AgentStatus, ExposedStatus, ReachedStatus, TrustStatus},
 };
 use connect_spec::{ids::CredentialId, objects::UnixTime};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 use serde_json::json;
 
-use crate::{agent_log::RotatingFile, daemon::Service, terminal};
+use crate::{agent_log::RotatingFile, daemon::Service, terminal, usage};
 
 // In place of the standard library's, which panic when the reader is gone, as in `connect agents | head`.
 macro_rules! println {
-    ($($text:tt)*) => {{ let _ = writeln!(std::io::stdout(), $($text)*); }};
+    ($($text:tt)*) => { written(writeln!(std::io::stdout(), $($text)*)) };
 }
 macro_rules! eprintln {
     ($($text:tt)*) => {{ let _ = writeln!(std::io::stderr(), $($text)*); }};
+}
+
+/// Why a result could not be written, the first time.
+static UNWRITTEN: Mutex<Option<io::Error>> = Mutex::new(None);
+
+/// Remembers that a result was not written: it may be one that is shown once.
+fn written(result: io::Result<()>) {
+    if let Err(error) = result {
+        UNWRITTEN.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+    }
+}
+
+/// Whether all results went where they were to go.
+///
+/// # Errors
+/// They did not, and it was not for want of a reader: one that went away has what it wanted.
+pub(crate) fn finish() -> Result<()> {
+    flush();
+    let unwritten = UNWRITTEN.lock().unwrap_or_else(PoisonError::into_inner).take();
+    match unwritten {
+        Some(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Error::new(ErrorKind::Other, format_args!("the output cannot be written: {error}"))
+                .hint("what the command does is done; what it printed is lost"))
+        }
+        Some(_) | None => Ok(()),
+    }
+}
+
+/// Whether there is still somebody who reads the results; without one, following something is no use.
+pub(crate) fn is_read() -> bool {
+    if UNWRITTEN.lock().unwrap_or_else(PoisonError::into_inner).is_some() {
+        return false;
+    }
+    let stdout = io::stdout();
+    let mut asked = [PollFd::new(stdout.as_fd(), PollFlags::empty())];
+    // A pipe without a reader says so by itself.
+    !poll(&mut asked, PollTimeout::ZERO).is_ok_and(|_| {
+        asked[0].revents().is_some_and(|events| events.intersects(PollFlags::POLLERR))
+    })
 }
 
 /// A share by which this home is a guest, for people.
@@ -78,8 +120,7 @@ impl Output {
     pub(crate) fn completions(self, shell: clap_complete::Shell, command: &mut clap::Command) {
         let mut script = Vec::new();
         clap_complete::generate(shell, command, "connect", &mut script);
-        // A reader that went away does not want it.
-        let _ = io::stdout().write_all(&script);
+        written(io::stdout().write_all(&script));
     }
 
     /// A word to people.
@@ -183,6 +224,11 @@ impl Output {
             Some(rtt) => self.note(format_args!("{} is reached, {rtt:.1} ms away", reached.name)),
             None => self.note(format_args!("{} is not reached yet", reached.name)),
         }
+        let usage = reached.address.parse::<SocketAddr>().ok().zip(reached.protocol.as_deref());
+        if let Some(usage) = usage.and_then(|(at, protocol)| usage::of(protocol, &reached.name, at))
+        {
+            self.note(format_args!("To use it: {usage}"));
+        }
     }
 
     pub(crate) fn shared(self, share: &NewShare) {
@@ -258,21 +304,29 @@ impl Output {
         let unicode = speaks_unicode();
         let width = findings.iter().map(|finding| finding.title.chars().count()).max();
         let width = width.unwrap_or_default().max(12);
+        let coloured = terminal::is_coloured(self.color, &io::stdout());
         for Finding { state, title, text, hint, .. } in findings {
-            let mark = match (state, unicode) {
-                (FindingState::Ok, true) => "✓",
-                (FindingState::Warn, true) => "⚠",
-                (FindingState::Fail, true) => "✗",
-                (FindingState::Ok, false) => "ok  ",
-                (FindingState::Warn, false) => "warn",
-                (FindingState::Fail, false) => "FAIL",
+            let (mark, style) = match (state, unicode) {
+                (FindingState::Ok, true) => ("✓", terminal::GOOD),
+                (FindingState::Warn, true) => ("⚠", terminal::DOUBTFUL),
+                (FindingState::Fail, true) => ("✗", terminal::BAD),
+                (FindingState::Ok, false) => ("ok  ", terminal::GOOD),
+                (FindingState::Warn, false) => ("warn", terminal::DOUBTFUL),
+                (FindingState::Fail, false) => ("FAIL", terminal::BAD),
             };
-            let line = format!("{mark} {title:width$} {text}");
-            let line =
-                if unicode { line } else { line.replace('↑', "up").replace('↓', "down") };
-            println!("{line}");
-            if let Some(hint) = hint {
-                println!("{:indent$} {hint}", "", indent = mark.chars().count() + 1 + width);
+            let text = if unicode {
+                text.clone()
+            } else {
+                text.replace('↑', "up").replace('↓', "down")
+            };
+            let column = mark.chars().count() + 1 + width + 1;
+            let mut lines = terminal::beside(column, &text, terminal::width()).into_iter();
+            let mark = terminal::paint(mark, style, coloured);
+            println!("{mark} {title:width$} {}", lines.next().unwrap_or_default());
+            let hint =
+                hint.iter().flat_map(|hint| terminal::beside(column, hint, terminal::width()));
+            for line in lines.chain(hint) {
+                println!("{:column$}{line}", "");
             }
         }
     }
@@ -337,7 +391,11 @@ impl Output {
             print_json(status);
             return;
         }
-        let connected = if status.connected { "connected" } else { "not connected" };
+        let connected = match (&status.error, status.connected) {
+            (_, true) => "connected".to_owned(),
+            (None, false) => "not connected".to_owned(),
+            (Some(cause), false) => format!("not connected: {cause}"),
+        };
         println!("agent      {} ({})", status.label, status.agent_id.short());
         if let Some(share) = &status.share {
             let label =
@@ -345,7 +403,7 @@ impl Output {
             println!("guest by   {label} (until {})", date(share.expires));
         }
         println!("workspace  {}", status.workspace_id);
-        println!("hub        {} ({connected})", status.hub);
+        println!("hub        {} ({connected})", without_pin(&status.hub));
         println!("trust      {}", trust_line(&status.trust));
         let exposed = status.exposed.iter().map(|exposed| {
             let health = if exposed.target_ok { "target ok" } else { "target down" };
@@ -355,7 +413,9 @@ impl Output {
         let reached = status.reached.iter().map(|reached| {
             let health = match (&reached.error, reached.rtt_ms) {
                 (_, Some(rtt)) => format!("active, {rtt:.1} ms, {} streams", reached.streams),
-                (Some(error), None) => format!("not active: {error}"),
+                // Without a hub all are not active, for the one reason that is said already.
+                (Some(error), None) if status.error.is_none() => format!("not active: {error}"),
+                (Some(_), None) => "not active".to_owned(),
                 (None, None) => "connecting".to_owned(),
             };
             ["reached  ".to_owned(), reached.name.to_string(), reached.address.clone(), health]
@@ -373,7 +433,7 @@ impl Output {
             let status =
                 if let Situation::Running(status) = situation { Some(status) } else { None };
             print_json(&json!({
-                "home": home,
+                "home": home.to_string_lossy(),
                 "enrolled": !matches!(situation, Situation::NotEnrolled),
                 "running": status.is_some(),
                 "status": status,
@@ -384,10 +444,10 @@ impl Output {
             Situation::NotEnrolled => {
                 println!("This machine is in no workspace yet.");
                 println!(
-                    "  connect init --hub URL    begin one; URL is what `connect-hub serve` printed"
+                    "  connect init --hub URL    begin one; `connect-hub serve` prints the URL"
                 );
                 println!(
-                    "  connect join CODE         join one; `connect invite` on a member prints the code"
+                    "  connect join CODE         join one; `connect invite` there prints the code"
                 );
                 println!("`connect --help` shows all commands.");
             }
@@ -399,9 +459,12 @@ impl Output {
             Situation::Running(status) => {
                 self.status(status);
                 if !status.connected {
-                    println!(
-                        "\nIt goes on trying to connect. Is the hub up? An agent in the background says more in `connect logs`."
-                    );
+                    println!("\nIt goes on trying to connect.");
+                    if let Some(cause) = &status.error {
+                        println!("{}", cause.hint.as_deref().unwrap_or(what_to_do(cause.kind)));
+                    }
+                } else if status.share.is_some() {
+                    println!("\n  connect services          see what is shared");
                 } else if status.exposed.is_empty() && status.reached.is_empty() {
                     println!("\n  connect HOST:PORT         offer a service");
                     println!("  connect services          see what can be reached");
@@ -638,19 +701,15 @@ impl Output {
     }
 
     /// Lines of a log as they are; with `--json` each in an object.
-    ///
-    /// # Errors
-    /// Nobody reads them.
-    pub(crate) fn log_lines(self, text: &[u8]) -> io::Result<()> {
-        let mut stdout = io::stdout().lock();
+    pub(crate) fn log_lines(self, text: &[u8]) {
         if self.json {
             for line in String::from_utf8_lossy(text).lines() {
-                writeln!(stdout, "{}", json!({ "line": line }))?;
+                println!("{}", json!({ "line": line }));
             }
         } else {
-            stdout.write_all(text)?;
+            written(io::stdout().write_all(text));
         }
-        stdout.flush()
+        flush();
     }
 
     pub(crate) fn stopped(self) {
@@ -714,6 +773,11 @@ fn as_word(label: &str) -> String {
     } else {
         format!("'{}'", label.replace('\'', "'\\''"))
     }
+}
+
+/// A hub's address for people, who have no use for the hash of its certificate.
+fn without_pin(hub: &str) -> &str {
+    hub.split_once('#').map_or(hub, |(address, _)| address)
 }
 
 /// When a share ends, and whether it has.
@@ -794,6 +858,5 @@ pub(crate) fn log_to_home(home: &Home, default: &str) -> io::Result<()> {
 
 /// Pushes out what was printed, before a process goes on for long.
 pub(crate) fn flush() {
-    // A reader that went away does not want it.
-    let _ = std::io::stdout().flush();
+    written(std::io::stdout().flush());
 }

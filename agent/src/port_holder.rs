@@ -77,7 +77,10 @@ fn holder(address: SocketAddr) -> String {
             Some((pid, _)) if pid == std::process::id() => "this agent itself".to_owned(),
             Some((pid, name)) => format!("`{name}` (pid {pid})"),
             // Only root sees the files of other users' processes.
-            None => format!("a program of another user (uid {})", socket.uid),
+            None => match nix::unistd::User::from_uid(socket.uid.into()) {
+                Ok(Some(user)) => format!("a program of the user `{}`", user.name),
+                Ok(None) | Err(_) => format!("a program of another user (uid {})", socket.uid),
+            },
         },
         // Bound and not listening, or gone by now.
         None => "another program".to_owned(),

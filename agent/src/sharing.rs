@@ -10,6 +10,7 @@ use crate::{
     commands::govern,
     output::{self, JoinedShare, Output},
     passphrase::Source,
+    suggest,
 };
 
 pub(crate) async fn share(
@@ -24,7 +25,8 @@ pub(crate) async fn share(
         Some(label) => label,
         None => services[0].as_str().parse().expect("a name is a label"),
     };
-    output.shared(&governor.share(&services, &label, expires, uses).await?);
+    let shared = governor.share(&services, &label, expires, uses).await;
+    output.shared(&suggest::for_share(home, &services, shared).await?);
     Ok(())
 }
 

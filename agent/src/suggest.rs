@@ -93,6 +93,23 @@ pub(crate) async fn for_reach(
     })
 }
 
+/// Adds to the error of `share` what was probably meant by the names that no service has.
+pub(crate) async fn for_share<T>(
+    home: &Home,
+    wanted: &[ServiceName],
+    done: Result<T>,
+) -> Result<T> {
+    let error = match done {
+        Err(error) if error.kind == ErrorKind::ServiceNotFound => error,
+        other => return other,
+    };
+    let services = services(home).await.unwrap_or_default();
+    let known = || services.iter().map(String::as_str);
+    let unknown = wanted.iter().filter(|name| known().all(|known| known != name.as_str()));
+    let near = unknown.flat_map(|name| nearest(name.as_str(), known())).collect();
+    Err(with(error, near))
+}
+
 /// Adds to the error of `unexpose` and `unreach` what was probably meant.
 pub(crate) async fn for_own(
     home: &Home,

@@ -18,6 +18,8 @@ const FRAMES: [&str; 4] = ["|", "/", "-", "\\"];
 const CLEAR: &str = "\r\x1b[K";
 /// Between two columns.
 const GAP: &str = "  ";
+/// Text is not squeezed into less than this, however narrow the terminal is.
+const LEAST_ROOM: usize = 20;
 
 pub(crate) const GOOD: Style = AnsiColor::Green.on_default();
 pub(crate) const DOUBTFUL: Style = AnsiColor::Yellow.on_default();
@@ -132,6 +134,28 @@ fn broken<const N: usize>(
     lines
 }
 
+/// The lines of a text that begins in a column of the terminal and stays right of it. It is broken between
+/// words and never within backticks: what is quoted is there to be typed.
+pub(crate) fn beside(column: usize, text: &str, width: Option<usize>) -> Vec<String> {
+    let room = width.map_or(usize::MAX, |width| width.saturating_sub(column).max(LEAST_ROOM));
+    let mut is_quoted = false;
+    let words = text.split(|character| {
+        is_quoted ^= character == '`';
+        character == ' ' && !is_quoted
+    });
+    let mut lines: Vec<String> = Vec::new();
+    for word in words {
+        match lines.last_mut() {
+            Some(line) if line.chars().count() + 1 + word.chars().count() <= room => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            Some(_) | None => lines.push(word.to_owned()),
+        }
+    }
+    lines
+}
+
 /// Waits for something; if it takes long and `shown`, a line of stderr says what.
 pub(crate) async fn wait<T>(what: &str, shown: bool, awaited: impl Future<Output = T>) -> T {
     let mut awaited = pin!(awaited);
@@ -206,6 +230,18 @@ mod tests {
             laid_out(Some(30)),
             ["prod-db", "  postgres  online", "a-name-that-is-rather-long", "  offline"]
         );
+    }
+
+    #[test]
+    fn text_beside_a_column_is_broken_between_words_and_not_in_what_is_quoted() {
+        let text = "it is open: run `chmod 600 '/home/a b/agent.key'` to mend it";
+        assert_eq!(beside(4, text, None), [text]);
+        assert_eq!(beside(4, text, Some(80)), [text]);
+        let narrow = ["it is open: run", "`chmod 600 '/home/a b/agent.key'`", "to mend it"];
+        assert_eq!(beside(10, text, Some(30)), narrow);
+        assert_eq!(beside(60, text, Some(30)), narrow, "no column is narrower than some words");
+        assert_eq!(beside(0, "", Some(30)), [""]);
+        assert_eq!(beside(0, "a  b", Some(30)), ["a  b"]);
     }
 
     #[test]

@@ -464,7 +464,9 @@ impl Attributes {
     }
 }
 
-fn is_tag(tag: &str) -> bool {
+/// Whether a text can be the tag of an agent.
+#[must_use]
+pub fn is_tag(tag: &str) -> bool {
     (1..=MAX_TAG_BYTES).contains(&tag.len())
         && tag.bytes().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-')
 }

@@ -320,6 +320,10 @@ fn log_is_shown_followed_and_kept_small() {
 fn agent_that_ends_at_once_says_why() {
     let home = Workspace::found(Hub::shared()).founder;
     fs::write(home.dir().join("state.json"), "{").expect("our own directory");
-    home.fails(&["up", "--detach"], 1, "state.json` is damaged");
+    // By the exit code of the agent, as in the foreground.
+    for line in [&["up", "--detach"][..], &["up"]] {
+        home.fails(line, 7, "state.json` is damaged");
+        home.fails(line, 7, "move it away");
+    }
     assert!(home.ok(&["logs"]).contains("state.json` is damaged"), "the log says it, too");
 }

@@ -118,8 +118,9 @@ fn keys_that_others_can_read_are_found_and_the_command_mends_it() {
     fs::set_permissions(&key, Permissions::from_mode(0o644)).expect("our own file");
     fails(home, 7, "is open to other users");
     let (_, _, hint) = finding(home, "permissions");
-    let command = hint.strip_prefix("run: ").expect("a command");
-    let mended = std::process::Command::new("sh").args(["-c", command]).status();
+    let command = hint.strip_prefix("run `").and_then(|rest| rest.strip_suffix('`'));
+    let mended =
+        std::process::Command::new("sh").args(["-c", command.expect("a command")]).status();
     assert!(mended.expect("there is a shell").success());
     assert_eq!(finding(home, "permissions").0, "ok");
     fs::set_permissions(home.dir(), Permissions::from_mode(0o755)).expect("our own directory");

@@ -149,6 +149,7 @@ fn every_command_on_a_machine_that_joined_nothing() {
         "expose localhost:0",
         "expose localhost:5432 --name not_a_name",
         "expose localhost:5432 --name status",
+        "expose localhost:5432 --allow DBA",
         "unexpose prod-db",
         "reach",
         "reach prod-db",
@@ -264,7 +265,10 @@ fn a_session_with_a_guest() {
     session.run("guest", &guest, &["join", &code]);
     eventually("the service is there for guests", || guest.ok(&["services"]).contains("ssh"));
     session.run("guest", &guest, &["services"]);
-    session.run("guest", &guest, &["agents"]);
+    for line in [&["agents"][..], &["audit"], &["invite"], &["expose", &target], &["share", "ssh"]]
+    {
+        session.run("guest", &guest, line);
+    }
     session.run("guest", &guest, &["reach", "ssh", "--check"]);
     session.run("guest", &guest, &["shares"]);
     session.run("guest", &guest, &["leave", "other"]);

@@ -1,11 +1,17 @@
 //! Command lines as people type them: without the command, with slips, and with nothing at all.
 
-use std::time::{Duration, Instant};
+use std::{
+    ffi::OsStr,
+    os::unix::ffi::OsStrExt,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use connect_tests::{
+    eventually,
     home::{Home, Pair, Workspace},
     hub::Hub,
-    process::Process,
+    process::{Outcome, Process, new_dir},
     random_word,
     services::Service,
 };
@@ -64,6 +70,7 @@ fn slips_are_told_with_what_was_meant() {
     pair.reacher.fails(&["reach", &slip], 5, &meant);
     pair.reacher.fails(&[&slip], 5, &format!("did you mean `connect {name}`?"));
     pair.exposer().fails(&["unexpose", &slip], 5, &meant);
+    pair.exposer().fails(&["share", &name, &slip], 5, &meant);
     pair.reacher.ok(&["reach", &name]);
     pair.reacher.fails(&["unreach", &slip], 5, &meant);
     pair.reacher.fails(&["unreach", "nothing-like-it"], 5, "connect status");
@@ -102,6 +109,25 @@ fn slips_are_told_soon_without_a_hub() {
 }
 
 #[test]
+fn status_says_why_an_agent_is_not_connected() {
+    let mut hub = Hub::start(&[]);
+    let home = Workspace::found(&hub).founder;
+    let _agent = home.up();
+    hub.kill();
+    eventually("a try to connect has failed", || {
+        let outcome = home.run(&["status"]);
+        outcome.code == Some(4) && outcome.stdout.contains("not connected: cannot reach the hub")
+    });
+    let outcome = home.run(&["status"]);
+    assert!(outcome.stderr.contains("is `connect-hub serve` running there?"), "{outcome:?}");
+    let said = home.ok(&[]);
+    assert!(said.contains("It goes on trying to connect.\nis the address right"), "{said}");
+    let status: Value =
+        serde_json::from_str(&home.run(&["--json", "status"]).stdout).expect("JSON");
+    assert_eq!(status["error"]["code"], "hub_unreachable");
+}
+
+#[test]
 fn connect_alone_says_where_one_is_and_what_is_next() {
     let fresh = Home::new();
     let said = fresh.ok(&[]);
@@ -119,6 +145,54 @@ fn connect_alone_says_where_one_is_and_what_is_next() {
     let said = home.ok(&[]);
     assert!(said.contains("connected") && said.contains("connect services"), "{said}");
     assert_eq!(home.json(&[])["status"]["connected"], true);
+}
+
+#[test]
+fn home_whose_path_is_no_text_is_a_home() {
+    let dir = new_dir("path").join(OsStr::from_bytes(b"not\xfftext"));
+    let home = Home::at(&dir);
+    let said = home.json(&[]);
+    assert_eq!(said["home"], dir.to_string_lossy().as_ref());
+    home.fails(&["services"], 3, "connect join");
+}
+
+/// What becomes of a shell line with `connect` in it as `"$0"`.
+fn in_shell(home: &Home, line: &str) -> Outcome {
+    let connect = home.command(&[]);
+    let mut command = Command::new("bash");
+    command.args(["-c", line]).arg(connect.get_program());
+    for (name, value) in connect.get_envs() {
+        if let Some(value) = value {
+            command.env(name, value);
+        }
+    }
+    Process::spawn(line, &mut command).outcome()
+}
+
+#[test]
+fn output_that_is_lost_is_an_error_and_a_reader_that_left_is_none() {
+    let home = Workspace::found(Hub::shared()).founder;
+    for line in ["invite", "agents --json", "completions bash", "verify", ""] {
+        let outcome = in_shell(&home, &format!("\"$0\" {line} > /dev/full"));
+        assert_eq!(outcome.code, Some(1), "{line}: {}", outcome.stderr);
+        assert!(outcome.stderr.contains("the output cannot be written: No space"), "{line}");
+        assert!(outcome.stderr.contains("what it printed is lost"), "{}", outcome.stderr);
+        let left = in_shell(&home, &format!("set -o pipefail; \"$0\" {line} | head -c 1"));
+        assert_eq!(left.code, Some(0), "{line}: {}", left.stderr);
+        assert_eq!(left.stdout.len(), 1);
+    }
+}
+
+#[test]
+fn following_ends_with_its_reader() {
+    let home = Workspace::found(Hub::shared()).founder;
+    home.ok(&["up", "--detach"]);
+    for line in ["audit --follow", "logs --follow"] {
+        let outcome = in_shell(&home, &format!("set -o pipefail; \"$0\" {line} | head -n 1"));
+        assert_eq!(outcome.code, Some(0), "{line}: {}", outcome.stderr);
+        assert_eq!(outcome.stdout.lines().count(), 1, "{line}");
+    }
+    home.ok(&["down"]);
 }
 
 #[test]

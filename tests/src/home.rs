@@ -49,6 +49,8 @@ impl Home {
             }
         }
         command.env("CONNECT_HOME", &self.dir).env_remove("XDG_RUNTIME_DIR");
+        // What is said is as wide as where there is no terminal.
+        command.env_remove("COLUMNS");
         // Tests count the connections to their services, so nobody looks at those in between.
         command.env("CONNECT_HEALTH_EVERY_MS", "3600000");
         command.current_dir("/").args(args);

@@ -234,10 +234,10 @@ mod tests {
 
     #[test]
     fn text_beside_a_column_is_broken_between_words_and_not_in_what_is_quoted() {
-        let text = "it is open: run `chmod 600 '/home/a b/agent.key'` to mend it";
+        let text = "it is open: run `chmod 600 '/srv/a b/agent.key'` to mend it";
         assert_eq!(beside(4, text, None), [text]);
         assert_eq!(beside(4, text, Some(80)), [text]);
-        let narrow = ["it is open: run", "`chmod 600 '/home/a b/agent.key'`", "to mend it"];
+        let narrow = ["it is open: run", "`chmod 600 '/srv/a b/agent.key'`", "to mend it"];
         assert_eq!(beside(10, text, Some(30)), narrow);
         assert_eq!(beside(60, text, Some(30)), narrow, "no column is narrower than some words");
         assert_eq!(beside(0, "", Some(30)), [""]);

@@ -103,11 +103,11 @@ fn guest_reaches_what_is_shared_and_nothing_else() {
     Home::new().fails(&["join", &code], 6, "used");
     assert_eq!(names_of(&guest.json(&["services"])), [shared.as_str()]);
     guest.fails(&["agents"], 6, "guest");
-    guest.fails(&["invite"], 6, "signer");
-    guest.fails(&["share", shared], 6, "signer");
+    guest.fails(&["invite"], 6, "guest of a share");
+    guest.fails(&["share", shared], 6, "guest of a share");
     guest.fails(&["reach", private], 5, "no service is called");
     let guest_agent = guest_up(&guest);
-    guest.fails(&["expose", "127.0.0.1:9", "--name", &name()], 6, "role");
+    guest.fails(&["expose", "127.0.0.1:9", "--name", &name()], 6, "guest of a share");
     let _connection = open_echo(guest.reach(shared));
     guest.fails(&["reach", private], 5, "no service is called");
 

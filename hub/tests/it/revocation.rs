@@ -381,6 +381,7 @@ async fn a_guest_has_no_part_in_the_workspace() {
         Request::Certify {
             certificate: workspace.renewed(&founder, &workspace.signer, 1).certificate(),
         },
+        expose(OTHER, LookupTag([7; 16]), 1),
     ] {
         assert_eq!(visiting.refused(request).await, ErrorCode::Forbidden);
     }

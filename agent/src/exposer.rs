@@ -884,6 +884,25 @@ mod tests {
     }
 
     #[test]
+    fn whose_role_is_to_expose_reaches_nothing() {
+        let world = World::new();
+        let id = ServiceId(common::bytes("service"));
+        let target = "localhost:1".parse().expect("a target");
+        let service = Exposed::new("svc".parse().expect("a name"), id, target, BTreeSet::new());
+        for (role, expected) in [
+            (AgentRole::Member, None),
+            (AgentRole::Reacher, None),
+            (AgentRole::Exposer, Some(ErrorCode::Forbidden)),
+        ] {
+            let agent = world.member_as("agent", role);
+            let state = world.trust.clone();
+            let peer = state.verify_peer(agent.id(), agent.presented.clone(), common::NOW);
+            let judged = authorise(&service, &peer.expect("trusted"), &[], CredentialId::NONE);
+            assert_eq!(judged.err().map(|refusal| refusal.code), expected, "{role:?}");
+        }
+    }
+
+    #[test]
     fn repeated_tunnel_ids_are_refused_for_as_long_as_they_are_remembered() {
         let mut door = Door::default();
         let mut now = Instant::now();

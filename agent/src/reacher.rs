@@ -589,3 +589,25 @@ fn why_ended(name: &ServiceName, end: &End) -> Error {
         ),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use connect_spec::objects::AgentRole;
+
+    use super::*;
+    use crate::{common::World, identity::tests::identity};
+
+    #[test]
+    fn whose_role_is_to_reach_exposes_nothing() {
+        let world = World::new();
+        let own = Identity { trust: Arc::new(world.trust.clone()), ..identity() };
+        let name = "svc".parse().expect("a name");
+        for (role, expected) in
+            [(AgentRole::Member, true), (AgentRole::Exposer, true), (AgentRole::Reacher, false)]
+        {
+            let agent = world.member_as("agent", role);
+            let judged = judge(&name, &own, agent.id(), agent.presented);
+            assert_eq!(judged.is_ok(), expected, "{role:?}");
+        }
+    }
+}

@@ -437,11 +437,14 @@ fn wrap(identity: &Identity, recipient: Recipient, key: &WrapPublicKey) -> Optio
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use connect_crypto::keys::{SigningKey, StaticKeypair, WrapKeypair};
     use connect_spec::{
         ids::{AgentId, ServiceId},
-        log::Beat,
+        log::{Beat, Change, Entry},
         objects::{Attributes, Issuer, NoiseKey, SUITE_1},
+        trust::TrustState,
     };
 
     use super::*;
@@ -509,6 +512,142 @@ mod tests {
         // Nor to a key that the agent did not bind.
         let other = joined(&founder, CredentialKind::Invite).1.wrap_key;
         assert!(wrap_for_agent(&founder, &UnwrappedAgent { wrap_key: other, ..member }).is_none());
+    }
+
+    /// An invite as the hub lists one without a wrap.
+    fn unwrapped(
+        credential: &Credential,
+        by: &SigningKey,
+        key: &WrapKeypair,
+    ) -> UnwrappedCredential {
+        UnwrappedCredential {
+            credential: Blob(by.sign(credential).encode()),
+            wrap_key: Blob(key.public().encode()),
+        }
+    }
+
+    #[test]
+    fn secrets_of_the_workspace_are_wrapped_to_open_invites_of_signers_alone() {
+        let mut rng = random::rng();
+        let founder = identity();
+        let Some(SignerKey::Open(signer)) = &founder.signer else { panic!("a founder") };
+        let (code, other) = (SigningKey::generate(&mut rng), SigningKey::generate(&mut rng));
+        let (wrap, other_wrap) = (WrapKeypair::generate(&mut rng), WrapKeypair::generate(&mut rng));
+        let end = clock::now() + 3600;
+        let invite = Credential {
+            workspace_id: founder.workspace_id(),
+            kind: CredentialKind::Invite,
+            invite_key: code.public(),
+            role: AgentRole::Member,
+            attrs: [0; 32],
+            services: None,
+            uses: 1,
+            join_until: end,
+            certs_end: end,
+            issuer: signer.public(),
+            wrap_key_hash: wrap.public().hash(),
+        };
+        let wrapped = |identity: &Identity, unwrapped: &UnwrappedCredential| {
+            wrap_for_credential(identity, unwrapped).is_some()
+        };
+        let sound = unwrapped(&invite, signer, &wrap);
+        assert!(wrapped(&founder, &sound));
+        assert!(!wrapped(&founder, &unwrapped(&invite, signer, &other_wrap)));
+        assert!(!wrapped(&founder, &unwrapped(&invite, &other, &wrap)));
+        let by_other = Credential { issuer: other.public(), ..invite.clone() };
+        assert!(!wrapped(&founder, &unwrapped(&by_other, &other, &wrap)));
+        let share = Credential {
+            kind: CredentialKind::Share,
+            role: AgentRole::Guest,
+            services: Some(vec![ServiceId([1; 16])]),
+            ..invite.clone()
+        };
+        assert!(!wrapped(&founder, &unwrapped(&share, signer, &wrap)));
+
+        let mut trust = TrustState::clone(&founder.trust);
+        let closed = Change::CloseCredential { credential_id: invite.id(), keep: Vec::new() };
+        let entry = signer.sign(&Entry {
+            workspace_id: founder.workspace_id(),
+            seq: 1,
+            prev: trust.head().hash,
+            time: 1,
+            changes: vec![closed],
+            abandons: Vec::new(),
+        });
+        trust.apply(&LogEntry::Entry(entry)).expect("by a signer");
+        let founder = Identity { trust: Arc::new(trust), ..founder.clone() };
+        assert!(!wrapped(&founder, &sound));
+    }
+
+    /// The workspace of a founder, in a home of its own.
+    fn founded() -> (tempfile::TempDir, Arc<Workspace>) {
+        let dir = tempfile::tempdir().expect("a directory");
+        let home = Home::at(dir.path().join("home"));
+        let identity = identity();
+        let log = TrustLog::create(&home, identity.workspace_id(), identity.genesis.clone());
+        home.save(&identity, None).expect("our own directory");
+        (dir, Workspace::new(&home, identity, log.expect("a new log")))
+    }
+
+    #[test]
+    fn a_certificate_that_the_hub_brings_must_be_a_newer_one_for_the_same_tags_by_a_signer() {
+        let (_dir, workspace) = founded();
+        let founder = workspace.identity();
+        let Some(SignerKey::Open(signer)) = &founder.signer else { panic!("a founder") };
+        let old = founder.noise.presented.certificate.object();
+        let brought = |by: &SigningKey, certificate: Certificate| {
+            workspace.renew(&Blob(by.sign(&certificate).encode())).is_ok()
+        };
+        let next = Certificate { serial: 2, ..old.clone() };
+        let other = SigningKey::generate(&mut random::rng());
+        assert!(!brought(signer, old.clone()), "the one it has");
+        assert!(!brought(signer, Certificate { attrs: [9; 32], ..next.clone() }), "other tags");
+        assert!(!brought(&other, next.clone()), "not signed by its issuer");
+        let by_other = Certificate { issuer: Issuer::Signer(other.public()), ..next.clone() };
+        assert!(!brought(&other, by_other), "by no signer");
+        let anothers = Certificate { identity_key: other.public(), ..next.clone() };
+        assert!(!brought(signer, anothers), "for another agent");
+        assert!(brought(signer, next.clone()));
+        assert_eq!(workspace.identity().noise.presented.certificate.object(), &next);
+        assert!(!brought(signer, old.clone()), "the one before");
+    }
+
+    #[test]
+    fn records_of_the_epoch_before_count_for_a_day() {
+        let (_dir, workspace) = founded();
+        let since = |ago| {
+            let begun = Instant::now().checked_sub(ago).expect("the clock reaches back");
+            *workspace.epoch_since.lock().expect("nobody panicked") = (7, begun);
+        };
+        let accepted = || [5, 6, 7, 8].map(|number| workspace.accepts_epoch(number));
+        since(OLD_EPOCH.saturating_sub(Duration::from_secs(60)));
+        assert_eq!(accepted(), [false, true, true, false]);
+        since(OLD_EPOCH);
+        assert_eq!(accepted(), [false, false, true, false]);
+    }
+
+    #[test]
+    fn beats_are_signed_by_who_they_are_of_and_ones_own_is_none() {
+        let founder = identity();
+        let (signing, agent) = joined(&founder, CredentialKind::Invite);
+        let beat = |agent_id: AgentId, by: &SigningKey| {
+            by.sign(&Beat {
+                workspace_id: founder.workspace_id(),
+                agent_id,
+                head: founder.trust.head(),
+                time: clock::now(),
+            })
+        };
+        let presented = Presented::from_blobs(&agent.presented).expect("sound");
+        let holds = |beat: &Signed<Beat>, presented: &Presented| {
+            verify_beat(&founder, beat, presented.clone()).is_some()
+        };
+        assert!(holds(&beat(agent.agent_id, &signing), &presented));
+        assert!(!holds(&beat(agent.agent_id, &founder.signing), &presented));
+        let (other, _) = joined(&founder, CredentialKind::Invite);
+        assert!(!holds(&beat(agent.agent_id, &other), &presented));
+        let own = &founder.noise.presented;
+        assert!(!holds(&beat(founder.agent_id, &founder.signing), own));
     }
 
     #[test]

@@ -652,6 +652,9 @@ mod tests {
             check(&rows, AuditHead::EMPTY, head(&rows[..5]), None),
             Err(AuditFault::Beyond(6))
         );
+        let mut other = end;
+        other.hash.0[0] ^= 1;
+        assert_eq!(check(&rows, AuditHead::EMPTY, other, None), Err(AuditFault::Changed(9)));
     }
 
     #[test]

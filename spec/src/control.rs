@@ -858,3 +858,15 @@ pub fn decode<'t, T: Deserialize<'t>>(text: &'t str) -> Result<T, ControlError> 
 pub fn encode<T: Serialize>(message: &T) -> String {
     serde_json::to_string(message).expect("control messages have string keys only")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_are_bounded_at_the_limit() {
+        let number = |bytes: usize| decode::<u8>(&format!("7{}", " ".repeat(bytes - 1)));
+        assert_eq!(number(MAX_CONTROL_BYTES), Ok(7));
+        assert_eq!(number(MAX_CONTROL_BYTES + 1), Err(ControlError::TooLong));
+    }
+}

@@ -346,6 +346,33 @@ fn library_hands_out_streams() {
     assert_eq!(read, b"hello 0hello 1hello 2");
 }
 
+/// The target has said all that it has to say, so only the client's direction is open: its break is no end.
+#[test]
+fn client_that_vanishes_resets_a_target_that_has_finished() {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let service = Service::start(move |mut tcp| {
+        let sender = sender.clone();
+        async move {
+            let mut first = [0; 4];
+            // The probe of the exposer brings nothing.
+            if tcp.shutdown().await.is_ok() && tcp.read_exact(&mut first).await.is_ok() {
+                sender.send(None).expect("the test waits");
+                let end = tcp.read(&mut first).await.map_err(|error| error.kind());
+                sender.send(Some(end)).expect("the test waits");
+            }
+        }
+    });
+    let mut client = connect(carry(service.address()));
+    assert_eq!(client.read(&mut [0; 1]).expect("the target's end"), 0);
+    client.write_all(b"half").expect("the tunnel takes it");
+    assert_eq!(receiver.recv_timeout(PATIENCE), Ok(None));
+    let tcp = tokio::net::TcpSocket::from_std_stream(client);
+    tcp.set_zero_linger().expect("our own socket");
+    drop(tcp);
+    let end = receiver.recv_timeout(PATIENCE).expect("the target's connection ends");
+    assert_eq!(end, Some(Err(ErrorKind::ConnectionReset)), "a reset is no clean end");
+}
+
 #[test]
 fn client_that_vanishes_resets_the_target() {
     let (service, inbox) = Service::answering_at_the_end(b"never");

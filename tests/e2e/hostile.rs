@@ -9,24 +9,29 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use connect_crypto::handshake::{Local, initiate};
 use connect_spec::{
     bytes::Blob,
     control::{
-        FromAgent, FromHub, ListedService, Reply, Request, SealedRecord, SessionKind, Ticket,
-        TunnelRequest,
+        ErrorCode, FromAgent, FromHub, ListedService, Reply, Request, SealedRecord, SessionKind,
+        Ticket, TunnelRequest,
     },
     encoding::Encoding,
-    ids::AgentId,
-    log::Head,
-    objects::{AgentRole, Certificate, Issuer, NoiseKey, SUITE_1},
+    ids::{AgentId, ChannelId, ServiceId},
+    keys::IdentityKey,
+    limits::{CHANNEL_WINDOW, MAX_PARKED_PER_PEER, TAG_BYTES},
+    log::{Change, Entry, Head, LogEntry},
+    objects::{AgentRole, Certificate, Credential, CredentialKind, Issuer, NoiseKey, SUITE_1},
+    record::{CloseCode, Progress, Purpose, Record, StreamId, put_trust_entry},
+    signed::Signed,
     trust::Presented,
 };
 use connect_tests::{
     PATIENCE,
-    client::{Client, Keys, data_socket, prologue, rng, tunnel_request},
+    client::{Client, Keys, Tunnel, data_socket, now, prologue, rng, tunnel_request},
     eventually,
     home::{Home, Workspace},
     hostile_relay::{Data, HostileRelay, Passing, Verdict},
@@ -367,6 +372,63 @@ fn replayed_first_message_reaches_nobody() {
     assert_eq!(stage.service.accepted(), before);
 }
 
+/// What a hub shows to who joins in place of the invite's credential. All but one are signed as they must be:
+/// that they hold does not make them the invite's.
+#[test]
+fn credential_that_is_not_that_of_the_invite_is_a_trust_violation() {
+    let rule: Arc<Mutex<Judge>> = Arc::new(Mutex::new(Box::new(|_| Verdict::Forward)));
+    let current = rule.clone();
+    let relay = HostileRelay::start(Hub::shared(), move |passing| {
+        (current.lock().unwrap_or_else(PoisonError::into_inner))(passing)
+    });
+    let follow = |next: Judge| *rule.lock().unwrap_or_else(PoisonError::into_inner) = next;
+    let workspace = Workspace::found_at(&relay.url());
+    let code = workspace.founder.ok(&["invite", "--tag", "db"]);
+    let joiner = Home::new();
+    let is_refused = |part: &str| {
+        joiner.fails(&["join", &code], 7, part);
+        assert!(!joiner.dir().join("membership.json").exists(), "{part}");
+    };
+    type Exchange = fn(&mut Credential);
+    let changes: [(&str, Exchange); 5] = [
+        ("of another invite", |other| other.invite_key = IdentityKey([7; 32])),
+        ("of another invite", |other| other.wrap_key_hash = [7; 32]),
+        ("tags", |other| other.attrs = [7; 32]),
+        ("not of one kind", |other| {
+            (other.kind, other.role) = (CredentialKind::Share, AgentRole::Guest);
+            other.services = Some(vec![ServiceId([7; 16])]);
+        }),
+        ("not signed by a signer", |other| other.issuer = IdentityKey([7; 32])),
+    ];
+    for (part, change) in changes {
+        let founder = Keys::of(&workspace.founder);
+        follow(Box::new(move |passing| {
+            if let Passing::ToAgent(FromHub::Invitation { credential, .. }) = passing {
+                let sound = Signed::<Credential>::decode(&credential.0).expect("the hub's own");
+                let mut other = sound.object().clone();
+                change(&mut other);
+                let signer = founder.signer.as_ref().expect("a founder's");
+                *credential = Blob(signer.sign(&other).encode());
+            }
+            Verdict::Forward
+        }));
+        is_refused(part);
+    }
+    follow(Box::new(|passing| {
+        if let Passing::ToAgent(FromHub::Reply {
+            reply: Reply::Log { entries, more, .. }, ..
+        }) = passing
+        {
+            entries.clear();
+            *more = true;
+        }
+        Verdict::Forward
+    }));
+    is_refused("without an end");
+    follow(Box::new(|_| Verdict::Forward));
+    joiner.ok(&["join", &code]);
+}
+
 /// Changes one character, or one byte, in the middle of a packet; it stays well-formed.
 fn flip(message: &mut Message) {
     *message = match std::mem::replace(message, Message::Ping(Vec::new().into())) {
@@ -573,6 +635,26 @@ impl Door {
         Self { workspace, reacher, service, probed, rule, _relay: relay, _exposer_agent }
     }
 
+    /// The exposer's place in the trust log, once it has closed the invite by which the reacher joined: who
+    /// names another has to compare logs first.
+    fn head(&self) -> Head {
+        let founder = &self.workspace.founder;
+        eventually("the spent invite is closed", || founder.json(&["status"])["trust"]["seq"] == 1);
+        Keys::of(founder).trust.head()
+    }
+
+    /// The id under which the hub lists a service.
+    fn service_id(&self, member: &Keys, name: &str) -> ServiceId {
+        let tag = member.names.tag(&name.parse().expect("a name"));
+        runtime().block_on(async {
+            let hub = Hub::shared().address();
+            let mut client = Client::login(hub, member, SessionKind::Command).await;
+            let reply = client.request(Request::Lookup { tag }).await;
+            let Reply::Services { services, .. } = reply else { panic!("{reply:?}") };
+            services[0].service_id
+        })
+    }
+
     /// Replaces what the exposer is asked: by whom, and with which first message.
     fn forge(
         &self,
@@ -698,14 +780,7 @@ fn nothing_is_dialled_before_the_first_authenticated_record() {
     let member = Keys::of(&door.reacher);
     let exposer = Keys::of(&door.workspace.founder);
     let hub = Hub::shared().address();
-    let listed = runtime().block_on(async {
-        let mut client = Client::login(hub, &member, SessionKind::Command).await;
-        let tag = member.names.tag(&"prod-db".parse().expect("a name"));
-        let Reply::Services { services, .. } = client.request(Request::Lookup { tag }).await else {
-            panic!("no services");
-        };
-        services[0].service_id
-    });
+    let listed = door.service_id(&member, "prod-db");
     for garbage in [false, true] {
         runtime().block_on(async {
             let mut client = Client::login(hub, &member, SessionKind::Command).await;
@@ -737,6 +812,264 @@ fn nothing_is_dialled_before_the_first_authenticated_record() {
     // The exposer is as it was.
     let _agent = door.reacher.up();
     door.reacher.reach("prod-db");
+}
+
+/// A handshake that is sound but for whom it is meant for: nobody answers in the name of another.
+#[test]
+fn message_for_another_responder_is_not_answered() {
+    let door = Door::set();
+    let other = Keys::of(&door.workspace.join("other")).agent_id;
+    let member = Keys::of(&door.reacher);
+    let to = Keys::of(&door.workspace.founder).static_keypair.public();
+    let accepted = door.forge(move |initiator, request| {
+        request.responder = other;
+        let prologue = prologue(member.workspace_id, *initiator, request);
+        let side = local(&member, &member.presented, &member, member.trust.head());
+        let (_, message) = initiate(&side, &prologue, &to, &mut rng()).expect("a sound handshake");
+        request.message = Blob(message);
+    });
+    door.reacher.fails(&["reach", "prod-db"], 6, "");
+    assert_eq!(accepted.load(Ordering::SeqCst), 0, "answered");
+    assert_eq!(door.service.accepted(), door.probed, "the target was dialled");
+}
+
+/// Whoever got hold of a static key that was rotated away, and of all else that its agent showed with it.
+#[test]
+fn static_key_from_before_a_rotation_opens_no_door_where_the_newer_was_seen() {
+    let door = Door::set();
+    let before = Keys::of(&door.reacher);
+    let to = Keys::of(&door.workspace.founder).static_keypair.public();
+    door.reacher.ok(&["rotate"]);
+    let agent = door.reacher.up();
+    door.reacher.reach("prod-db");
+    drop(agent);
+    let dialled = door.service.accepted();
+    let accepted = door.forge(move |initiator, request| {
+        let prologue = prologue(before.workspace_id, *initiator, request);
+        let side = local(&before, &before.presented, &before, before.trust.head());
+        let (_, message) = initiate(&side, &prologue, &to, &mut rng()).expect("a sound handshake");
+        request.message = Blob(message);
+    });
+    door.reacher.fails(&["reach", "prod-db"], 6, "");
+    assert_eq!(accepted.load(Ordering::SeqCst), 0, "answered");
+    assert_eq!(door.service.accepted(), dialled, "the target was dialled");
+}
+
+/// What a reacher by hand sends first, on the first tunnel of a channel or on a later one.
+fn hello(new: bool) -> Record<'static> {
+    let progress = Progress {
+        next_stream: StreamId::FIRST,
+        max_data: CHANNEL_WINDOW,
+        received: 0,
+        streams: Vec::new(),
+        more: false,
+    };
+    Record::Hello { new, progress }
+}
+
+/// The answer to HELLO: READY and WELCOME, or what is said in their place.
+async fn answer_to_hello(tunnel: &mut Tunnel) -> Vec<u8> {
+    let answer = tunnel.read().await.expect("an answer");
+    if Record::decode(&answer) == Ok(Record::Ready) {
+        return tunnel.read().await.expect("what follows READY");
+    }
+    answer
+}
+
+fn is_welcome(record: &[u8]) -> bool {
+    matches!(Record::decode(record), Ok(Record::Welcome(_)))
+}
+
+#[test]
+fn number_of_a_tunnel_that_was_used_takes_no_channel_over() {
+    let door = Door::set();
+    let member = Keys::of(&door.reacher);
+    let hub = Hub::shared().address();
+    let service = door.service_id(&member, "prod-db");
+    let channel = ChannelId(random(16).try_into().expect("16 bytes"));
+    let head = door.head();
+    runtime().block_on(async {
+        let open = async |number: u32, new: bool| {
+            let place = (channel, number);
+            let opened = Tunnel::open_in(hub, &member, service, head, place).await;
+            let mut tunnel = opened.expect("a member is answered");
+            tunnel.send(&hello(new)).await;
+            let answer = answer_to_hello(&mut tunnel).await;
+            (tunnel, answer)
+        };
+        let (mut going, answer) = open(5, true).await;
+        assert!(is_welcome(&answer), "{answer:?}");
+        for used in [5, 4, 0] {
+            let (_, answer) = open(used, false).await;
+            let stale = Record::TunnelClose(CloseCode::Stale);
+            assert_eq!(Record::decode(&answer), Ok(stale), "number {used}");
+        }
+        // The tunnel that is up did not notice.
+        going.send(&Record::Ping(77)).await;
+        while Record::decode(&going.read().await.expect("it is up")) != Ok(Record::Pong(77)) {}
+        let (_newest, answer) = open(6, false).await;
+        assert!(is_welcome(&answer), "{answer:?}");
+        while going.read().await.is_some() {}
+    });
+}
+
+/// Whoever is behind in the trust log learns from its peer, and holds what it learned against that very peer
+/// first.
+#[test]
+fn peer_that_shows_that_it_was_revoked_is_out_before_it_says_anything() {
+    let door = Door::set();
+    let (member, founder) = (Keys::of(&door.reacher), Keys::of(&door.workspace.founder));
+    let hub = Hub::shared().address();
+    let service = door.service_id(&member, "prod-db");
+    let head = door.head();
+    let signer = founder.signer.as_ref().expect("a founder's");
+    let entry = LogEntry::Entry(signer.sign(&Entry {
+        workspace_id: founder.workspace_id,
+        seq: head.seq + 1,
+        prev: head.hash,
+        time: now(),
+        changes: vec![Change::RevokeAgent { agent_id: member.agent_id, below_serial: None }],
+        abandons: Vec::new(),
+    }));
+    runtime().block_on(async {
+        let opened = Tunnel::open(hub, &member, service, entry.head()).await;
+        let mut tunnel = opened.expect("the exposer does not know yet");
+        let asked = tunnel.read().await.expect("a word");
+        assert!(matches!(Record::decode(&asked), Ok(Record::TrustGet(_))), "{asked:02x?}");
+        let mut entries = Vec::new();
+        assert!(put_trust_entry(&mut entries, &entry.encode()));
+        tunnel.send(&Record::Trust { more: false, entries: &entries }).await;
+        let answer = tunnel.read().await.expect("the exposer's last word");
+        assert_eq!(Record::decode(&answer), Ok(Record::TunnelClose(CloseCode::Forbidden)));
+    });
+    assert_eq!(door.service.accepted(), door.probed, "the target was dialled");
+}
+
+/// A peer that begins conversations and leaves them: of those that wait for a tunnel so many are kept.
+#[test]
+fn conversations_that_a_peer_leaves_are_kept_up_to_a_limit() {
+    let door = Door::set();
+    let member = Keys::of(&door.reacher);
+    let hub = Hub::shared().address();
+    let service = door.service_id(&member, "prod-db");
+    let head = door.head();
+    runtime().block_on(async {
+        let open = async |channel: ChannelId, number: u32, new: bool| {
+            let place = (channel, number);
+            let opened = Tunnel::open_in(hub, &member, service, head, place).await;
+            let mut tunnel = opened.expect("a member is answered");
+            tunnel.send(&hello(new)).await;
+            answer_to_hello(&mut tunnel).await
+        };
+        let channel = |number: usize| {
+            let mut id = [7; 16];
+            id[..8].copy_from_slice(&(number as u64).to_be_bytes());
+            ChannelId(id)
+        };
+        // Some more, as the exposer may hear late that the last of them are left.
+        let count = MAX_PARKED_PER_PEER + 16;
+        for number in 0..count {
+            assert!(is_welcome(&open(channel(number), 0, true).await));
+        }
+        let lost = Record::ChannelClose(CloseCode::Lost);
+        assert_eq!(Record::decode(&open(channel(0), 1, false).await), Ok(lost));
+        assert!(is_welcome(&open(channel(count - 1), 1, false).await));
+    });
+}
+
+/// One bit of each byte of the first message, in a handshake that is sound but for that: the exposer answers
+/// none, and whoever is behind it hears of none.
+#[test]
+fn bit_flipped_in_any_byte_of_the_first_message_is_refused() {
+    let door = Door::set();
+    let member = Keys::of(&door.reacher);
+    let exposer = Keys::of(&door.workspace.founder);
+    let hub = Hub::shared().address();
+    let accepted = door.forge(|_, _| {});
+    let service = door.service_id(&member, "prod-db");
+    runtime().block_on(async {
+        let mut client = Client::login(hub, &member, SessionKind::Command).await;
+        let (mut position, mut length) = (0, 1);
+        while position < length {
+            let mut request = tunnel_request(service, exposer.agent_id);
+            let prologue = prologue(member.workspace_id, member.agent_id, &request);
+            let side = local(&member, &member.presented, &member, member.trust.head());
+            let to = exposer.static_keypair.public();
+            let (_, mut message) =
+                initiate(&side, &prologue, &to, &mut rng()).expect("a sound handshake");
+            length = message.len();
+            message[position] ^= 1 << (position % 8);
+            request.message = Blob(message);
+            let Reply::Error(report) = client.request(Request::OpenTunnel(request)).await else {
+                panic!("answered, with byte {position} changed");
+            };
+            // Hub and exposer answer so many in a second: this one was not looked at.
+            if [ErrorCode::RateLimited, ErrorCode::Busy].contains(&report.code) {
+                let wait = report.retry_in_ms.unwrap_or(100);
+                tokio::time::sleep(Duration::from_millis(wait.into())).await;
+                continue;
+            }
+            assert_eq!(report.code, ErrorCode::Refused, "byte {position}");
+            position += 1;
+        }
+        assert!(length > 2000, "two thirds of it are an ML-KEM key");
+    });
+    assert_eq!(accepted.load(Ordering::SeqCst), 0);
+    assert_eq!(door.service.accepted(), door.probed, "the target was dialled");
+    // The exposer is as it was.
+    let _agent = door.reacher.up();
+    door.reacher.reach("prod-db");
+}
+
+/// One bit of each byte of the records that begin a tunnel: none is taken, so nothing is dialled for the first
+/// ones, and not a byte reaches the target by the last.
+#[test]
+fn bit_flipped_in_any_byte_of_the_first_records_ends_the_tunnel() {
+    let door = Door::set();
+    let (service, inbox) = Service::answering_at_the_end(b"");
+    let target = service.address().to_string();
+    door.workspace.founder.ok(&["expose", &target, "--name", "kept"]);
+    let probed = service.probed();
+    let member = Keys::of(&door.reacher);
+    let hub = Hub::shared().address();
+    let service_id = door.service_id(&member, "kept");
+    let head = door.head();
+    let stream = StreamId::FIRST;
+    let records = [
+        hello(true),
+        Record::Open { stream, purpose: Purpose::Target },
+        Record::Data { stream, offset: 0, bytes: b"for the target" },
+    ];
+    let mut dialled = probed;
+    for (number, record) in records.iter().enumerate() {
+        let mut plaintext = Vec::new();
+        record.encode(&mut plaintext);
+        for position in 0..plaintext.len() + TAG_BYTES {
+            runtime().block_on(async {
+                let opened = Tunnel::open(hub, &member, service_id, head).await;
+                let mut tunnel = opened.expect("a member is answered");
+                for before in &records[..number] {
+                    tunnel.send(before).await;
+                }
+                if number > 0 {
+                    assert!(is_welcome(&answer_to_hello(&mut tunnel).await));
+                }
+                tunnel.send_bent(record, |packet| packet[position] ^= 1 << (position % 8)).await;
+                while let Some(answer) = tunnel.read().await {
+                    // What was sound may be answered.
+                    let answer = Record::decode(&answer).expect("the exposer keeps to the rules");
+                    assert!(!matches!(answer, Record::Ack { .. }), "{position} of {number}");
+                }
+            });
+            // Only a sound OPEN is one to dial for.
+            dialled += usize::from(number == 2);
+            if number < 2 {
+                assert_eq!(service.accepted(), probed, "byte {position} of record {number}");
+            }
+        }
+    }
+    eventually("the sound OPENs were dialled for", || service.accepted() == dialled);
+    assert!(inbox.received().is_empty(), "{:?}", inbox.received());
 }
 
 /// Meddles once with one packet of each tunnel that is opened from now on, as the next rule says.

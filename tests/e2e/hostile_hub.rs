@@ -619,9 +619,12 @@ fn spent_invite_reused_with_a_thiefs_help() {
     let code = stage.founder().ok(&["invite", "--uses", "2"]);
     let id = open_invite(stage.founder(), 2);
     let members = [Home::new(), Home::new()];
-    for member in &members {
-        member.ok(&["join", &code]);
-    }
+    members[0].ok(&["join", &code]);
+    let stolen = Some(Arc::new(code.parse().expect("an invite")));
+    stage.hub.tell(Lie::InviteReused, Help { code: stolen, ..Help::default() });
+    members[1].ok(&["join", &code]);
+    eventually("the thief knocks by what the joiner was shown", || stage.hub.summary().told > 0);
+    stage.hub.be_honest();
     Home::new().fails(&["join", &code], 6, "used");
     check_thief(&stage, &code, &id);
     check_thief_is_out(&stage, &code);

@@ -10,16 +10,19 @@ use std::{
 
 use connect_spec::{
     bytes::Blob,
-    control::{ErrorCode, FromAgent, FromHub, Reply, Request},
+    control::{ErrorCode, FromAgent, FromHub, Reply, Request, SessionKind},
+    log::{Change, Entry, FIRST_OPTIONAL_CHANGE, LogEntry},
 };
 
 use connect_tests::{
-    PATIENCE, eventually,
+    PATIENCE,
+    client::{Client, Keys, Tunnel, now},
+    eventually,
     home::{Home, Workspace},
     hostile_relay::{HostileRelay, Passing, Verdict},
     hub::Hub,
     process::{Outcome, Process},
-    random_word,
+    random_word, runtime,
     services::Service,
 };
 
@@ -292,6 +295,18 @@ fn strict_workspaces_want_a_witness_and_no_change_of_hands() {
     reacher.fails(&["reach", svc], 6, "witness");
     assert_eq!(reacher.json(&["status"])["trust"]["strict"], true);
     reaching.kill();
+    // Nor does the exposer let in whom the other signer could have revoked, whatever that one's policy is.
+    let member = Keys::of(&reacher);
+    let services = reacher.json(&["services"]);
+    let service_id = services[0]["service_id"].as_str().and_then(|id| id.parse().ok());
+    let knocked = runtime().block_on(Tunnel::open(
+        hub.address(),
+        &member,
+        service_id.expect("an id"),
+        member.trust.head(),
+    ));
+    let refused = knocked.expect_err("no witness for the exposer either");
+    assert!(refused.contains("Refused"), "{refused}");
     // A signer bears witness whenever it is online.
     let seconding = second.up();
     let _reaching = reacher.up();
@@ -308,6 +323,49 @@ fn strict_workspaces_want_a_witness_and_no_change_of_hands() {
     reacher.ok(&["reach", svc, "--accept-new"]);
     workspace.founder.ok(&["trust", "policy", "relaxed"]);
     drop(seconding);
+}
+
+/// A change of a later version that must not be passed over: whoever cannot read it opens no tunnel and
+/// accepts none, until it is updated. What is open goes on.
+#[test]
+fn an_entry_that_cannot_be_read_ends_new_tunnels_at_both_ends() {
+    let hub = Hub::shared();
+    let workspace = Workspace::found(hub);
+    let reacher = workspace.join("reacher");
+    let _founding = workspace.founder.up();
+    let service = Service::echo();
+    let svc = &name();
+    workspace.founder.ok(&["expose", &service.address().to_string(), "--name", svc]);
+    let _reaching = reacher.up();
+    let mut client = open_echo(reacher.reach(svc));
+
+    let (founder, member) = (Keys::of(&workspace.founder), Keys::of(&reacher));
+    let head = founder.trust.head();
+    let entry = founder.signer.as_ref().expect("a founder's").sign(&Entry {
+        workspace_id: founder.workspace_id,
+        seq: head.seq + 1,
+        prev: head.hash,
+        time: now(),
+        changes: vec![Change::Unknown(FIRST_OPTIONAL_CHANGE - 1)],
+        abandons: Vec::new(),
+    });
+    let entries = vec![Blob(LogEntry::Entry(entry).encode())];
+    let service_id = runtime().block_on(async {
+        let mut client = Client::login(hub.address(), &founder, SessionKind::Command).await;
+        assert_eq!(client.request(Request::Append { entries }).await, Reply::Done);
+        let reply = client.request(Request::Services { after: None }).await;
+        let Reply::Services { services, .. } = reply else { panic!("{reply:?}") };
+        services[0].service_id
+    });
+    for home in [&workspace.founder, &reacher] {
+        eventually("it hears of the entry", || home.json(&["status"])["trust"]["frozen"] == true);
+    }
+    check_echo(&mut client);
+    reacher.ok(&["unreach", svc]);
+    reacher.fails(&["reach", svc], 6, "this version cannot read");
+    let opened = runtime().block_on(Tunnel::open(hub.address(), &member, service_id, head));
+    let refused = opened.expect_err("the exposer is frozen too");
+    assert!(refused.contains("UpgradeNeeded"), "{refused}");
 }
 
 #[test]

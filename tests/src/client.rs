@@ -406,6 +406,21 @@ impl Tunnel {
         service: ServiceId,
         head: Head,
     ) -> Result<Self, String> {
+        let channel = ChannelId(random(16).try_into().expect("16 bytes"));
+        Self::open_in(hub, keys, service, head, (channel, 0)).await
+    }
+
+    /// As [`Tunnel::open`], as the tunnel of this number of a channel.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn open_in(
+        hub: SocketAddr,
+        keys: &Keys,
+        service: ServiceId,
+        head: Head,
+        (channel_id, tunnel_no): (ChannelId, u32),
+    ) -> Result<Self, String> {
         let mut client = Client::login(hub, keys, SessionKind::Command).await;
         let reply = client.request(Request::Services { after: None }).await;
         let Reply::Services { services, .. } = &reply else {
@@ -418,7 +433,8 @@ impl Tunnel {
             .open_service(&keys.workspace_id, listed.service_id, listed.agent_id, &listed.record)
             .map_err(|error| error.to_string())?;
         let presented = record.object().noise_key.object();
-        let mut request = tunnel_request(listed.service_id, listed.agent_id);
+        let request = tunnel_request(listed.service_id, listed.agent_id);
+        let mut request = TunnelRequest { channel_id, tunnel_no, ..request };
         let prologue = prologue(keys.workspace_id, keys.agent_id, &request);
         let (waiting, message) =
             handshake::initiate(&keys.local(head), &prologue, &presented.static_key, &mut rng())
@@ -505,9 +521,15 @@ impl Tunnel {
 
     /// Sends a record.
     pub async fn send(&mut self, record: &Record<'_>) {
+        self.send_bent(record, |_| {}).await;
+    }
+
+    /// Sends a record of which something was changed after it was sealed.
+    pub async fn send_bent(&mut self, record: &Record<'_>, bend: impl FnOnce(&mut Vec<u8>)) {
         let mut packet = Vec::new();
         record.encode(&mut packet);
         self.sealer.seal(&mut packet, 0).expect("a new key");
+        bend(&mut packet);
         let text = base64_simd::STANDARD_NO_PAD.encode_to_string(packet);
         // The other end may have closed already, which shows when it is read.
         let _ = self.socket.send(Message::text(text)).await;

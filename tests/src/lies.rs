@@ -641,6 +641,8 @@ impl Liar {
                 self.misled.insert(session.number);
                 self.told(session, "the genesis of another workspace");
             }
+            // Now the hub has the credential, and with the code that is all that the thief needs.
+            FromHub::Invitation { .. } if lie == Lie::InviteReused => self.knock(),
             FromHub::IncomingTunnel { initiator, request, ticket }
                 if lie == Lie::ReplayedOpenTunnel && self.replayed.is_none() =>
             {

@@ -347,6 +347,40 @@ mod tests {
 
     use super::*;
 
+    fn received(encoding: Encoding, bytes: Vec<u8>) -> Result<Option<BytesMut>, PacketError> {
+        let (near, _far) = tokio::io::duplex(16);
+        PacketSocket::new(Box::new(near), bytes.into(), encoding).next_packet()
+    }
+
+    #[test]
+    fn messages_are_of_the_encoding_that_was_agreed() {
+        let (text, binary) = (vec![0x81, 1, b'A'], vec![0x82, 1, b'A']);
+        for (encoding, sound, other) in
+            [(Encoding::Base64, &text, &binary), (Encoding::Binary, &binary, &text)]
+        {
+            let packet = received(encoding, sound.clone()).expect("a packet").expect("whole");
+            assert_eq!(packet, "A");
+            assert!(matches!(received(encoding, other.clone()), Err(PacketError::Socket(_))));
+            // The continuation of nothing.
+            assert!(matches!(received(encoding, vec![0x80, 1, b'A']), Err(PacketError::Socket(_))));
+        }
+    }
+
+    /// A hub that never ends a message fills no memory.
+    #[test]
+    fn messages_in_parts_are_as_long_as_whole_ones_at_most() {
+        let frame = |opcode: Opcode, length: usize| {
+            let mut bytes = [0; MAX_HEAD_BYTES];
+            let head_bytes = Head { fin: false, opcode, length, mask: None }.write(&mut bytes);
+            [&bytes[..head_bytes], &vec![b'A'; length]].concat()
+        };
+        let half = MAX_DATA_FRAME_BYTES / 2;
+        let begun = [frame(Opcode::Text, half), frame(Opcode::Continuation, half)].concat();
+        assert!(matches!(received(Encoding::Base64, begun.clone()), Ok(None)));
+        let over = [begun, frame(Opcode::Continuation, 1)].concat();
+        assert!(matches!(received(Encoding::Base64, over), Err(PacketError::Socket(_))));
+    }
+
     /// A hub that pings without end and reads nothing gets one answer, when it reads.
     #[tokio::test]
     async fn only_the_latest_ping_is_answered() {

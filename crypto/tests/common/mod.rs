@@ -178,9 +178,15 @@ impl World {
 
     /// A member with a certificate by the signer.
     pub fn member(&self, name: &str) -> Agent {
+        self.member_as(name, AgentRole::Member)
+    }
+
+    /// The same in another role.
+    pub fn member_as(&self, name: &str, role: AgentRole) -> Agent {
         let identity = SigningKey::from_seed(secret(&format!("{name} identity")));
         let attrs = self.attrs(name);
-        let certificate = self.signer.sign(&self.certificate(&identity, &attrs));
+        let certificate = Certificate { role, ..self.certificate(&identity, &attrs) };
+        let certificate = self.signer.sign(&certificate);
         self.agent(name, identity, attrs, certificate, None)
     }
 

@@ -7,7 +7,8 @@ use connect_crypto::{
 };
 use connect_spec::{
     ids::{ServiceId, WorkspaceId},
-    signed::{ObjectError, Signed},
+    objects::AgentRecord,
+    signed::{Body, ObjectError, Signed},
     trust::TrustState,
 };
 
@@ -78,6 +79,30 @@ fn signatures_are_for_one_kind_and_one_body() {
     assert!(key.public().verify("login", b"Body", &signature).is_err());
     let other = SigningKey::from_seed(secret("other"));
     assert!(other.public().verify("login", b"body", &signature).is_err());
+}
+
+#[test]
+fn the_signatures_of_an_object_have_one_order_and_each_signer_signs_once() {
+    let world = World::new();
+    let agent = world.member("agent");
+    let body = world.agent_record(&agent).encode();
+    let sign = |key: &SigningKey| (key.public(), key.sign_text(AgentRecord::KIND, &body));
+    let (one, two) = (sign(&agent.identity), sign(&world.signer));
+    let object = |signatures: &[_]| Signed::<AgentRecord>::new(body.clone(), signatures.to_vec());
+    let sound = object(&[one, two]).unwrap();
+    assert_eq!(object(&[two, one]).unwrap(), sound);
+    assert_eq!(object(&[one, one]).err(), Some(ObjectError::Envelope));
+    assert_eq!(object(&[]).err(), Some(ObjectError::Envelope));
+
+    let wire = sound.encode();
+    assert_eq!(Signed::<AgentRecord>::decode(&wire).unwrap(), sound);
+    // `[bstr 32, bstr 64]` each, at the end.
+    let (rest, second) = wire.split_last_chunk::<101>().unwrap();
+    let (head, first) = rest.split_last_chunk::<101>().unwrap();
+    for [one, two] in [[second, first], [first, first], [second, second]] {
+        let wire = [head, one.as_slice(), two.as_slice()].concat();
+        assert_eq!(Signed::<AgentRecord>::decode(&wire).err(), Some(ObjectError::Envelope));
+    }
 }
 
 #[test]

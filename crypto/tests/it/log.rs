@@ -634,6 +634,27 @@ fn in_a_fork_revocations_of_both_branches_count_and_additions_of_none() {
 }
 
 #[test]
+fn in_a_fork_a_closed_credential_keeps_what_both_branches_keep() {
+    let world = World::new();
+    let (owner, second) = (&world.signer, key("second"));
+    let base = Log::with_owners(&world, &[&second]);
+    let invite = world.admission("invite", CredentialKind::Invite);
+    let [one, two, three] = ["one", "two", "three"].map(|name| world.joined(name, &invite));
+    let hashes = |agents: &[&Agent]| agents.iter().map(|agent| certificate_hash(agent)).collect();
+    let (mut left, mut right) = (base.clone(), base);
+    left.push(owner, vec![close(&invite, hashes(&[&one, &two]))]);
+    right.push(&second, vec![close(&invite, hashes(&[&two, &three]))]);
+    let (ours, theirs) = (left.clone(), right.clone());
+    left.see(&theirs);
+    right.see(&ours);
+    for log in [&left, &right] {
+        distrusted(log.state(), &one, TrustError::Closed);
+        trusted(log.state(), &two);
+        distrusted(log.state(), &three, TrustError::Closed);
+    }
+}
+
+#[test]
 fn a_signer_named_anew_in_a_fork_is_an_addition() {
     let world = World::new();
     let (owner, second) = (&world.signer, key("second"));

@@ -74,7 +74,7 @@ fn signed<T: Body>(key: &SigningKey, object: &T) -> Signed<T> {
     Signed::new(body, vec![(public(key), signature)]).unwrap()
 }
 
-fn wrap_key(byte: u8) -> WrapPublicKey {
+pub(crate) fn wrap_key(byte: u8) -> WrapPublicKey {
     WrapPublicKey { x25519: [byte; 32], ml_kem: Box::new([byte; ML_KEM_768_EK_BYTES]) }
 }
 
@@ -469,6 +469,16 @@ impl Control {
     }
 
     pub(crate) async fn redeem(&mut self, workspace: &Workspace, invite: &Invite) -> FromHub {
+        self.redeem_by(workspace, invite, &invite.key).await
+    }
+
+    /// Redeems an invite with a proof by some key.
+    pub(crate) async fn redeem_by(
+        &mut self,
+        workspace: &Workspace,
+        invite: &Invite,
+        key: &SigningKey,
+    ) -> FromHub {
         let agent_nonce = Nonce([4; 32]);
         let text =
             proof_text(&self.authority, &self.nonce, &agent_nonce, &invite.id().0, &workspace.id);
@@ -477,7 +487,7 @@ impl Control {
             agent_nonce,
             workspace_id: workspace.id,
             invite_key: public(&invite.key),
-            signature: sign(&invite.key, REDEEM_KIND, &text),
+            signature: sign(key, REDEEM_KIND, &text),
         }))
         .await;
         self.receive().await

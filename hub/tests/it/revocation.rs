@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use connect_spec::{
+    audit::Scope,
     bytes::Blob,
     control::{ErrorCode, FromHub, Reply, Request, SealedRecord, SessionKind, close},
     encoding::Encoding,
@@ -378,6 +379,10 @@ async fn a_guest_has_no_part_in_the_workspace() {
         Request::StoreWraps { wraps: vec![] },
         Request::Credentials { after: None },
         Request::Shares { after: None },
+        Request::Agents { after: None },
+        Request::CreateApiKey { scopes: vec![Scope::Read], valid_for: 60 },
+        Request::ApiKeys,
+        expose(SERVICE, TAG, 1),
         Request::Certify {
             certificate: workspace.renewed(&founder, &workspace.signer, 1).certificate(),
         },

@@ -14,7 +14,7 @@ use tokio::{
 use tokio_tungstenite::tungstenite::Message;
 
 use crate::{
-    client::{Control, Workspace, error_code, expose, past, record},
+    client::{Control, Workspace, error_code, expose, new_key, past, record, wrap_key},
     process::HubProcess,
     template::place,
 };
@@ -104,6 +104,20 @@ async fn a_proof_holds_for_one_name_one_connection_and_one_key() {
     let mut impostor = Control::connect(hub.agents).await;
     let other = workspace.founder().login(&impostor.authority, &impostor.nonce);
     let refusal = impostor.try_log_in(&agent, |login| login.signature = other.signature).await;
+    assert_eq!(error_code(refusal), ErrorCode::Unauthorized);
+
+    // A wrap key that the NoiseKey does not bind: what is wrapped to it, another could open.
+    let mut wrapped = Control::connect(hub.agents).await;
+    let other = wrap_key(7).encode();
+    let refusal = wrapped.try_log_in(&agent, |login| login.wrap_key = other.into()).await;
+    assert_eq!(error_code(refusal), ErrorCode::Unauthorized);
+
+    // Who saw an invite's id and not its code.
+    let mut founder = Control::log_in(hub.agents, &workspace, &agent).await;
+    let invite = workspace.invite(1, None);
+    founder.done(invite.request()).await;
+    let mut thief = Control::connect(hub.agents).await;
+    let refusal = thief.redeem_by(&workspace, &invite, &new_key()).await;
     assert_eq!(error_code(refusal), ErrorCode::Unauthorized);
 
     let mut stranger = Control::connect(hub.agents).await;

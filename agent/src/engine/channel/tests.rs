@@ -357,6 +357,76 @@ fn transfer_survives_a_cut_at_every_record() {
     }
 }
 
+/// Wherever a conversation ends for good, and whoever ends it: what did not come is an error to its reader,
+/// and never an end.
+#[test]
+fn a_transfer_that_is_cut_for_good_at_any_record_is_an_error_and_never_an_end() {
+    let bytes = pattern(300_000);
+    let ends: [fn(&mut Pair); 4] = [
+        // No tunnel comes back.
+        |pair| {
+            for side in [Side::Reacher, Side::Exposer] {
+                pair.channel(side).detach();
+                pair.channel(side).expire();
+            }
+        },
+        // The exposer knows of nothing any more.
+        |pair| {
+            pair.exposer = Channel::new(Side::Exposer, pair.now, Duration::ZERO);
+            pair.cut();
+            pair.drive();
+        },
+        |pair| {
+            pair.exposer.close(CloseCode::Normal);
+            pair.drive();
+        },
+        |pair| {
+            pair.reacher.close(CloseCode::Normal);
+            pair.drive();
+        },
+    ];
+    for end in ends {
+        for (writer, reader) in [(Side::Reacher, Side::Exposer), (Side::Exposer, Side::Reacher)] {
+            let mut cut_after = 0;
+            loop {
+                let mut pair = Pair::greeted();
+                let stream = pair.open();
+                let (mut sent, mut records) = (0, 0);
+                let mut received = Vec::new();
+                let mut part = [0; 20_000];
+                let mut read = Ok(Got::Blocked);
+                while records < cut_after && read != Ok(Got::Finished) {
+                    sent += pair.channel(writer).write(stream, &bytes[sent..]).unwrap_or(0);
+                    if sent == bytes.len() {
+                        let _ = pair.channel(writer).finish(stream);
+                    }
+                    for side in [writer, reader] {
+                        records += usize::from(records < cut_after && pair.step(side));
+                    }
+                    read = pair.channel(reader).read_into(stream, &mut part);
+                    if let Ok(Got::Bytes(length)) = read {
+                        received.extend_from_slice(&part[..length]);
+                    }
+                }
+                if read == Ok(Got::Finished) {
+                    assert!(received == bytes, "an end before the end");
+                    assert!(cut_after > 10, "too few records to prove anything");
+                    break;
+                }
+                end(&mut pair);
+                loop {
+                    match pair.channel(reader).read_into(stream, &mut part) {
+                        Ok(Got::Bytes(_)) => {}
+                        Ok(other) => panic!("{other:?} after a cut at {cut_after}"),
+                        Err(_) => break,
+                    }
+                }
+                cut_after += 1;
+            }
+        }
+    }
+}
+
 #[test]
 fn stream_opened_and_closed_without_a_tunnel_is_made_up_for() {
     let mut pair = Pair::greeted();
@@ -509,6 +579,97 @@ fn impossible_progress_closes_the_channel() {
         let mut events = std::iter::from_fn(|| pair.reacher.poll_event());
         let closed = events.any(|event| matches!(event, Event::Closed(CloseReason::Violation(_))));
         assert!(closed, "{name}");
+    }
+}
+
+/// What a side makes of a tunnel on which the other says so of the channel. The reacher had sent ten bytes on
+/// each of two streams.
+fn resumed(side: Side, parts: Vec<Progress>) -> (Pair, Vec<Event>) {
+    let mut pair = Pair::greeted();
+    for _ in 0..2 {
+        let stream = pair.open();
+        pair.reacher.write(stream, &b"0123456789"[..]).expect("room");
+    }
+    pair.drive();
+    pair.cut();
+    let says = |progress| match side {
+        Side::Reacher => Record::Welcome(progress),
+        Side::Exposer => Record::Hello { new: false, progress },
+    };
+    let ready = (side == Side::Reacher).then_some(Record::Ready);
+    let (now, mut bytes) = (pair.now, Vec::new());
+    for record in ready.into_iter().chain(parts.into_iter().map(says)) {
+        bytes.clear();
+        record.encode(&mut bytes);
+        pair.channel(side).handle(now, &bytes);
+    }
+    let events = std::iter::from_fn(|| pair.channel(side).poll_event()).collect();
+    (pair, events)
+}
+
+#[test]
+fn lists_that_contradict_what_was_said_before_close_the_channel() {
+    let first = StreamId::FIRST;
+    let second = first.next().expect("even");
+    let third = second.next().expect("even");
+    let part = |next_stream, received, streams: &[(StreamId, u64)], more| {
+        let state = |&(stream, received)| StreamState {
+            stream,
+            received,
+            max_data: INITIAL_STREAM_WINDOW,
+            end: None,
+        };
+        let streams = streams.iter().map(state).collect();
+        Progress { next_stream, max_data: CHANNEL_WINDOW, received, streams, more }
+    };
+    let (one, two) = ((first, 10), (second, 10));
+    let (reacher, exposer) = (Side::Reacher, Side::Exposer);
+    for (name, side, parts, violates) in [
+        ("all is well", reacher, vec![part(third, 20, &[one, two], false)], false),
+        ("more in all than was sent", reacher, vec![part(third, 21, &[one, two], false)], true),
+        (
+            "in two parts",
+            reacher,
+            vec![part(third, 20, &[one], true), part(third, 20, &[two], false)],
+            false,
+        ),
+        (
+            "parts out of order",
+            reacher,
+            vec![part(third, 20, &[two], true), part(third, 20, &[one], false)],
+            true,
+        ),
+        (
+            "a stream twice",
+            reacher,
+            vec![part(third, 20, &[one], true), part(third, 20, &[one, two], false)],
+            true,
+        ),
+        ("nothing came", exposer, vec![part(third, 0, &[(first, 0), (second, 0)], false)], false),
+        ("it forgot what it opened", exposer, vec![part(second, 0, &[(first, 0)], false)], true),
+    ] {
+        let (_, events) = resumed(side, parts);
+        let closed = matches!(events.last(), Some(Event::Closed(CloseReason::Violation(_))));
+        assert_eq!(closed, violates, "{name}: {events:?}");
+        assert_eq!(events.contains(&Event::Established), !violates, "{name}: {events:?}");
+    }
+}
+
+#[test]
+fn a_stream_that_the_peer_forgot_is_lost_and_has_no_end() {
+    let next_stream = StreamId::new(6).expect("even");
+    let progress = Progress {
+        next_stream,
+        max_data: CHANNEL_WINDOW,
+        received: 20,
+        streams: Vec::new(),
+        more: false,
+    };
+    let (mut pair, events) = resumed(Side::Reacher, vec![progress]);
+    assert!(events.contains(&Event::Established), "{events:?}");
+    for stream in [StreamId::FIRST, StreamId::new(4).expect("even")] {
+        let read = pair.reacher.read_into(stream, &mut [0; 8]);
+        assert_eq!(read, Err(StreamError::Reset(ResetCode::Lost)));
     }
 }
 
@@ -689,7 +850,7 @@ fn violations_close_the_channel() {
     let stream = StreamId::FIRST;
     let never = StreamId::new(40).expect("even");
     let over = INITIAL_STREAM_WINDOW;
-    let cases: [(&str, Vec<Record<'_>>); 13] = [
+    let cases: [(&str, Vec<Record<'_>>); 16] = [
         ("gap", vec![Record::Data { stream, offset: 1, bytes: b"x" }]),
         ("credit", vec![Record::Data { stream, offset: over, bytes: b"x" }]),
         ("unopened data", vec![Record::Data { stream: never, offset: 0, bytes: b"x" }]),
@@ -719,6 +880,9 @@ fn violations_close_the_channel() {
         ("reset beyond", vec![Record::Reset { stream, code: ResetCode::Aborted, total: over + 1 }]),
         ("open again", vec![Record::Open { stream, purpose: Purpose::Target }]),
         ("second greeting", vec![Record::Ready]),
+        ("trust entries", vec![Record::TrustGet(Vec::new())]),
+        ("rekey out of turn", vec![Record::HsWant(1)]),
+        ("target answered", vec![Record::Opened(stream)]),
     ];
     for (name, records) in cases {
         let mut pair = Pair::greeted();
@@ -730,13 +894,101 @@ fn violations_close_the_channel() {
             let now = pair.now;
             pair.exposer.handle(now, &bytes);
         }
+        // Before anything is answered: an honest answer to what was wrong breaks rules, too.
+        let events: Vec<_> = std::iter::from_fn(|| pair.exposer.poll_event()).collect();
+        let violated = matches!(events.last(), Some(Event::Closed(CloseReason::Violation(_))));
+        assert!(violated, "{name}: {events:?}");
         pair.drive();
-        let violated = pair.events.iter().any(|(side, event)| {
-            *side == Side::Exposer && matches!(event, Event::Closed(CloseReason::Violation(_)))
-        });
-        assert!(violated, "{name}: {:?}", pair.events);
         pair.assert_closed(Side::Reacher, CloseReason::Peer(CloseCode::Protocol));
     }
+}
+
+#[test]
+fn an_exposer_that_opens_a_stream_breaks_the_protocol() {
+    let mut pair = Pair::greeted();
+    let mut record = Vec::new();
+    Record::Open { stream: StreamId::FIRST, purpose: Purpose::Target }.encode(&mut record);
+    let now = pair.now;
+    pair.reacher.handle(now, &record);
+    let last = std::iter::from_fn(|| pair.reacher.poll_event()).last();
+    assert!(matches!(last, Some(Event::Closed(CloseReason::Violation(_)))), "{last:?}");
+}
+
+#[test]
+fn a_grant_below_the_one_before_changes_nothing() {
+    let mut pair = Pair::greeted();
+    let stream = pair.open();
+    for of in [Some(stream), None] {
+        let mut record = Vec::new();
+        Record::Window { stream: of, max_data: 1 }.encode(&mut record);
+        let now = pair.now;
+        pair.reacher.handle(now, &record);
+    }
+    pair.reacher.write(stream, &pattern(1000)[..]).expect("room");
+    pair.drive();
+    assert_eq!(pair.read_all(Side::Exposer, stream), pattern(1000));
+}
+
+/// Nobody reads, so a stream takes what was granted at its beginning, and not a byte more.
+#[test]
+fn credit_of_a_stream_is_enforced_at_the_byte() {
+    let mut pair = Pair::greeted();
+    let stream = pair.open();
+    let all = pattern(usize::try_from(INITIAL_STREAM_WINDOW).expect("small"));
+    let mut record = Vec::new();
+    let mut send = |pair: &mut Pair, offset: usize, bytes: &[u8]| {
+        record.clear();
+        Record::Data { stream, offset: offset as u64, bytes }.encode(&mut record);
+        let now = pair.now;
+        pair.exposer.handle(now, &record);
+        std::iter::from_fn(|| pair.exposer.poll_event()).last()
+    };
+    for (number, part) in all.chunks(MAX_DATA_BYTES).enumerate() {
+        let last = send(&mut pair, number * MAX_DATA_BYTES, part);
+        assert!(!matches!(last, Some(Event::Closed(_))), "{last:?}");
+    }
+    assert_eq!(pair.exposer.waiting(stream), all.len());
+    let last = send(&mut pair, all.len(), b"x");
+    assert!(matches!(last, Some(Event::Closed(CloseReason::Violation(_)))), "{last:?}");
+}
+
+/// What a RESET tells of and never came counts in the credit of the channel, on both sides alike.
+#[test]
+fn bytes_that_a_reset_tells_of_count_as_received() {
+    let mut pair = Pair::greeted();
+    let stream = pair.open();
+    for record in [
+        Record::Data { stream, offset: 0, bytes: b"0123456789" },
+        Record::Reset { stream, code: ResetCode::Aborted, total: 100 },
+    ] {
+        let mut bytes = Vec::new();
+        record.encode(&mut bytes);
+        let now = pair.now;
+        pair.exposer.handle(now, &bytes);
+    }
+    assert_eq!(pair.exposer.credit.received, 100);
+    assert_eq!(pair.exposer.credit.consumed, 100);
+    let now = pair.now;
+    let part = pair.exposer.progress(now).remove(0);
+    assert_eq!(part.received, 100);
+}
+
+#[test]
+fn bytes_that_come_again_are_read_once() {
+    let mut pair = Pair::greeted();
+    let stream = pair.open();
+    for (offset, bytes) in [(0, &b"abc"[..]), (1, b"bcd"), (0, b"ab"), (4, b"e"), (4, b"ef")] {
+        let mut record = Vec::new();
+        Record::Data { stream, offset, bytes }.encode(&mut record);
+        let now = pair.now;
+        pair.exposer.handle(now, &record);
+    }
+    let mut part = [0; 16];
+    let mut read = Vec::new();
+    while let Ok(Got::Bytes(length)) = pair.exposer.read_into(stream, &mut part) {
+        read.extend_from_slice(&part[..length]);
+    }
+    assert_eq!(read, b"abcdef");
 }
 
 #[test]

@@ -247,6 +247,11 @@ impl Pair {
     #[track_caller]
     fn invariants(&self) {
         assert_eq!((self.reacher.violation, self.exposer.violation), (None, None));
+        for end in [&self.reacher, &self.exposer] {
+            // What the next prologue names is the handshake before it, and none that is older.
+            let number = usize::try_from(end.rekey.number).unwrap();
+            assert_eq!(end.rekey.hash, toy_hash(end.sealed_with[number]));
+        }
         let (ours, theirs) = (self.reacher.rekey.number, self.exposer.rekey.number);
         // The exposer is the first to be through.
         assert!(theirs == ours || theirs == ours + 1, "{ours} and {theirs}");

@@ -16,7 +16,7 @@ use connect_spec::{
 use ml_kem::{Encapsulate as _, KeyExport as _, ml_kem_768};
 
 use crate::{
-    noise::{Symmetric, dh, public},
+    noise::{Shared, Symmetric, after_static_keys, answer, dh, public},
     world::{Agent, NOW, TestRng, World, bytes},
 };
 
@@ -38,22 +38,6 @@ fn fixed() -> &'static Fixed {
     FIXED.get_or_init(Fixed::new)
 }
 
-/// The state after `e, es, s, ss`, and what was sent by then.
-fn after_static_keys(
-    prologue: &Prologue,
-    ephemeral: &[u8; 32],
-    initiator: &[u8; 32],
-    responder: &[u8; 32],
-) -> (Vec<u8>, Symmetric) {
-    let mut state = Symmetric::new(&prologue.encode(), responder);
-    let mut sent = public(ephemeral).to_vec();
-    state.ephemeral(&public(ephemeral));
-    state.mix_key(&dh(ephemeral, responder));
-    sent.extend(state.encrypt_and_hash(&public(initiator)));
-    state.mix_key(&dh(initiator, responder));
-    (sent, state)
-}
-
 /// What `initiate` draws: the seed of its decapsulation key, and its ephemeral secret.
 fn drawn() -> ([u8; 64], [u8; 32]) {
     let mut rng = TestRng::new("initiate");
@@ -70,7 +54,12 @@ impl Fixed {
         let prologue = world.prologue(&initiator, &responder);
         let theirs = *responder.static_keypair.public().as_bytes();
         let ours = initiator.static_keypair.secret();
-        let first = after_static_keys(&prologue, &bytes("ephemeral"), ours, &theirs);
+        let begun = |ephemeral: &[u8; 32]| {
+            let (ephemeral, initiator) =
+                (Shared::of(ephemeral, &theirs), Shared::of(ours, &theirs));
+            after_static_keys(&prologue.encode(), &theirs, &ephemeral, &initiator)
+        };
+        let first = begun(&bytes("ephemeral"));
 
         let (seed, ephemeral) = drawn();
         let key = ml_kem_768::DecapsulationKey::from_seed(seed.into());
@@ -79,7 +68,7 @@ impl Fixed {
         let mut rng = TestRng::new("encapsulate");
         let (ciphertext, kem_secret) = key.encapsulate_with_rng(&mut rng);
 
-        let (sent, mut state) = after_static_keys(&prologue, &ephemeral, ours, &theirs);
+        let (sent, mut state) = begun(&ephemeral);
         let payload = payload(&world, &initiator, Some(encapsulation_key.clone()));
         let message1 = [sent, state.encrypt_and_hash(&payload)].concat();
         let local = world.local(&initiator);
@@ -104,10 +93,8 @@ impl Fixed {
             ],
         );
         let answering: [u8; 32] = bytes("answering");
-        state.ephemeral(&public(&answering));
-        state.mix_key(&dh(&answering, &public(&ephemeral)));
-        state.mix_key(&dh(&answering, &public(ours)));
-        state.mix_key_and_hash(&psk);
+        let shared = [&ephemeral, ours].map(|key| dh(&answering, &public(key)));
+        answer(&mut state, &public(&answering), [&shared[0], &shared[1]], &psk);
         let second = ([&ciphertext[..], &public(&answering)].concat(), state);
         Self { world, initiator, responder, prologue, first, second, encapsulation_key }
     }

@@ -9,6 +9,7 @@ mod files;
 mod frames;
 mod handshakes;
 mod invites;
+#[path = "../crypto/tests/common/noise.rs"]
 mod noise;
 mod opener;
 mod requests;

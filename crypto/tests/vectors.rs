@@ -34,6 +34,15 @@ fn vectors_are_up_to_date() {
 }
 
 #[test]
+fn worked_session_is_up_to_date() {
+    let found = std::fs::read_to_string(generate::document()).unwrap();
+    assert!(
+        found == generate::with_session(&found),
+        "the last section of PROTOCOL.md is not what `cargo run -p connect-crypto --example vectors` writes"
+    );
+}
+
+#[test]
 fn every_file_beside_the_vectors_is_one() {
     let mut expected: Vec<_> = generate::files().into_iter().map(|(name, _)| name).collect();
     expected.push("README.md".to_owned());
@@ -61,7 +70,7 @@ fn most_cases_must_fail() {
             }
         }
     }
-    assert!(invalid > 2 * valid, "{valid} valid, {invalid} invalid");
+    assert!(invalid >= 4 * valid, "{valid} valid, {invalid} invalid");
 }
 
 fn raw(value: &Value) -> Vec<u8> {

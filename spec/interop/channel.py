@@ -193,7 +193,7 @@ class Channel:
         parts = [listed[at : at + 1024] for at in range(0, len(listed), 1024)] or [[]]
         last = len(parts) - 1
         return [
-            Greeting(welcome, new, at < last, self.next_stream, self.got_max, self.got, tuple(part))
+            Greeting(welcome, new, at < last, 2 if new else self.next_stream, self.got_max, self.got, tuple(part))
             for at, part in enumerate(parts)
         ]
 
@@ -419,7 +419,7 @@ class Channel:
             self._opened_by_peer(*record.values)
         elif record.name == "WINDOW" and record.values[0] == 0:
             self.peer_max = max(self.peer_max, record.values[1])
-        elif record.name in ("OPENED", "ACK", "WINDOW", "FIN", "RESET"):
+        elif record.name in ("ACK", "WINDOW", "FIN", "RESET") or (record.name == "OPENED" and self.reacher):
             number = record.values[0]
             if number >= self.next_stream:
                 raise Violation("a stream that was never opened")
@@ -460,7 +460,7 @@ class Channel:
             self._reset_by_peer(stream, *values)
 
     def _reset_by_peer(self, stream: Stream, code: int, total: int) -> None:
-        if total < stream.got or (stream.total is not None and total != stream.total):
+        if not stream.got <= total <= stream.got_max or (stream.total is not None and total != stream.total):
             raise Violation("RESET with another total")
         missing, stream.got = total - stream.got, total
         self.got += missing

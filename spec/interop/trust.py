@@ -300,7 +300,7 @@ def _gives_up(stays: Branch, goes: Branch, others: Sequence[Branch]) -> bool:
 
     def counts(key: bytes) -> bool:
         owner = all(state.signers.get(key) == OWNER for state in goes.states)
-        elsewhere = all(branch.states[-1].signers.get(key) == OWNER for branch in others)
+        elsewhere = all(state.signers.get(key) == OWNER for branch in others for state in branch.states)
         return owner and elsewhere and not (key in stays.entries[0].keys and key in goes.entries[0].keys)
 
     return any(

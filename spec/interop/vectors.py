@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections import Counter
@@ -12,6 +13,7 @@ from mnemonic import Mnemonic
 
 import records
 from handshake import Claims, Initiator, Keys, Prologue, Responder
+from machine import Ended, Player
 from objects import (
     Invite,
     Names,
@@ -46,6 +48,8 @@ from wire import (
 )
 
 Case = dict[str, Any]
+# When the handshakes take place.
+WHEN = 1_800_000_000
 HERE = Path(__file__).resolve().parent
 ENGLISH = Mnemonic("english").wordlist
 FIELDS_OF_INVITE = ("log_head", "log_seq", "pin", "seed", "tags", "workspace_id", "label", "share_secret")
@@ -256,6 +260,22 @@ def plain_records(case: Case, _: Case) -> None:
     equal(records.decode(wire).encode(), case["record"], "encoded again")
 
 
+def channels(case: Case, _: Case) -> None:
+    player, code = Player(case["side"]), None
+    try:
+        asyncio.run(player.play(case["steps"]))
+    except Ended as ended:
+        code = ended.args[0]
+    if code is not None:
+        equal(code, case.get("code"), "the code")
+        raise Refused(f"the channel ends with {code}")
+    if case["valid"]:
+        if case["greeting"] is not None:
+            equal(player.greeting, case["greeting"], "the greeting")
+        for name, seen in (("got", player.got), ("sends", player.sends)):
+            equal([seen[number] for number in sorted(seen)], case[name], name)
+
+
 # --- handshake.json -------------------------------------------------------------------------------
 
 
@@ -293,6 +313,14 @@ class Run:
     def responder(self, prologue: bytes | None = None, static: bytes | None = None) -> Responder:
         e, m = (bytes.fromhex(self.fixed[f"responder_{name}"]) for name in ("ephemeral_secret", "ml_kem_m"))
         return Responder(static or self.side("responder")[0], RawPrologue(prologue or self.prologue), e, m)  # type: ignore[arg-type]
+
+    def judge(self, name: str, said: Claims, static: bytes) -> None:
+        """Steps 1 to 7 of section 13, of what a side said of itself."""
+        view = Log(bytes.fromhex(self.given["genesis"]), bytes.fromhex(self.given["workspace_id"])).view()
+        expected = bytes.fromhex(self.given[name]["agent_id"])
+        peer = judge(view, said.certificate, said.credential, said.noise_key, expected, WHEN)
+        need(peer.noise_key.static_key == static, "another static key")
+        need(attrs_hash(said.salt, said.tags) == peer.certificate.attrs, "other tags")
 
     def whole(self) -> tuple[Initiator, bytes, Responder, bytes, Keys, Keys]:
         one, two = self.initiator(), self.responder()
@@ -341,14 +369,17 @@ def handshakes(case: Case, given: Case, cases: list[Case]) -> None:
         return
     prologue = raw(case.get("prologue"))
     if case["message"] == 1:
-        run.responder(prologue, raw(case.get("static_secret"))).message1(changed(case, message1))
+        answering = run.responder(prologue, raw(case.get("static_secret")))
+        run.judge("initiator", answering.message1(changed(case, message1)), answering.remote_static())
     else:
         reader = run.initiator(prologue)
         reader.message1(run.side("initiator")[1])
-        reader.message2(changed(case, message2), run.secret)
+        said, _ = reader.message2(changed(case, message2), run.secret)
+        run.judge("responder", said, Signed("noise-key", run.side("responder")[1].noise_key).static_key)
 
 
 JUDGES: dict[str, Callable[..., None]] = {
+    "channels.json": channels,
     "checks.json": checks,
     "epochs.json": epochs,
     "handshake.json": handshakes,

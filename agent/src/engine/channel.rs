@@ -1155,3 +1155,6 @@ impl Channel {
 #[cfg(test)]
 #[path = "channel/tests.rs"]
 mod tests;
+#[cfg(test)]
+#[path = "channel/vectors.rs"]
+mod vectors;

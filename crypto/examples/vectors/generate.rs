@@ -38,8 +38,14 @@ use serde_json::{Map, Value, json};
 
 use crate::common::{Agent, DAY, NOW, TestRng, World, bytes, secret};
 
+#[path = "channels.rs"]
+mod channels;
+#[path = "insider.rs"]
+mod insider;
 #[path = "log.rs"]
 mod log;
+#[path = "session.rs"]
+mod session;
 
 /// Where the vectors live.
 pub(crate) fn directory() -> PathBuf {
@@ -61,10 +67,22 @@ pub(crate) fn files() -> Vec<(String, String)> {
         prologues(),
         handshake(),
         records(),
+        channels::channels(),
         checks(),
         packets(),
     ];
     files.into_iter().map(File::finish).collect()
+}
+
+/// The document that ends with the worked session.
+pub(crate) fn document() -> PathBuf {
+    directory().join("../PROTOCOL.md")
+}
+
+/// `text` of the document with the worked session as this implementation has it.
+pub(crate) fn with_session(text: &str) -> String {
+    let (before, _) = text.split_once(session::HEADING).expect("the document has the section");
+    format!("{before}{}", session::section())
 }
 
 /// One file under construction.
@@ -996,6 +1014,9 @@ fn names() -> File {
     stolen.certificate = other.presented.certificate.clone();
     let stolen = keys.seal_service(&other.identity.sign(&stolen), rng).expect("it fits");
     refuse("with another member's certificate", workspace, service, id, &stolen);
+    insider::names(&mut file, &world, &agent, |sealed| {
+        describe("service-record", &workspace, service.0, id, sealed)
+    });
 
     let record = agent.identity.sign(&world.agent_record(&agent));
     let sealed = keys.seal_agent(&record, rng).expect("it fits");
@@ -1425,6 +1446,8 @@ fn handshake() -> File {
     record("one skipped", 0, &our_records[1]);
     record("one skipped later", 1, &our_records[2]);
     record("of the other direction", 0, &their_records[0]);
+    let secrets = [initiator_ephemeral.as_slice(), responder_ephemeral];
+    insider::handshake(&mut file, &pair, kem_seed, &psk, secrets, &message2);
     rekey(&mut file, pair, handshake_hash, &message1, &our_records[0]);
     file
 }
@@ -1680,6 +1703,11 @@ fn records() -> File {
     refuse("DATA with 16 bytes of padding", &patched(data, 1, 16));
     refuse("DATA with more padding than bytes", &patched(data, 1, 15));
     refuse("DATA with padding that is not zero", &patched(data, data.len() - 1, 1));
+    let many = [&[0x01, 0, 0, 0, 0x08, 0x04][..], &[0; 16], &1025_u16.to_be_bytes()].concat();
+    let listed = (1..=1025_u32).map(|number| [&(2 * number).to_be_bytes()[..], &[0; 25]].concat());
+    refuse("HELLO with 1,025 streams", &listed.fold(many, |all, one| [all, one].concat()));
+    let beyond = [&[0x12, 0, 0, 0, 0, 2][..], &[0xff; 8], b"x"].concat();
+    refuse("DATA that ends at 2^64", &beyond);
     refuse("DATA without a byte", &[&[0x12, 2, 0, 0, 0, 2][..], &[0; 10]].concat());
     file
 }
@@ -1766,6 +1794,8 @@ fn checks() -> File {
     refuse("a critical field of a later version", &with(9, &[0]));
     let names = [&[0xa2, 0x01, 0x61, b'T', 0x02, 0x89], [0x61, b'n'].repeat(9).as_slice()].concat();
     refuse("nine names", &with(8, &names));
+    refuse("addresses without their time", b"\xa4\x00\x01\x01\x01\x02\x02\x05\x63tcp");
+    refuse("longer than any", &[0; 4097]);
     file
 }
 

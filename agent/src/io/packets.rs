@@ -60,6 +60,8 @@ pub(crate) struct PacketSocket {
     /// What the hub's latest ping asks to be said; older ones need no answer (RFC 6455 section 5.5.3), so
     /// a hub that pings and does not read fills no memory.
     pong: Option<BytesMut>,
+    /// The hub said that nothing more comes.
+    closed: bool,
     /// Something was read since [`PacketSocket::rest`] was last asked.
     active: bool,
     outbox: Vec<u8>,
@@ -80,6 +82,7 @@ impl PacketSocket {
             inbox: BytesMut::from(early),
             fragments: None,
             pong: None,
+            closed: false,
             active: false,
             outbox: Vec::new(),
             written: 0,
@@ -240,7 +243,10 @@ impl PacketSocket {
                     self.pong = Some(payload);
                 }
                 (Opcode::Pong, fragments) => self.fragments = fragments,
-                (Opcode::Close, _) => return Err(closed_by_hub(&payload)),
+                (Opcode::Close, _) => {
+                    self.closed = true;
+                    return Err(closed_by_hub(&payload));
+                }
                 (Opcode::Continuation, Some(mut message)) => {
                     if message.len() + payload.len() > MAX_DATA_FRAME_BYTES {
                         return Err(PacketError::Socket("a message is too long".into()));
@@ -298,6 +304,11 @@ impl PacketSocket {
         poll_fn(|cx| self.poll_flush(cx)).await
     }
 
+    /// Whether the hub said that nothing more comes, and waits for the same in answer.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed
+    }
+
     /// Says that nothing more comes.
     ///
     /// # Errors
@@ -350,5 +361,21 @@ mod tests {
         far.read_to_end(&mut answer).await.expect("memory");
         let [0x8a, 0x81, mask, _, _, _, masked] = answer[..] else { panic!("{answer:02x?}") };
         assert_eq!(mask ^ masked, u8::MAX);
+    }
+
+    #[tokio::test]
+    async fn close_is_noticed_and_answered() {
+        let (near, mut far) = tokio::io::duplex(1024);
+        let close = Bytes::from_static(&[0x88, 2, 0x11, 0x3a]);
+        let mut socket = PacketSocket::new(Box::new(near), close, Encoding::Binary);
+        assert!(!socket.is_closed());
+        let error = socket.next_packet().expect_err("it is over").to_string();
+        assert!(error.contains("4410") && socket.is_closed(), "{error}");
+        socket.close().await.expect("memory");
+        drop(socket);
+        let mut answer = Vec::new();
+        far.read_to_end(&mut answer).await.expect("memory");
+        let [0x88, 0x82, a, b, _, _, high, low] = answer[..] else { panic!("{answer:02x?}") };
+        assert_eq!([a ^ high, b ^ low], NORMAL_CLOSE.to_be_bytes());
     }
 }

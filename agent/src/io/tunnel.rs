@@ -480,8 +480,9 @@ impl ChannelHandle {
         })
         .await;
         let said = matches!(ended, End::Channel(_) | End::Peer(_) | End::Silent | End::Rekey(_));
-        if said {
-            // The last record is on its way; a peer that does not read it cannot hold us.
+        if said || end.socket.is_closed() {
+            // The last record is on its way, or a close to be answered (RFC 6455 section 5.5.1); a peer that
+            // does not read it cannot hold us.
             let _ = timeout(CLOSE_TIMEOUT, end.socket.close()).await;
         }
         ended

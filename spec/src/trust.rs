@@ -276,6 +276,9 @@ struct Signer {
     role: SignerRole,
     /// The entry that made it one; what a fork adds counts on no branch.
     since: u64,
+    /// The entry that made it an owner, if it is one: it may have been an admin before.
+    #[serde(default)]
+    owner_since: u64,
 }
 
 /// Another branch of a forked log: proven by an entry that two signers, or one twice, put in a place
@@ -406,7 +409,9 @@ impl TrustState {
             frozen: false,
             signers: founders
                 .iter()
-                .map(|founder| (founder.key, Signer { role: founder.role, since: 0 }))
+                .map(|founder| {
+                    (founder.key, Signer { role: founder.role, since: 0, owner_since: 0 })
+                })
                 .collect(),
             ended: Ended::default(),
             epoch: 0,
@@ -481,8 +486,9 @@ impl TrustState {
         let signer = self.signers.get(key).filter(|_| !self.is_overrun())?;
         let mut lowest = signer.role;
         for branch in self.branches.values() {
-            let there = *branch.signers.get(key).filter(|_| signer.since <= branch.after)?;
-            if there == SignerRole::Admin {
+            let there = *branch.signers.get(key)?;
+            let here = self.role_since(key, branch.after)?;
+            if [here, there].contains(&SignerRole::Admin) {
                 lowest = SignerRole::Admin;
             }
         }
@@ -620,8 +626,12 @@ impl TrustState {
         for change in &entry.changes {
             match change {
                 Change::AddSigner { key, role } => {
-                    let since = self.signers.get(key).map_or(entry.seq, |signer| signer.since);
-                    self.signers.insert(*key, Signer { role: *role, since });
+                    let before = self.signers.get(key);
+                    let since = before.map_or(entry.seq, |signer| signer.since);
+                    let owner_since = before
+                        .filter(|signer| signer.role == SignerRole::Owner)
+                        .map_or(entry.seq, |signer| signer.owner_since);
+                    self.signers.insert(*key, Signer { role: *role, since, owner_since });
                     // An owner vouches for the key again, and so for what it signed.
                     self.ended.signers.remove(key);
                 }
@@ -792,7 +802,7 @@ impl TrustState {
         let signers: BTreeMap<_, _> = recovery
             .signers
             .iter()
-            .map(|signer| (signer.key, Signer { role: signer.role, since }))
+            .map(|signer| (signer.key, Signer { role: signer.role, since, owner_since: since }))
             .collect();
         for key in std::mem::take(&mut self.signers).into_keys() {
             self.ended.end_signer(key, recovery.keep.iter().copied());
@@ -886,9 +896,10 @@ impl TrustState {
         Ok(Considered::Forked(Box::new(forked)))
     }
 
-    /// The role of a signer that was one at entry `seq` already, and ever since.
+    /// The lowest role that a signer had at entry `seq` and ever since, if it was one.
     fn role_since(&self, key: &IdentityKey, seq: u64) -> Option<SignerRole> {
-        self.signers.get(key).filter(|signer| signer.since <= seq).map(|signer| signer.role)
+        let signer = self.signers.get(key).filter(|signer| signer.since <= seq)?;
+        Some(if signer.owner_since <= seq { signer.role } else { SignerRole::Admin })
     }
 
     /// The state of another branch, which takes the place of this one: what this one ended stays so, and

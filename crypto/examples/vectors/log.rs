@@ -467,6 +467,12 @@ fn forks(file: &mut File, world: &World) {
     let twin = theirs.push_at(0, owner, vec![OPTIONAL]);
     ours.abandon(owner, vec![twin]);
     valid("given up by one who signed both", &ours, &theirs);
+    let (mut lowered, mut gives_up) = (base.clone(), base.clone());
+    let first = lowered.push(owner, vec![add(&second, ADMIN)]);
+    lowered.push(owner, vec![add(&second, OWNER)]);
+    gives_up.abandon(&second, vec![first]);
+    valid("given up by one who was no owner for a while", &lowered, &gives_up);
+    valid("that one, from the other side", &gives_up, &lowered);
 
     let mut refuse = |name: &str, own: &Log, after: usize, branch: &[LogEntry]| {
         let held = &own.entries[after];

@@ -669,13 +669,15 @@ impl Home {
     }
 
     pub(crate) fn load_state(&self) -> Result<State> {
-        self.read_json_or_default("state.json").map_err(|error| match error.kind {
+        self.read_json_or_default("state.json").map_err(|error| {
+            if error.kind != ErrorKind::TrustViolation {
+                return error;
+            }
             // Membership and keys are elsewhere.
-            ErrorKind::TrustViolation => error.hint(
+            error.hint(
                 "restore it from a backup, or move it away: what was exposed and reached is forgotten then, \
                  and nothing else",
-            ),
-            _ => error,
+            )
         })
     }
 
@@ -803,10 +805,13 @@ impl SecretFile {
             file.take(SECRET_FILE_BYTES as u64).read_to_string(&mut text)?;
             Ok(text)
         };
-        let text = open().map_err(|error: io::Error| match error.kind() {
+        let text = open().map_err(|error: io::Error| {
             // It is text where it is whole.
-            io::ErrorKind::InvalidData => damaged(path),
-            _ => unreadable(path, &error),
+            if error.kind() == io::ErrorKind::InvalidData {
+                damaged(path)
+            } else {
+                unreadable(path, &error)
+            }
         })?;
         let mode = fs::metadata(path)?.mode();
         if mode & 0o077 != 0 {

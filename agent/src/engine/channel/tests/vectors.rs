@@ -146,10 +146,8 @@ impl Player {
 
     /// Why the channel is closed, if it is.
     fn closed(&mut self) -> Option<CloseReason> {
-        std::iter::from_fn(|| self.channel.poll_event()).find_map(|event| match event {
-            Event::Closed(reason) => Some(reason),
-            _ => None,
-        })
+        std::iter::from_fn(|| self.channel.poll_event())
+            .find_map(|event| if let Event::Closed(reason) = event { Some(reason) } else { None })
     }
 }
 
@@ -183,7 +181,19 @@ impl Said {
             }
             Record::Reset { stream, total, .. } => self.of(*stream)["reset"] = json!(total),
             Record::ChannelClose(code) => self.close = Some(code.number()),
-            _ => {}
+            Record::Ready
+            | Record::TrustGet(_)
+            | Record::Trust { .. }
+            | Record::Opened(_)
+            | Record::Ack { .. }
+            | Record::Window { .. }
+            | Record::Ping(_)
+            | Record::Pong(_)
+            | Record::HsWant(_)
+            | Record::Hs1 { .. }
+            | Record::Hs2 { .. }
+            | Record::Switch(_)
+            | Record::TunnelClose(_) => {}
         }
     }
 

@@ -23,7 +23,7 @@ use connect_spec::{
     ids::{AgentId, ChannelId, ServiceId},
     keys::IdentityKey,
     limits::{CHANNEL_WINDOW, MAX_PARKED_PER_PEER, TAG_BYTES},
-    log::{Change, Entry, Head, LogEntry},
+    log::{Change, Entry, FIRST_OPTIONAL_CHANGE, Head, LogEntry},
     objects::{AgentRole, Certificate, Credential, CredentialKind, Issuer, NoiseKey, SUITE_1},
     record::{CloseCode, Progress, Purpose, Record, StreamId, put_trust_entry},
     signed::Signed,
@@ -913,10 +913,8 @@ fn number_of_a_tunnel_that_was_used_takes_no_channel_over() {
     });
 }
 
-/// Whoever is behind in the trust log learns from its peer, and holds what it learned against that very peer
-/// first.
-#[test]
-fn peer_that_shows_that_it_was_revoked_is_out_before_it_says_anything() {
+/// What the exposer says last to a member that shows it an entry of the trust log which it did not have.
+fn last_word_to_who_shows(change: impl FnOnce(&Keys) -> Change) {
     let door = Door::set();
     let (member, founder) = (Keys::of(&door.reacher), Keys::of(&door.workspace.founder));
     let hub = Hub::shared().address();
@@ -928,7 +926,7 @@ fn peer_that_shows_that_it_was_revoked_is_out_before_it_says_anything() {
         seq: head.seq + 1,
         prev: head.hash,
         time: now(),
-        changes: vec![Change::RevokeAgent { agent_id: member.agent_id, below_serial: None }],
+        changes: vec![change(&member)],
         abandons: Vec::new(),
     }));
     runtime().block_on(async {
@@ -938,11 +936,32 @@ fn peer_that_shows_that_it_was_revoked_is_out_before_it_says_anything() {
         assert!(matches!(Record::decode(&asked), Ok(Record::TrustGet(_))), "{asked:02x?}");
         let mut entries = Vec::new();
         assert!(put_trust_entry(&mut entries, &entry.encode()));
-        tunnel.send(&Record::Trust { more: false, entries: &entries }).await;
-        let answer = tunnel.read().await.expect("the exposer's last word");
+        for said in [Record::Trust { more: false, entries: &entries }, Record::Ready, hello(true)] {
+            tunnel.send(&said).await;
+        }
+        let mut answer = tunnel.read().await.expect("the exposer's word");
+        if Record::decode(&answer) == Ok(Record::Ready) {
+            answer = tunnel.read().await.expect("the exposer's last word");
+        }
         assert_eq!(Record::decode(&answer), Ok(Record::TunnelClose(CloseCode::Forbidden)));
     });
     assert_eq!(door.service.accepted(), door.probed, "the target was dialled");
+}
+
+/// Whoever is behind in the trust log learns from its peer, and holds what it learned against that very peer
+/// first.
+#[test]
+fn peer_that_shows_that_it_was_revoked_is_out_before_it_says_anything() {
+    last_word_to_who_shows(|member| Change::RevokeAgent {
+        agent_id: member.agent_id,
+        below_serial: None,
+    });
+}
+
+/// And what it learned may be that nobody gets a tunnel.
+#[test]
+fn peer_that_shows_an_entry_which_cannot_be_read_gets_no_further() {
+    last_word_to_who_shows(|_| Change::Unknown(FIRST_OPTIONAL_CHANGE - 1));
 }
 
 /// A peer that begins conversations and leaves them: of those that wait for a tunnel so many are kept.

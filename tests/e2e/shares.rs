@@ -53,12 +53,14 @@ fn share(giver: &Home, services: &[&str], options: &[&str]) -> String {
     giver.json(&args)["code"].as_str().expect("a code").to_owned()
 }
 
-/// Joins by the code of a share once its services are there for guests.
+/// Joins by the code of a share of so many services, and waits until their exposers sealed them for guests.
 #[track_caller]
-fn join(home: &Home, code: &str) {
+fn join(home: &Home, code: &str, services: usize) {
     home.ok(&["join", code, "--label", "contractor"]);
     eventually("the shared services are listed", || {
-        home.json(&["services"]).as_array().expect("a list").iter().any(|s| s["share"].is_string())
+        let listed = home.json(&["services"]);
+        let shared = listed.as_array().expect("a list").iter().filter(|s| s["share"].is_string());
+        shared.count() == services
     });
 }
 
@@ -99,7 +101,7 @@ fn guest_reaches_what_is_shared_and_nothing_else() {
 
     // A home that has nothing becomes that of the guest.
     let guest = Home::new();
-    join(&guest, &code);
+    join(&guest, &code, 1);
     Home::new().fails(&["join", &code], 6, "used");
     assert_eq!(names_of(&guest.json(&["services"])), [shared.as_str()]);
     guest.fails(&["agents"], 6, "guest");
@@ -192,7 +194,7 @@ fn share_ends_at_once_when_it_is_taken_back() {
     let shared = &name();
     giver.ok(&["expose", &service.address().to_string(), "--name", shared]);
     let guest = Home::new();
-    join(&guest, &share(giver, &[shared], &["--name", "audit"]));
+    join(&guest, &share(giver, &[shared], &["--name", "audit"]), 1);
     let _guest_agent = guest_up(&guest);
     let mut ended = open_echo(guest.reach(shared));
     let mut goes_on = open_echo(member.reach(shared));
@@ -223,7 +225,7 @@ fn share_ends_when_its_time_is_over() {
     let guest = Home::new();
     let code = share(giver, &[shared], &["--expires", "12s"]);
     let made = Instant::now();
-    join(&guest, &code);
+    join(&guest, &code, 1);
     let _guest_agent = guest_up(&guest);
     let mut connection = open_echo(guest.reach(shared));
     // The time is told in whole seconds.
@@ -252,7 +254,7 @@ fn member_of_one_workspace_is_a_guest_of_another() {
     }
     guest.ok(&["expose", &ours.address().to_string(), "--name", both]);
     let code = share(giver, &[shared, both], &["--name", "acme"]);
-    join(guest, &code);
+    join(guest, &code, 2);
     guest.fails(&["join", &code], 2, "already");
 
     let greeting = |address: SocketAddr| {
@@ -309,7 +311,7 @@ fn hub_that_lets_more_guests_join_is_caught_by_the_exposer() {
     giver.ok(&["expose", &service.address().to_string(), "--name", shared]);
     let code = share(giver, &[shared], &[]);
     let (guest, thief) = (Home::new(), Home::new());
-    join(&guest, &code);
+    join(&guest, &code, 1);
     let _guest_agent = guest_up(&guest);
     let _connection = open_echo(guest.reach(shared));
     let mut psql = Command::new(postgres::psql());
@@ -317,7 +319,7 @@ fn hub_that_lets_more_guests_join_is_caught_by_the_exposer() {
     psql.args(["-c", "UPDATE connect.credentials SET used = 0"]);
     let output = psql.arg("-h").arg(hub.data_dir().join("socket")).output().expect("psql runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    join(&thief, &code);
+    join(&thief, &code, 1);
     let _thief_agent = guest_up(&thief);
     thief.fails(&["reach", shared], 6, "does not allow");
     giver_agent.stderr_line("share_overused");
@@ -335,7 +337,7 @@ fn service_exposed_again_is_still_shared() {
     let shared = &name();
     giver.ok(&["expose", &first.address().to_string(), "--name", shared]);
     let guest = Home::new();
-    join(&guest, &share(giver, &[shared], &[]));
+    join(&guest, &share(giver, &[shared], &[]), 1);
     giver.ok(&["unexpose", shared]);
     assert_eq!(guest.json(&["services"]), Value::Array(Vec::new()));
     giver.ok(&["expose", &second.address().to_string(), "--name", shared]);

@@ -9,7 +9,7 @@
 #   make interop       a second implementation, in Python, against the vectors and the programs (HANDSHAKES=1000); needs python3
 #   make picture       draws docs/terminal.svg from what the commands print; needs python3
 #   make bench         how fast it is: the hot functions, then two agents and a hub beside direct loopback
-#   make fuzz          each fuzz target for TIME=60 seconds; needs nightly and cargo-fuzz
+#   make fuzz          each fuzz target for TIME=60 seconds, or RUNS=N inputs; needs nightly and cargo-fuzz
 #   make model         the symbolic models of the protocol in spec/model, and their negative controls; needs verifpal
 #   make audit         what we depend on: who may use what, licences, known vulnerabilities; needs cargo-deny
 #   make repro         builds a commit twice, elsewhere, and compares the binaries (REV=v0.1.0, ONCE=1)

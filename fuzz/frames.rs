@@ -182,7 +182,8 @@ fn without_pongs(mut got: &[u8]) -> (Vec<u8>, Option<usize>) {
             close_at = Some(out.len());
         }
         if head.opcode == Opcode::Pong {
-            assert!(head.length <= MAX_CONTROL_BYTES && end == length + head.length);
+            // Of which, too, only a part may be written yet.
+            assert!(head.length <= MAX_CONTROL_BYTES);
         } else {
             out.extend_from_slice(&got[..end]);
         }

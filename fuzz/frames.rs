@@ -165,21 +165,28 @@ fn put(out: &mut Vec<u8>, head: Head, payload: &[u8]) {
     out.extend_from_slice(payload);
 }
 
-/// What an end got, without the pongs that its own pings earned, and where in it a close begins.
-fn without_pongs(mut got: &[u8]) -> (Vec<u8>, Option<usize>) {
-    let (mut out, mut close_at) = (Vec::new(), None);
+/// A close that an end got: where it begins, and whether all of it is there.
+#[derive(Debug, Clone, Copy)]
+struct Close {
+    at: usize,
+    is_whole: bool,
+}
+
+/// What an end got, without the pongs that its own pings earned, and the close in it.
+fn without_pongs(mut got: &[u8]) -> (Vec<u8>, Option<Close>) {
+    let (mut out, mut close) = (Vec::new(), None);
     while !got.is_empty() {
         let (head, length) = match reference(got, Sender::Server) {
             Some(Ok(found)) => found,
             Some(Err(code)) => panic!("the relay wrote no frame, but what deserves {code}"),
             // A head of which only a part was written yet.
-            None => return ([out.as_slice(), got].concat(), close_at),
+            None => return ([out.as_slice(), got].concat(), close),
         };
         let end = (length + head.length).min(got.len());
-        assert!(close_at.is_none(), "something follows a close");
+        assert!(close.is_none(), "something follows a close");
         assert_ne!(head.opcode, Opcode::Ping, "the relay asks nothing");
         if head.opcode == Opcode::Close {
-            close_at = Some(out.len());
+            close = Some(Close { at: out.len(), is_whole: end == length + head.length });
         }
         if head.opcode == Opcode::Pong {
             // Of which, too, only a part may be written yet.
@@ -189,7 +196,7 @@ fn without_pongs(mut got: &[u8]) -> (Vec<u8>, Option<usize>) {
         }
         got = &got[end..];
     }
-    (out, close_at)
+    (out, close)
 }
 
 /// A socket that gives and takes pieces of any length, and now and then nothing.
@@ -219,7 +226,8 @@ impl Pieces {
     }
 
     fn is_told(&self) -> bool {
-        self.shut || without_pongs(&self.got.lock().expect("one thread")).1.is_some()
+        let (_, close) = without_pongs(&self.got.lock().expect("one thread"));
+        self.shut || close.is_some_and(|close| close.is_whole)
     }
 }
 
@@ -292,8 +300,8 @@ fn splice(reacher: &[u8], exposer: &[u8], encoding: Encoding, dice: u32) {
     let (wanted_up, up_over) = translated(reacher, encoding);
     let (wanted_down, down_over) = translated(exposer, encoding);
     // A close of the hub's own may follow what the other end sent.
-    let sent_on = |got: &[u8], close: Option<usize>, wanted: &[u8]| {
-        let data = close.map_or(got, |at| &got[..at]);
+    let sent_on = |got: &[u8], close: Option<Close>, wanted: &[u8]| {
+        let data = close.map_or(got, |close| &got[..close.at]);
         assert!(wanted.starts_with(got) || wanted.starts_with(data), "what arrives was sent");
         wanted.starts_with(got) && got.len() == wanted.len() || data.len() == wanted.len()
     };
